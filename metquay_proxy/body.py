@@ -1,0 +1,142 @@
+"""The body of one request: streamed with back-pressure, and kept for a replay while it is small.
+
+Owns the two bounds on kept bytes (one body, all together) and the time a client may be silent in mid-body. Must not know
+where the bytes go. The source is the server's stream reader; a body is read once and can be sent several times only while
+everything that was read is still kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from metquay_proxy.errors import ProxyError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+class Source(Protocol):
+    """What is read from: aiohttp's ``StreamReader``, or anything like it."""
+
+    def is_eof(self) -> bool:
+        """Whether the last byte has arrived."""
+
+    def at_eof(self) -> bool:
+        """Whether the last byte was read."""
+
+    def read_nowait(self, n: int = -1, /) -> bytes:
+        """Return what has arrived, without waiting."""
+
+    async def readany(self) -> bytes:
+        """Wait for bytes; empty at the end."""
+
+
+class ReplayBudget:
+    """The bytes that all bodies together may keep."""
+
+    def __init__(self, total: int) -> None:
+        """``total`` is in bytes."""
+        self.left = total
+
+
+class RequestBody:
+    """One request's body. ``sent`` becomes true once an attempt has handed its last byte to the network."""
+
+    __slots__ = ("_budget", "_kept", "_limit", "_size", "_source", "_timeout", "chunked", "ended", "replayable", "sent")
+
+    def __init__(  # noqa: PLR0913 - the request's two facts and the three bounds
+        self, source: Source, *, present: bool, chunked: bool, limit: int, budget: ReplayBudget, timeout: float
+    ) -> None:
+        """``limit`` is in bytes, ``timeout`` in seconds of silence; ``present``: the head announces a body.
+
+        ``ended``: the whole body was read. ``replayable``: another attempt can send it from the beginning.
+        """
+        self._source = source
+        self._limit = limit
+        self._budget = budget
+        self._timeout = timeout
+        self._kept: list[bytes] = []
+        self._size = 0
+        self.ended = not present
+        self.replayable = True
+        self.chunked = chunked
+        self.sent = False
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the client has sent all of it, read or not."""
+        return self.ended or self._source.is_eof()
+
+    def whole(self) -> bytes | None:
+        """Return the complete body if it has arrived, for one attempt to send in one piece, else None; never waits."""
+        if not self.ended:
+            if not self._source.is_eof():
+                return None
+            self._keep(self._source.read_nowait())
+            self.ended = True
+        data = b"".join(self._kept)
+        if self._size > self._limit or not self.replayable:
+            self.close()
+        else:
+            self._kept = [data]
+        return data
+
+    async def prefetch(self) -> None:
+        """Read ahead up to the replay limit while the request waits, so that a client that leaves is noticed."""
+        while not self.ended and self._size < self._limit and self._budget.left > 0:
+            self._keep(await self._read())
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the body from its beginning; raise ``ProxyError`` request-timeout where the client falls silent."""
+        for chunk in tuple(self._kept):
+            yield chunk
+        while not self.ended:
+            if self._size > self._limit or self._budget.left <= 0:
+                self.close()
+            chunk = await self._read()
+            if self.replayable:
+                self._keep(chunk)
+            if chunk:
+                yield chunk
+        if self._size > self._limit:
+            self.close()
+
+    async def all(self, limit: int) -> bytes:
+        """Return the complete body; raise ``ProxyError`` body-too-large where it is longer than ``limit`` bytes."""
+        parts: list[bytes] = []
+        size = 0
+        async for chunk in self.chunks():
+            size += len(chunk)
+            if size > limit:
+                msg = f"The body of this request is larger than the {limit} bytes that are accepted here."
+                raise ProxyError("body-too-large", msg)
+            parts.append(chunk)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Forget the kept bytes; from here on no other attempt can send them."""
+        self._budget.left += self._size
+        self._size = 0
+        self._kept = []
+        self.replayable = False
+
+    async def _read(self) -> bytes:
+        try:
+            async with asyncio.timeout(self._timeout):
+                chunk = await self._source.readany()
+        except TimeoutError:
+            msg = (
+                f"The tool announced a body and then sent nothing for {self._timeout:g} seconds. "
+                "The request was dropped; send it again."
+            )
+            raise ProxyError("request-timeout", msg) from None
+        if self._source.at_eof():
+            self.ended = True
+        return chunk
+
+    def _keep(self, chunk: bytes) -> None:
+        if chunk:
+            self._kept.append(chunk)
+            self._size += len(chunk)
+            self._budget.left -= len(chunk)

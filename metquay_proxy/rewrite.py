@@ -1,0 +1,295 @@
+"""What a proxy changes in a message: the heads of requests and responses, and nothing else.
+
+Owns part 3 of the contract as far as it speaks of headers, and ``BaseURL``. Must not judge (that is the gate's) and must
+not know sockets or HTTP libraries; it turns field lists into bytes.
+
+Facts: RFC 9110 section 7.6.1 (Connection and hop-by-hop fields), 7.6.3, 10.2.2 (Location), 8.6 (Content-Length);
+RFC 9112 section 6 (framing), 9.3 (persistence); RFC 9111 section 3 (what a cache may keep without being told).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from metquay_proxy.target import API_PREFIX, split_authority
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from metquay_proxy.http1 import ResponseHead
+
+Fields = list[tuple[bytes, bytes]]
+"""Header fields in order and case, values without surrounding white space."""
+
+_HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?")
+_PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
+
+_HOP_BY_HOP: Final = frozenset(
+    {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings"}
+)
+_OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
+_DROPPED: Final = _HOP_BY_HOP | {b"host", b"authorization", b"x-proxy-key", b"expect", b"forwarded"}
+_DROPPED_PREFIXES: Final = (b"proxy-", b"x-forwarded-")
+_JUDGED: Final = _DROPPED | _OVERRIDES | {b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest"} | {
+    b"content-length",
+    b"user-agent",
+    b"idempotency-key",
+    b"access-control-request-method",
+    b"access-control-request-headers",
+}
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
+_FRESHNESS: Final = frozenset({b"cache-control", b"expires", b"pragma", b"etag", b"last-modified"})
+
+
+@dataclass(frozen=True, slots=True)
+class BaseURL:
+    """Where the API lives: scheme, lower-case ASCII host without brackets, port, and the path prefix without a final slash."""
+
+    scheme: str
+    host: str
+    port: int
+    prefix: str
+
+    @classmethod
+    def parse(cls, text: str) -> BaseURL:
+        """Read ``lab.metquay.co`` or ``https://lab.metquay.co/api/v1``; raise ``ValueError`` with a text for people.
+
+        No path, or ``/``, means ``/api/v1``. Clear text is accepted to a loopback address only.
+        """
+        url = text.strip()
+        if "://" not in url:
+            url = "https://" + url
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            msg = "it is no valid address; write it like lab.metquay.co"
+            raise ValueError(msg) from None
+        scheme = parts.scheme.lower()
+        if scheme not in {"http", "https"}:
+            msg = "it must be a host name, or an address that begins with https://"
+            raise ValueError(msg)
+        if "@" in parts.netloc:
+            msg = "it must not hold a user name or password; the keys have settings of their own"
+            raise ValueError(msg)
+        if "?" in url or "#" in url:
+            msg = "it must not hold a question mark or a number sign"
+            raise ValueError(msg)
+        authority = split_authority(parts.netloc, scheme)
+        if authority is None or authority[1] == 0:
+            msg = "it needs a host name and, if any, a port from 1 to 65535"
+            raise ValueError(msg)
+        host = _ascii_host(authority[0])
+        prefix = re.sub("/+", "/", parts.path).rstrip("/") or API_PREFIX
+        if not _PREFIX.fullmatch(prefix) or any(segment in {".", ".."} for segment in prefix.split("/")):
+            msg = "its path may hold only plain path segments, like /api/v1"
+            raise ValueError(msg)
+        if scheme == "http" and not is_loopback(host):
+            msg = "clear-text http:// is accepted for this machine only, since it would show the keys to the network; use https://"
+            raise ValueError(msg)
+        return cls(scheme, host, authority[1], prefix)
+
+    @property
+    def authority(self) -> str:
+        """The value of Host: the port only where it is not the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def authorities(self) -> frozenset[tuple[str, int]]:
+        """What counts as the upstream in an absolute-form target.
+
+        A tool that uses us as its HTTP proxy speaks clear text to us, so it names port 80 where Metquay has 443.
+        """
+        plain = {(self.host, 80)} if self.port == 443 else set()  # noqa: PLR2004 - https's own port
+        return frozenset({(self.host, self.port)} | plain)
+
+    def __str__(self) -> str:
+        """Return the URL as people write it."""
+        return f"{self.scheme}://{self.authority}{self.prefix}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host (no brackets) means this machine, whatever a name server says."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _ascii_host(host: str) -> str:
+    if ":" in host:
+        try:
+            return ipaddress.IPv6Address(host).compressed
+        except ValueError:
+            msg = "the address in brackets is no IPv6 address"
+            raise ValueError(msg) from None
+    try:
+        ascii_host = host.encode("idna").decode("ascii").lower()
+    except UnicodeError:
+        ascii_host = ""
+    if not _HOST_NAME.fullmatch(ascii_host):
+        msg = "its host name holds characters that host names can't have"
+        raise ValueError(msg)
+    return ascii_host
+
+
+class RequestHead:
+    """The fields of one request, read once: those that somebody judges, and those that are only passed on.
+
+    ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
+    """
+
+    __slots__ = ("_fields", "_kept", "judged", "overrides")
+
+    def __init__(self, fields: Iterable[tuple[bytes, bytes]]) -> None:
+        """Take the fields as the parser gave them."""
+        judged: dict[bytes, bytes | None] = {}
+        kept: list[bytes] = []
+        self.overrides = False
+        for name, value in fields:
+            lower = name.lower()
+            if lower in _JUDGED:
+                judged[lower] = None if lower in judged else value
+                if lower in _DROPPED:
+                    continue
+                if lower in _OVERRIDES:
+                    self.overrides = True
+            elif lower.startswith(_DROPPED_PREFIXES):
+                continue
+            kept += (name, b": ", value, b"\r\n")
+        self.judged = judged
+        self._kept = kept
+        self._fields = fields
+
+    def text(self, name: bytes) -> str | None:
+        """Return a judged field's value as text (latin-1); None where it is absent or came more than once."""
+        value = self.judged.get(name)
+        return None if value is None else value.decode("latin-1")
+
+    def outbound(  # noqa: PLR0913 - one request line and what is attached to it
+        self,
+        method: str,
+        target: str,
+        *,
+        host: bytes,
+        authorization: bytes | None,
+        chunked: bool,
+        read_only: bool = False,
+        keep_authorization: bool = False,
+    ) -> bytes:
+        """Return the head that goes upstream, ending in the empty line.
+
+        First strip, then attach: a client's ``Connection: authorization`` must not delete the bearer.
+        ``keep_authorization`` is for pass-through targets, which get no token.
+        """
+        kept = self._kept
+        named = self.judged.get(b"connection", b"")
+        if (read_only and self.overrides) or keep_authorization or (named is None or b"," in named or named.lower() not in _PLAIN_CONNECTION):
+            kept = self._strip(read_only=read_only, keep_authorization=keep_authorization)
+        head = [f"{method} {target} HTTP/1.1\r\nHost: ".encode("ascii"), host, b"\r\n", *kept]
+        if chunked:
+            head.append(b"Transfer-Encoding: chunked\r\n")
+        if authorization is not None:
+            head += (b"Authorization: ", authorization, b"\r\n")
+        head.append(b"\r\n")
+        return b"".join(head)
+
+    def _strip(self, *, read_only: bool, keep_authorization: bool) -> list[bytes]:
+        dropped = (_DROPPED | connection_options(self._fields)) - _FRAMING
+        dropped |= {b"transfer-encoding"}
+        if read_only:
+            dropped |= _OVERRIDES
+        if keep_authorization:
+            dropped -= {b"authorization"}
+        kept: list[bytes] = []
+        for name, value in self._fields:
+            lower = name.lower()
+            if lower not in dropped and not lower.startswith(_DROPPED_PREFIXES):
+                kept += (name, b": ", value, b"\r\n")
+        return kept
+
+
+_PLAIN_CONNECTION: Final = frozenset({b"", b"close", b"keep-alive"})
+
+
+def connection_options(fields: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """Return the lower-case names that Connection lists: these fields go no further than this hop."""
+    return frozenset(
+        option.strip(b" \t").lower()
+        for name, value in fields
+        if name.lower() == b"connection"
+        for option in value.split(b",")
+    ) - {b""}
+
+
+def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to a head
+    head: ResponseHead,
+    *,
+    base: BaseURL,
+    origin: bytes | None,
+    request_id: bytes,
+    added: bytes,
+    hide_challenge: bool = False,
+    cors: bool = False,
+) -> bytes:
+    """Return the head that goes to the client, ending in the empty line.
+
+    ``origin`` is the scheme and authority that the client used (``http://localhost:6387``), None where Location must
+    stay (absolute-form). ``added`` holds whole lines for framing and connection. ``hide_challenge``: a second 401 in a row
+    must not make the tool ask a person for a password that nobody has. ``cors``: the gate speaks for the upstream to browsers.
+    """
+    names = head.names
+    dropped = _HOP_BY_HOP
+    if b"connection" in names:
+        dropped = (dropped | connection_options(head.headers)) - {b"content-length"}
+    if head.status == 204:  # noqa: PLR2004 - RFC 9110 8.6: no Content-Length in a 204
+        dropped |= {b"content-length"}
+    if hide_challenge:
+        dropped |= {b"www-authenticate"}
+    lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
+    fresh = own_id = False
+    for lower, (name, value) in zip(names, head.headers, strict=True):
+        if lower in dropped or lower.startswith(b"proxy-") or (cors and lower.startswith(b"access-control-")):
+            continue
+        if lower == b"location" and origin is not None:
+            lines += (name, b": ", rewrite_location(value, base, origin), b"\r\n")
+            continue
+        if lower in _FRESHNESS:
+            fresh = True
+        elif lower == b"x-request-id":
+            own_id = True
+        lines += (name, b": ", value, b"\r\n")
+    if not fresh:
+        lines.append(b"Cache-Control: no-store\r\n")
+    if not own_id:
+        lines += (b"X-Request-Id: ", request_id, b"\r\n")
+    lines += (added, b"\r\n")
+    return b"".join(lines)
+
+
+_LOCATION: Final = re.compile(rb"(?:(https?):)?//([^/?#]*)(/[^?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def rewrite_location(value: bytes, base: BaseURL, origin: bytes) -> bytes:
+    """Return a Location under the base with the client's own scheme and host; any other untouched.
+
+    Host case, an explicit or empty default port and a missing scheme are spellings of the same origin.
+    """
+    match = _LOCATION.fullmatch(value)
+    if match is None:
+        return value
+    scheme, authority, path, rest = match.groups()
+    if scheme is not None and scheme.lower().decode() != base.scheme:
+        return value
+    if split_authority(authority.decode("latin-1"), base.scheme) != (base.host, base.port):
+        return value
+    prefix = base.prefix.encode()
+    if not (path == prefix or path.startswith(prefix + b"/")) or b"/.." in path:
+        return value
+    return origin + path + rest

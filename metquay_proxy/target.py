@@ -1,0 +1,154 @@
+"""The canonical request target: the only form of a target that is judged, logged and sent.
+
+Owns part 3 of the contract as far as it speaks of targets. Must not know headers, HTTP libraries or sockets.
+
+Facts: RFC 9112 section 3.2 (the four forms of a target); RFC 3986 section 3.3 (segments), 5.2.4 (dot segments).
+A servlet container cuts ``;parameters`` off a segment before it resolves dot segments, and some decode twice, so
+``..;x`` and ``%252e`` are dot segments here too. The vendor's OpenAPI file ends its server address in a slash, so that
+generated clients ask for ``/api/v1//customers``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
+
+from metquay_proxy.errors import ProxyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+API_PREFIX: Final = "/api/v1"
+OWN_PREFIX: Final = "/-/"
+
+_FORBIDDEN: Final = re.compile(r"[^\x21-\x7e]|[\\#]")
+_ABSOLUTE: Final = re.compile(r"(https?)://([^/?]*)(.*)", re.IGNORECASE)
+_SEPARATORS: Final = re.compile(r"[/\\]")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
+_MAX_PORT: Final = 65535
+_DEFAULT_PORT: Final = {"http": 80, "https": 443}
+_DECODINGS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One canonical target.
+
+    ``sent`` is what goes upstream, byte for byte (ASCII); ``local`` is the path below the API's prefix, or below the
+    server's root for a pass-through, without query; ``query`` is what follows the question mark, None where there is none.
+    """
+
+    sent: str
+    local: str
+    query: str | None
+    absolute: bool = False
+    pass_through: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether the proxy answers this path itself and never forwards it."""
+        return self.local.startswith(OWN_PREFIX)
+
+
+def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
+    """Return (lower-case host without brackets, port) of ``host[:port]``; None where it is malformed or has userinfo."""
+    host, colon, port = authority.rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = authority, ""
+    if port and not (_PORT.fullmatch(port) and int(port) <= _MAX_PORT):
+        return None
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return None
+    if not host or "@" in host:
+        return None
+    return host.lower(), int(port) if port else _DEFAULT_PORT[scheme]
+
+
+class TargetRules:
+    """Turns the target of a request line into a ``Target``, or refuses it."""
+
+    def __init__(
+        self,
+        prefix: str,
+        authorities: Iterable[tuple[str, int]],
+        *,
+        pass_through: tuple[str, ...] = (),
+    ) -> None:
+        """Take the upstream's path prefix and what counts as our own authority in absolute-form.
+
+        ``authorities`` are (lower-case host, port) pairs: the upstream's and our listeners'. ``pass_through`` holds path
+        prefixes, each beginning and ending in a slash.
+        """
+        self._prefix = prefix
+        self._prefixes = tuple(sorted({prefix, API_PREFIX}, key=len, reverse=True))
+        self._authorities = frozenset(authorities)
+        self._pass_through = pass_through
+
+    def parse(self, method: str, raw: str) -> Target:
+        """Return the canonical target; raise ``ProxyError`` bad-target where nothing may be sent."""
+        if match := _FORBIDDEN.search(raw):
+            raise _bad(f"it holds {_name(match.group())}, which must be percent-encoded")
+        absolute = not raw.startswith("/")
+        if absolute:
+            if raw == "*" and method == "OPTIONS":
+                return Target("*", "*", None)
+            raw = self._origin_form(method, raw)
+            if raw == "*":
+                return Target("*", "*", None, absolute=True)
+        path, mark, query = raw.partition("?")
+        if ("." in path or "%" in path) and _has_dot_segment(path):
+            raise _bad("it holds a dot segment (. or ..), which could leave the API's path")
+        if path.startswith("//"):
+            path = "/" + path.lstrip("/")
+        for prefix in self._pass_through:
+            if path.startswith(prefix):
+                return Target(path + mark + query, path, query if mark else None, absolute, pass_through=True)
+        below = self._below_prefix(path)
+        return Target(self._prefix + below + mark + query, below or "/", query if mark else None, absolute)
+
+    def _origin_form(self, method: str, raw: str) -> str:
+        match = _ABSOLUTE.fullmatch(raw)
+        if match is None:
+            raise _bad("it must begin with a slash")
+        scheme, authority, rest = match.groups()
+        if split_authority(authority, scheme.lower()) not in self._authorities:
+            raise _bad("it names another server; this proxy forwards to Metquay only")
+        if not rest and method == "OPTIONS":
+            return "*"
+        return rest if rest.startswith("/") else "/" + rest
+
+    def _below_prefix(self, path: str) -> str:
+        while True:
+            for prefix in self._prefixes:
+                if path.startswith(prefix) and (len(path) == len(prefix) or path[len(prefix)] == "/"):
+                    path = path[len(prefix) :]
+                    if path.startswith("//"):
+                        path = "/" + path.lstrip("/")
+                    break
+            else:
+                return path
+
+
+def _has_dot_segment(path: str) -> bool:
+    for _ in range(_DECODINGS):
+        if any(segment.partition(";")[0] in {".", ".."} for segment in _SEPARATORS.split(path)):
+            return True
+        decoded = unquote(path, "latin-1")
+        if decoded == path:
+            return False
+        path = decoded
+    return True
+
+
+def _bad(why: str) -> ProxyError:
+    return ProxyError("bad-target", f"The address of this request was refused: {why}. Correct the address in the tool.")
+
+
+def _name(character: str) -> str:
+    return {"\\": "a backslash", "#": "a number sign (#)", " ": "a space"}.get(
+        character, "a control character" if character < "\x80" else "a character beyond ASCII"
+    )

@@ -1,0 +1,634 @@
+"""The only HTTP client: a lean HTTP/1.1 transport to Metquay, the login, and the table of what can go wrong on the way.
+
+Owns connections, their pool, TLS, the way through a corporate proxy and the time-outs. Must not decide whether a request
+is repeated (the forwarder does) and must not change a byte of it (``rewrite`` did).
+
+Facts: RFC 9112 section 9.3 (a server may close an idle connection at any moment; a client that reuses it can't know
+whether its request was read) and 9.5. Prism closes idle connections after 5 s, Tomcat after 20 s. RFC 9110 section 9.3.6
+(CONNECT). RFC 9112 section 6.3: bytes that nobody asked for belong to no answer, so that such a connection is thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import errno
+import json
+import select
+import socket
+import ssl
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, cast
+
+from metquay_proxy.auth import AccessToken, Credentials, LoginFailed, parse_login
+from metquay_proxy.body import ReplayBudget, RequestBody
+from metquay_proxy.errors import ProxyError, Sent
+from metquay_proxy.http1 import ProtocolError, ResponseHead, ResponseReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from metquay_proxy.rewrite import BaseURL
+
+MAX_IDLE: Final = 4.0
+"""Seconds that a connection may have idled before it is reused; below Prism's 5."""
+MAX_IDLE_UNSAFE: Final = 2.0
+"""The same for requests that must not be repeated."""
+_MAX_IDLE_CONNECTIONS: Final = 512
+_HIGH_WATER: Final = 256 * 1024
+_LOGIN_BODY_LIMIT: Final = 64 * 1024
+_REPEATABLE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
+
+
+@dataclass(frozen=True, slots=True)
+class OutboundProxy:
+    """A corporate proxy, asked for a tunnel by CONNECT; ``authorization`` is a whole header value or None."""
+
+    host: str
+    port: int
+    authorization: str | None = None
+
+    @classmethod
+    def of(cls, host: str, port: int, user: str | None, password: str | None) -> OutboundProxy:
+        """Make one from the parts of a proxy URL."""
+        if user is None:
+            return cls(host, port)
+        pair = f"{user}:{password or ''}".encode()
+        return cls(host, port, "Basic " + base64.b64encode(pair).decode("ascii"))
+
+    def __repr__(self) -> str:
+        """Leave out the password."""
+        return f"OutboundProxy({self.host}:{self.port})"
+
+
+class UpstreamFailure(ProxyError):
+    """An exchange that broke. ``repeatable``: a request whose method allows it may be sent again.
+
+    ``connected``: a connection was there, so that the request may have been executed. ``stale``: it broke on a
+    reused connection before any byte of an answer, as happens when the server closes an idle one.
+    """
+
+    def __init__(self, slug: str, message: str, *, sent: Sent = "no", repeatable: bool = False, stale: bool = False) -> None:
+        super().__init__(slug, message, sent=sent)
+        self.repeatable = repeatable
+        self.stale = stale
+
+
+class Response:
+    """One answer that is arriving: first its head, then its body as a stream of pieces."""
+
+    __slots__ = ("_body", "_connection", "_error", "_paused", "_size", "_waiter", "reader", "upload")
+
+    def __init__(self, connection: Connection, method: str) -> None:
+        self.reader = ResponseReader(method)
+        self.upload: asyncio.Task[None] | None = None
+        self._connection = connection
+        self._body: deque[bytes] = deque()
+        self._size = 0
+        self._paused = False
+        self._error: ProxyError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def head(self) -> ResponseHead:
+        """The final head; only after ``started``."""
+        return cast("ResponseHead", self.reader.head)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the whole body was read."""
+        return self.reader.complete and not self._body
+
+    async def started(self) -> None:
+        """Wait for the head; raise ``UpstreamFailure``."""
+        while self.reader.head is None:
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """Return the next piece of the body, empty at its clean end; raise ``UpstreamFailure`` where it breaks off."""
+        while not self._body:
+            if self.reader.complete:
+                return b""
+            await self._wait()
+        return self.read_nowait()
+
+    def read_nowait(self) -> bytes:
+        """Return a piece that has arrived, or nothing."""
+        if not self._body:
+            return b""
+        piece = self._body.popleft()
+        self._size -= len(piece)
+        if self._paused and self._size < _HIGH_WATER:
+            self._paused = False
+            self._connection.resume_reading()
+        return piece
+
+    def close(self) -> None:
+        """Give the answer up; a connection in mid-answer can't be used again."""
+        if self.upload is not None:
+            self.upload.cancel()
+        self._connection.abandon(self)
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the connection; raise ``ProtocolError``."""
+        piece = self.reader.feed(data)
+        if piece:
+            self._body.append(piece)
+            self._size += len(piece)
+            if self._size >= _HIGH_WATER and not self._paused and not self.reader.complete:
+                self._paused = True
+                self._connection.pause_reading()
+        self._wake()
+
+    def fail(self, error: ProxyError) -> None:
+        """End the answer with an error, the first of which counts."""
+        if self._error is None and not self.reader.complete:
+            self._error = error
+        self._wake()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+class Connection(asyncio.Protocol):
+    """One connection to the upstream: carries one exchange at a time and knows how long it idled."""
+
+    def __init__(self, owner: Transport) -> None:
+        self._owner = owner
+        self._loop = owner.loop
+        self._transport: asyncio.Transport | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._writing_paused = False
+        self._poll: Callable[[], bool] | None = None
+        self.response: Response | None = None
+        self.body: RequestBody | None = None
+        self.used = False
+        self.waits_for_client = False
+        self.active_at = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        handle = transport.get_extra_info("socket")
+        self._poll = None if handle is None else _poller(handle.fileno())
+
+    def data_received(self, data: bytes) -> None:
+        response = self.response
+        if response is None:
+            self.abort()
+            return
+        self.active_at = self._loop.time()
+        try:
+            response.feed(data)
+        except ProtocolError as error:
+            message = f"Metquay's answer was not valid HTTP ({error}), so that it was not passed on. Try again; if it stays, tell your administrator."
+            self._fail(UpstreamFailure("upstream-protocol", message, sent=self._sent()))
+            return
+        if response.reader.complete:
+            self._finish(response)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._owner.forget(self)
+        response = self.response
+        if response is not None:
+            self.response = None
+            if exc is None:
+                try:
+                    response.reader.eof()
+                except ProtocolError:
+                    exc = ConnectionResetError()
+            if exc is not None:
+                response.fail(self._closed(response))
+            else:
+                response.feed(b"")
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        self.active_at = self._loop.time()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def pause_reading(self) -> None:
+        """Stop reading: the client is slower than the upstream."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on. The time that the client took is not the upstream's silence."""
+        self.active_at = self._loop.time()
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it waits for the client rather than for the upstream."""
+        return self.waits_for_client or (self.response is not None and self.response._paused)  # noqa: SLF001 - its own half
+
+    def usable(self) -> bool:
+        """Whether it is open and silent: neither closed by the peer nor holding bytes that belong to no request."""
+        return self._transport is not None and not self._transport.is_closing() and not (self._poll and self._poll())
+
+    def begin(self, method: str, head: bytes, body: RequestBody) -> Response:
+        """Send one request; a body that is not there yet follows by a task of its own."""
+        self.response = response = Response(self, method)
+        self.body = body
+        self.active_at = self._loop.time()
+        transport = cast("asyncio.Transport", self._transport)
+        data = body.whole()
+        if data is None:
+            transport.write(head)
+            response.upload = self._loop.create_task(self._upload(response, body))
+        else:
+            transport.write(_framed_whole(head, data, chunked=body.chunked))
+            body.sent = True
+        return response
+
+    def abandon(self, response: Response) -> None:
+        """Drop the exchange if it is still this connection's."""
+        if self.response is response:
+            self.response = None
+            self.abort()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def time_out(self, seconds: float) -> None:
+        """End the exchange because the upstream was silent for too long."""
+        message = (
+            f"Metquay did not answer: nothing came for {seconds:g} seconds. "
+            "A read can simply be repeated; before you repeat a change, look whether it was made."
+        )
+        self._fail(UpstreamFailure("upstream-timeout", message, sent=self._sent()))
+
+    def _finish(self, response: Response) -> None:
+        self.response = None
+        reader = response.reader
+        if self.body is not None and self.body.sent and response.head.keep_alive and not reader.surplus:
+            self.used = True
+            self.body = None
+            self._owner.put_back(self)
+        else:
+            if response.upload is not None:
+                response.upload.cancel()
+            self.abort()
+
+    def _fail(self, error: ProxyError) -> None:
+        response = self.response
+        self.response = None
+        if response is not None:
+            if response.upload is not None:
+                response.upload.cancel()
+            response.fail(error)
+        self.abort()
+
+    def _sent(self) -> Sent:
+        return "unknown" if self.body is not None and self.body.sent else "no"
+
+    def _closed(self, response: Response) -> UpstreamFailure:
+        if response.reader.head is not None:
+            return UpstreamFailure("upstream-closed", "Metquay broke the connection in the middle of its answer.", sent="yes")
+        message = (
+            "Metquay closed the connection without an answer. "
+            "A read can simply be repeated; before you repeat a change, look whether it was made."
+        )
+        stale = self.used and not response.reader.started
+        return UpstreamFailure("upstream-closed", message, sent=self._sent(), repeatable=True, stale=stale)
+
+    async def _upload(self, response: Response, body: RequestBody) -> None:
+        chunks = body.chunks()
+        while self._transport is not None and self.response is response:
+            self.waits_for_client = True
+            try:
+                chunk = await anext(chunks, None)
+            except ProxyError as error:
+                self._fail(error)
+                return
+            except Exception as error:  # noqa: BLE001 - whatever the client's side raised, the upstream is not to blame
+                self._fail(ClientBroke(error))
+                return
+            finally:
+                self.waits_for_client = False
+                self.active_at = self._loop.time()
+            if self._transport is None or self.response is not response:
+                return
+            if chunk is None:
+                if body.chunked:
+                    self._transport.write(b"0\r\n\r\n")
+                body.sent = True
+                return
+            self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if body.chunked else chunk)
+            if self._writing_paused:
+                self._drained = self._loop.create_future()
+                await self._drained
+
+
+class ClientBroke(ProxyError):
+    """The client's own body ended early or was malformed; nothing complete was sent upstream."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("bad-request", "The body of this request ended early or was not valid HTTP; nothing was sent to Metquay.")
+        self.__cause__ = cause
+
+
+def _framed_whole(head: bytes, data: bytes, *, chunked: bool) -> bytes:
+    if not chunked:
+        return head + data if data else head
+    if not data:
+        return head + b"0\r\n\r\n"
+    return b"%b%x\r\n%b\r\n0\r\n\r\n" % (head, len(data), data)
+
+
+def _poller(fd: int) -> Callable[[], bool]:
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return lambda: bool(poll.poll(0))
+    return lambda: bool(select.select([fd], [], [], 0)[0])
+
+
+class Transport:
+    """Sends one request and returns one response, on a pooled or new connection to one upstream."""
+
+    def __init__(
+        self,
+        base: BaseURL,
+        *,
+        ssl_context: ssl.SSLContext | None,
+        connect_timeout: float,
+        read_timeout: float,
+        outbound_proxy: OutboundProxy | None = None,
+    ) -> None:
+        """Time-outs are in seconds; ``read_timeout`` is silence between bytes, in either direction."""
+        self.loop = asyncio.get_running_loop()
+        # uvloop takes no such argument; it tries one address after the other
+        self._eyeballs = {"happy_eyeballs_delay": 0.25} if isinstance(self.loop, asyncio.BaseEventLoop) else {}
+        self._base = base
+        self._ssl = ssl_context
+        self._connect_timeout = connect_timeout
+        self._read_timeout = read_timeout
+        self._proxy = outbound_proxy
+        self._idle: list[tuple[float, Connection]] = []
+        self._busy: set[Connection] = set()
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._tick = max(0.01, min(1.0, read_timeout / 10))
+
+    @property
+    def connections(self) -> tuple[int, int]:
+        """Return how many connections are (busy, idle)."""
+        return len(self._busy), len(self._idle)
+
+    async def send(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
+        """Send a request and wait for the head of its answer; raise ``UpstreamFailure``.
+
+        ``fresh``: on a new connection, because a pooled one has just failed.
+        """
+        body.sent = False
+        connection = None if fresh else self._take(MAX_IDLE if method in _REPEATABLE_METHODS else MAX_IDLE_UNSAFE)
+        if connection is None:
+            connection = await self._connect()
+        self._busy.add(connection)
+        if self._watchdog is None:
+            self._watchdog = self.loop.call_later(self._tick, self._watch)
+        response = connection.begin(method, head, body)
+        try:
+            await response.started()
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+    async def warm(self) -> None:
+        """Open a connection for the next request."""
+        self.put_back(await self._connect())
+
+    def put_back(self, connection: Connection) -> None:
+        """Take a connection that has finished its exchange."""
+        self._busy.discard(connection)
+        if len(self._idle) >= _MAX_IDLE_CONNECTIONS:
+            connection.abort()
+            return
+        self._idle.append((self.loop.time(), connection))
+        if self._watchdog is None:
+            self._watchdog = self.loop.call_later(self._tick, self._watch)
+
+    def forget(self, connection: Connection) -> None:
+        """Drop a connection that was lost."""
+        self._busy.discard(connection)
+        if connection.response is None:
+            self._idle = [pair for pair in self._idle if pair[1] is not connection]
+
+    def close(self) -> None:
+        """Close every connection at once."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            self._watchdog = None
+        for connection in [*self._busy, *(connection for _, connection in self._idle)]:
+            connection.abort()
+        self._idle.clear()
+
+    def _take(self, max_idle: float) -> Connection | None:
+        oldest = self.loop.time() - max_idle
+        while self._idle:
+            since, connection = self._idle[-1]
+            if since < oldest:
+                return None
+            self._idle.pop()
+            if connection.usable():
+                return connection
+            connection.abort()
+        return None
+
+    def _watch(self) -> None:
+        now = self.loop.time()
+        for connection in tuple(self._busy):
+            if not connection.stalled and now - connection.active_at > self._read_timeout:
+                connection.time_out(self._read_timeout)
+        expired = [connection for since, connection in self._idle if now - since > MAX_IDLE]
+        self._idle = [pair for pair in self._idle if now - pair[0] <= MAX_IDLE]
+        for connection in expired:
+            connection.abort()
+        self._watchdog = self.loop.call_later(self._tick, self._watch) if self._busy or self._idle else None
+
+    async def _connect(self) -> Connection:
+        base = self._base
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                if self._proxy is not None:
+                    return await self._connect_through(self._proxy)
+                _, connection = await self.loop.create_connection(
+                    lambda: Connection(self),
+                    base.host,
+                    base.port,
+                    ssl=self._ssl,
+                    server_hostname=base.host if self._ssl else None,
+                    **self._eyeballs,
+                )
+                return connection
+        except TimeoutError:
+            message = (
+                f"{base.authority} could not be reached within {self._connect_timeout:g} seconds. "
+                "Check the network (VPN, firewall, corporate proxy), then try again."
+            )
+            raise UpstreamFailure("upstream-unreachable", message, repeatable=True) from None
+        except OSError as error:
+            raise _connect_failure(error, base, self._proxy) from None
+
+    async def _connect_through(self, proxy: OutboundProxy) -> Connection:
+        authority = f"[{self._base.host}]" if ":" in self._base.host else self._base.host
+        authority = f"{authority}:{self._base.port}"
+        head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
+        if proxy.authorization is not None:
+            head += f"Proxy-Authorization: {proxy.authorization}\r\n"
+        transport, tunnel = await self.loop.create_connection(_Tunnel, proxy.host, proxy.port)
+        try:
+            transport.write(head.encode("ascii") + b"\r\n")
+            status = await tunnel.status
+            if not 200 <= status < 300:  # noqa: PLR2004 - RFC 9110 9.3.6: any 2xx opens the tunnel
+                cure = "It wants a user name and password: put them into METQUAY_OUTBOUND_PROXY." if status == 407 else "Ask whoever runs it to allow this address."  # noqa: PLR2004 - proxy authentication required
+                message = f"The corporate proxy {proxy.host}:{proxy.port} refused the way to {authority} (status {status}). {cure}"
+                raise UpstreamFailure("upstream-unreachable", message, repeatable=status not in {403, 407})
+            connection = Connection(self)
+            context = cast("ssl.SSLContext", self._ssl)
+            secured = await self.loop.start_tls(transport, connection, context, server_hostname=self._base.host)
+        except BaseException:
+            transport.abort()
+            raise
+        connection.connection_made(cast("asyncio.Transport", secured))
+        return connection
+
+
+class _Tunnel(asyncio.Protocol):
+    """The corporate proxy's answer to CONNECT."""
+
+    def __init__(self) -> None:
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._reader = ResponseReader("CONNECT")
+
+    def data_received(self, data: bytes) -> None:
+        if self.status.done():
+            return
+        try:
+            self._reader.feed(data)
+        except ProtocolError:
+            self.status.set_exception(ConnectionResetError("the corporate proxy's answer was not valid HTTP"))
+            return
+        if self._reader.head is not None:
+            self.status.set_result(self._reader.head.status)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.status.done():
+            self.status.set_exception(ConnectionResetError("the corporate proxy closed the connection"))
+
+
+def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None) -> UpstreamFailure:
+    place = base.authority if proxy is None else f"{base.authority} (through the corporate proxy {proxy.host}:{proxy.port})"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = error.verify_message or "it can't be verified"
+        message = (
+            f"The certificate of {place} was not accepted: {why}. Nothing was sent. If your company inspects TLS or Metquay "
+            "runs on a server of your own, put the issuing CA's certificate (PEM) into METQUAY_CA_BUNDLE."
+        )
+        return UpstreamFailure("upstream-tls", message)
+    if isinstance(error, ssl.SSLError):
+        message = (
+            f"No secure connection to {place} could be made ({error.reason or 'TLS failed'}). Nothing was sent. Check that the "
+            "address is right and speaks TLS on that port; an intercepting firewall needs its CA in METQUAY_CA_BUNDLE."
+        )
+        return UpstreamFailure("upstream-tls", message, repeatable=True)
+    if isinstance(error, socket.gaierror):
+        why, cure = "its name could not be looked up", "Check METQUAY_HOST and the network's name server (DNS)"
+    elif isinstance(error, ConnectionRefusedError) or error.errno == errno.ECONNREFUSED:
+        why, cure = "nothing listens there", "Check METQUAY_HOST and its port"
+    elif isinstance(error, ConnectionResetError):
+        why, cure = str(error) if proxy is not None and error.args else "the connection was closed at once", "Try again"
+    else:
+        why, cure = "the network gives no way to it", "Check the network (VPN, firewall, corporate proxy)"
+    message = f"{place} could not be reached: {why}. {cure}; the proxy goes on trying with each request."
+    return UpstreamFailure("upstream-unreachable", message, repeatable=True)
+
+
+class Login:
+    """The source of tokens: one ``POST {base}/authenticate``, with the keys read anew each time."""
+
+    def __init__(self, transport: Transport, base: BaseURL, credentials: Callable[[], Credentials], clock: Callable[[], float]) -> None:
+        """``credentials`` may read files and raise ``OSError`` or ``ValueError``; ``clock`` is the token cache's."""
+        self._transport = transport
+        self._base = base
+        self._credentials = credentials
+        self._clock = clock
+
+    async def token(self) -> AccessToken:
+        """Log in; raise ``LoginFailed``."""
+        try:
+            keys = self._credentials()
+        except (OSError, ValueError) as error:
+            msg = f"The keys could not be read: {error}"
+            raise LoginFailed(msg) from None
+        data = json.dumps({"accessKey": keys.access_key, "secretKey": keys.secret_key}).encode()
+        head = (
+            f"POST {self._base.prefix}/authenticate HTTP/1.1\r\nHost: {self._base.authority}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nAccept: application/json\r\n\r\n"
+        )
+        began = self._clock()
+        try:
+            status, answer = await self._exchange(head.encode("ascii"), data)
+        except ProxyError as error:
+            raise LoginFailed(error.message) from None
+        return parse_login(status, answer, began)
+
+    async def _exchange(self, head: bytes, data: bytes) -> tuple[int, bytes]:
+        # the keys' own bytes are never kept for a replay: the body is a stream that has already ended
+        body = RequestBody(_Ready(data), present=True, chunked=False, limit=len(data), budget=ReplayBudget(len(data)), timeout=1.0)
+        response = await self._transport.send("POST", head, body)
+        answer = b""
+        try:
+            while piece := await response.read():
+                answer += piece
+                if len(answer) > _LOGIN_BODY_LIMIT:
+                    msg = "the answer to the login is far too long; is METQUAY_HOST right?"
+                    raise LoginFailed(msg)
+        finally:
+            body.close()
+            response.close()
+        return response.head.status, answer
+
+
+class _Ready:
+    """A body that is complete from the start."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def is_eof(self) -> bool:
+        return True
+
+    def at_eof(self) -> bool:
+        return not self._data
+
+    def read_nowait(self, _n: int = -1, /) -> bytes:
+        data, self._data = self._data, b""
+        return data
+
+    async def readany(self) -> bytes:
+        return self.read_nowait()
