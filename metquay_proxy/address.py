@@ -1,0 +1,86 @@
+"""Where the proxy listens, as text (``METQUAY_LISTEN``) and as a value.
+
+Owns that spelling alone. Pure, and shared by the settings and by ``health``, which has 60 ms for everything: it must
+not import what is slow to load (``dataclasses`` costs as much as ``socket``; ``ipaddress`` waits until it is needed).
+
+Facts: RFC 3986 section 3.2.2 (an IPv6 address stands in brackets). Python has no unix sockets on Windows.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import sys
+
+TYPE_CHECKING = False  # to import `typing` costs `health` 8 ms
+if TYPE_CHECKING:
+    from typing import Final, NamedTuple
+
+    class _Fields(NamedTuple):
+        host: str
+        port: int
+        path: str = ""
+else:
+    _Fields = collections.namedtuple("_Fields", ("host", "port", "path"), defaults=("",))  # noqa: PYI024 - see above
+
+DEFAULT_LISTEN: Final = "localhost:6387"
+
+_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
+_MAX_PORT: Final = 65535
+_EXAMPLE: Final = f"write it like {DEFAULT_LISTEN}, [::1]:6387 or unix:/run/metquay.sock"
+
+
+class Address(_Fields):
+    """One place to listen: host (lower case, no brackets) and port (0: any free one), or the path of a unix socket."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Return the address as people write it."""
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_listen(text: str) -> tuple[Address, ...]:
+    """Read one address or several with commas; raise ``ValueError`` with a text for people."""
+    addresses = tuple(_parse(entry.strip()) for entry in text.split(","))
+    for address in addresses:
+        if addresses.count(address) > 1 and (address.path or address.port):
+            msg = f"{address} is listed twice"
+            raise ValueError(msg)
+    return addresses
+
+
+def _parse(text: str) -> Address:
+    scheme, _, path = text.partition(":")
+    if scheme == "unix":
+        if not path.startswith("/"):
+            msg = f"{text!r} needs a path that begins with a slash; {_EXAMPLE}"
+            raise ValueError(msg)
+        if sys.platform == "win32":
+            msg = f"{text!r} is a unix socket, which Python does not have on Windows; listen on {DEFAULT_LISTEN}"
+            raise ValueError(msg)
+        return Address("", 0, path)
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and _PORT.fullmatch(port) and int(port) <= _MAX_PORT):
+        msg = f"{text!r} is not a host and a port from 0 to {_MAX_PORT}; {_EXAMPLE}"
+        raise ValueError(msg)
+    return Address(_host(host.lower(), text), int(port))
+
+
+def _host(host: str, text: str) -> str:
+    bracketed = host.startswith("[") and host.endswith("]")
+    if bracketed or host.replace(".", "").isdecimal():
+        import ipaddress  # noqa: PLC0415 - 6 ms that `health` saves for a name
+
+        kind = ipaddress.IPv6Address if bracketed else ipaddress.IPv4Address
+        try:
+            return str(kind(host.strip("[]")))
+        except ValueError:
+            pass
+    elif _NAME.fullmatch(host):
+        return host
+    msg = f"{text!r} has no host name or IP address before its port; {_EXAMPLE}"
+    raise ValueError(msg)

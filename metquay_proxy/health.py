@@ -1,0 +1,164 @@
+"""The client behind ``metquay-proxy health``: asks a running proxy whether it is alive, or ready.
+
+Owns finding the proxy (environment, ``.env``) and one small HTTP exchange. The standard library alone, and of that only
+what loads fast, because container engines run this every few seconds: no asyncio, no http.client, no pydantic.
+
+Facts: RFC 9112 section 4 (status line), 9.6 (``Connection: close``). Windows may spend 2 s on a missing ``::1``, so
+127.0.0.1 is asked first. A listener on 0.0.0.0 or [::] is reached at the loopback addresses. The quoting and the
+``${NAME:-default}`` of a ``.env`` file are those of python-dotenv, which reads it for the proxy itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import time
+
+from metquay_proxy.address import parse_listen
+
+TYPE_CHECKING = False  # to import `typing` costs 8 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Final
+
+    from metquay_proxy.address import Address
+
+TIMEOUT: Final = 5.0
+"""Seconds that one question may take."""
+INTERVAL: Final = 0.1
+"""Seconds between two questions of ``--wait``."""
+
+_LOOPBACK: Final = {
+    "localhost": ("127.0.0.1", "::1"),
+    "0.0.0.0": ("127.0.0.1",),  # noqa: S104 - asked, not bound
+    "::": ("::1", "127.0.0.1"),
+}
+_MAX_ANSWER: Final = 4096
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r\n]")
+_OK: Final = 200
+
+_ASSIGNMENT: Final = re.compile(
+    r"""^[^\S\n]*(?:export[^\S\n]+)?'?(?P<name>\w+)'?[^\S\n]*=(?P<gap>[^\S\n]*)
+        (?:(?:'(?P<single>(?:\\.|[^'\\])*)'|"(?P<double>(?:\\.|[^"\\])*)")[^\S\n]*(?:\#[^\n]*)?$|(?P<plain>(?!['"])[^\n]*))""",
+    re.MULTILINE | re.DOTALL | re.VERBOSE,
+)
+_VARIABLE: Final = re.compile(r"\$\{([^}:]*)(?::-([^}]*))?\}")
+
+
+def find(variable: str, environ: Mapping[str, str], env_file: str = ".env") -> str | None:
+    """Return a variable's value from the environment, else from the ``.env`` file; empty ones count as absent.
+
+    Raises ``OSError`` where the file is there and cannot be read.
+    """
+    for found in (environ, _read_env_file(env_file, environ)):
+        for name, value in found.items():
+            if name.upper() == variable and value:
+                return value
+    return None
+
+
+def _read_env_file(path: str, environ: Mapping[str, str]) -> dict[str, str]:
+    if not os.path.isfile(path):  # noqa: PTH113 - pathlib costs 10 ms here
+        return {}
+    with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - pathlib costs 10 ms here
+        text = file.read().removeprefix("\ufeff")
+    known = dict(environ)
+    values: dict[str, str] = {}
+    for match in _ASSIGNMENT.finditer(text):
+        name, gap, single, double, plain = match.group("name", "gap", "single", "double", "plain")
+        if plain is None:
+            value = re.sub(r"\\([\\'\"])", r"\1", double if single is None else single)
+        else:
+            value = "" if gap and plain.startswith("#") else re.sub(r"\s+#.*", "", plain).rstrip()
+        known[name] = values[name] = _VARIABLE.sub(lambda m: known.get(m[1], m[2] or ""), value)
+    return values
+
+
+def check(  # noqa: PLR0913 - what to ask, how long, and the clock
+    listen: str,
+    *,
+    ready: bool = False,
+    tls: bool = False,
+    wait: float = 0,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> str | None:
+    """Return None as soon as the proxy at the first address of ``listen`` is alive (or ready), else why it is not.
+
+    ``wait`` is in seconds; 0 asks once. Raises ``ValueError`` where ``listen`` is malformed.
+    """
+    address = parse_listen(listen)[0]
+    if not address.path and not address.port:
+        return f"{address} leaves the port to the system: give health the port that the proxy printed, with --listen"
+    path = "/-/ready" if ready else "/-/live"
+    end = clock() + wait
+    while True:
+        try:
+            why = _judge(
+                _ask(address, path, tls=tls, timeout=min(TIMEOUT, max(INTERVAL, end - clock())) if wait else TIMEOUT)
+            )
+        except OSError as error:
+            why = f"{error.strerror or error}; is the proxy running?"
+        left = end - clock()
+        if why is None or left <= 0:
+            return why and f"{address}{path}: {why}"
+        sleep(min(INTERVAL, left))
+
+
+def _ask(address: Address, path: str, *, tls: bool, timeout: float) -> bytes:
+    answer = b""
+    with _connect(address, timeout, tls=tls) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        try:
+            while len(answer) < _MAX_ANSWER and (received := connection.recv(_MAX_ANSWER)):
+                answer += received
+        except ConnectionResetError:
+            return answer  # a TLS listener may end a clear-text question so
+    return answer
+
+
+def _connect(address: Address, timeout: float, *, tls: bool) -> socket.socket:
+    targets: list[tuple[int, str | tuple[str, int]]] = [
+        (socket.AF_INET6 if ":" in host else socket.AF_INET, (host, address.port))
+        for host in _LOOPBACK.get(address.host, (address.host,))
+    ]
+    if sys.platform != "win32" and address.path:
+        targets = [(socket.AF_UNIX, address.path)]
+    failures = []
+    for family, target in targets:
+        connection = None
+        try:
+            connection = socket.socket(family)
+            connection.settimeout(timeout)
+            connection.connect(target)
+            return _over_tls(connection) if tls else connection
+        except OSError as error:
+            failures.append(error)
+            if connection is not None:
+                connection.close()
+    raise failures[0]  # a machine that lacks the other family says less about it
+
+
+def _over_tls(connection: socket.socket) -> socket.socket:
+    import ssl  # noqa: PLC0415 - 20 ms that only this case needs
+
+    # Nothing is verified: the question holds no secret, the answer no more than a state, the listener is our own, and
+    # its certificate names the host that tools use, seldom the loopback address that is asked here.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(connection)
+
+
+def _judge(answer: bytes) -> str | None:
+    match = _STATUS_LINE.match(answer)
+    if match is None and answer:
+        return "no HTTP answer"
+    if match is None:
+        return "closed without an answer; does it serve TLS? Then METQUAY_TLS_CERT must be set here too"
+    if int(match[1]) == _OK:
+        return None
+    state = answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace").strip()
+    return f"status {match[1].decode()}" + (f", {state[:200]}" if state.isprintable() and state else "")

@@ -1,0 +1,677 @@
+"""The settings: each declared once, found in five places, and parsed into the values that the other modules take.
+
+Owns part 2 of the contract. ``Settings`` says what a setting means and what it may be; ``load`` collects the texts
+(flags, then environment, then ``.env``, then secret files). Must not act on a setting, and must never put the text of a
+secret into an error, a warning or a repr.
+
+Facts: systemd puts credentials into ``$CREDENTIALS_DIRECTORY`` (systemd.exec(5)), docker and podman into
+``/run/secrets``. Kubernetes adds variables such as ``METQUAY_PROXY_SERVICE_HOST`` for each service of that name: those
+are nobody's mistake. pydantic shows the input in its errors unless ``hide_input_in_errors`` is set.
+"""
+
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field, PlainValidator, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from metquay_proxy.address import DEFAULT_LISTEN, Address, parse_listen
+from metquay_proxy.auth import Credentials
+from metquay_proxy.gate import ClientKey
+from metquay_proxy.quota import Rate, parse_rate
+from metquay_proxy.rewrite import BaseURL, is_loopback
+from metquay_proxy.target import API_PREFIX, OWN_PREFIX
+from metquay_proxy.upstream import OutboundProxy
+
+PREFIX: Final = "METQUAY_"
+ENV_FILE: Final = ".env"
+SECRETS_DIRECTORY: Final = Path("/run/secrets")
+MAX_REPLAY_LIMIT: Final = 64 * 1024 * 1024
+"""Bytes; what all kept bodies together may take."""
+
+_KEY: Final = re.compile(r"[A-Za-z0-9._~-]{16,}")
+_KEY_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
+_HOST_NAME: Final = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?")
+_PATH_PREFIX: Final = re.compile(r"(/(?!\.{1,2}/)[A-Za-z0-9._~!$&'()*+;=:@-]+)+/")
+_SIZE: Final = re.compile(r"([0-9]+) *(b|kb|mb|gb|kib|mib|gib)?", re.IGNORECASE)
+_UNIT: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SERVICE_LINK: Final = re.compile(r"METQUAY_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_[0-9]+_\w+)")
+_SHORT_KEY: Final = 16
+_SHORT_SECRET: Final = 12
+_READABLE_BY_OTHERS: Final = 0o004
+
+
+class Setting(NamedTuple):
+    """One effective setting for people to read: secrets are masked, ``value`` is None where there is none."""
+
+    variable: str
+    value: str | None
+    source: str
+
+
+class SettingsError(Exception):
+    """Settings that the proxy cannot run with: one line for each variable, without any secret."""
+
+    def __init__(self, lines: Iterable[str], warnings: Iterable[str], sources: tuple[Setting, ...]) -> None:
+        """``warnings`` and ``sources`` are those that ``Settings`` would have had."""
+        self.lines = tuple(lines)
+        self.warnings = tuple(warnings)
+        self.sources = sources
+        super().__init__("\n".join(self.lines))
+
+
+class _Secret:
+    """Marks a setting that has no flag and is never shown: every user of the machine can read a process list."""
+
+
+def _text(parse: Callable[[str], object]) -> PlainValidator:
+    """Parse a text; anything else is taken as the value itself (code that builds ``Settings`` passes values)."""
+
+    def validate(value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if not value.strip():
+            msg = "is empty"
+            raise ValueError(msg)
+        return parse(value.strip())
+
+    return PlainValidator(validate)
+
+
+def _entries(text: str) -> list[str]:
+    return [entry for entry in (part.strip() for part in re.split(r"[,\n]", text)) if entry]
+
+
+def _key(text: str) -> SecretStr:
+    if not text.isprintable():
+        msg = "the key holds control characters: copy it again"
+        raise ValueError(msg)
+    return SecretStr(text)
+
+
+def _client_key(text: str) -> ClientKey:
+    if not re.fullmatch(r"[\x21-\x7e]+", text):
+        msg = "must be ASCII without spaces, since tools send it in a header"
+        raise ValueError(msg)
+    return ClientKey.of("default", text)
+
+
+def _client_keys(text: str) -> tuple[ClientKey, ...]:
+    keys: list[ClientKey] = []
+    for number, entry in enumerate(_entries(text), start=1):
+        name, key, *rest = [*entry.split(":"), ""]
+        if not _KEY_NAME.fullmatch(name) or rest not in ([""], ["read-only", ""]):
+            msg = f"entry {number} is not name:key or name:key:read-only, with a name of letters, digits, '_' and '-'"
+            raise ValueError(msg)
+        if not _KEY.fullmatch(key):
+            msg = f"the key in entry {number} must have at least 16 characters out of letters, digits and . _ ~ -"
+            raise ValueError(msg)
+        keys.append(ClientKey.of(name, key, read_only=len(rest) > 1))
+    return tuple(keys)
+
+
+def _flag(text: str) -> bool:
+    word = text.lower()
+    if word not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
+        msg = f"{text!r} is neither true nor false"
+        raise ValueError(msg)
+    return word in {"true", "yes", "on", "1"}
+
+
+def parse_seconds(text: str) -> float:
+    """Read a finite number of seconds, 0 or more; raise ``ValueError`` with a text for people."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        msg = f"{text!r} is not a number of seconds, such as 20 or 0.5"
+        raise ValueError(msg)
+    return seconds
+
+
+def _timeout(text: str) -> float:
+    seconds = parse_seconds(text)
+    if not seconds:
+        msg = "0 would fail each request; give a number of seconds above 0"
+        raise ValueError(msg)
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,3}", text):
+        msg = f"{text!r} is not a whole number from 0 to 999"
+        raise ValueError(msg)
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes such as ``65536``, ``64 KiB`` or ``1 MB``; raise ``ValueError`` with a text for people."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        msg = f"{text!r} is not a size, such as 65536, 64 KiB or 1 MiB"
+        raise ValueError(msg)
+    return int(match[1]) * _UNIT[(match[2] or "").lower()]
+
+
+def _replay_limit(text: str) -> int:
+    size = parse_size(text)
+    if size > MAX_REPLAY_LIMIT:
+        msg = f"{text} is more than 64 MiB, which is what all kept bodies together may take"
+        raise ValueError(msg)
+    return size
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            msg = f"{text!r} is none of {', '.join(words)}"
+            raise ValueError(msg)
+        return text.lower()
+
+    return parse
+
+
+def _allowed_hosts(text: str) -> tuple[str, ...]:
+    names = [entry.lower().rstrip(".") for entry in _entries(text)]
+    for name in names:
+        if not _HOST_NAME.fullmatch(name):
+            msg = f"{name!r} is not a host name; give names without scheme, port or *, such as proxy.lab.example"
+            raise ValueError(msg)
+    return tuple(names)
+
+
+def _allowed_origins(text: str) -> tuple[str, ...]:
+    origins = [_origin(entry.lower().removesuffix("/")) for entry in _entries(text)]
+    return tuple(origins)
+
+
+def _origin(text: str) -> str:
+    if not _ORIGIN.fullmatch(text):
+        msg = "holds something else than origins, which have a scheme, a host and no path: https://tools.lab.example"
+        raise ValueError(msg)
+    scheme, _, authority = text.partition("://")
+    return f"{scheme}://{authority.removesuffix({'http': ':80', 'https': ':443'}.get(scheme, '/'))}"
+
+
+def _pass_through(text: str) -> tuple[str, ...]:
+    prefixes = _entries(text)
+    for prefix in prefixes:
+        if not _PATH_PREFIX.fullmatch(prefix):
+            msg = f"{prefix!r} is not a path prefix that begins and ends with a slash, such as /FlexicalERP/"
+            raise ValueError(msg)
+    return tuple(prefixes)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        msg = f"cannot read {text}: {error.strerror}"
+        raise ValueError(msg) from None
+    return path
+
+
+def _ca_bundle(text: str) -> Path:
+    import ssl  # noqa: PLC0415 - only who sets it pays for loading it
+
+    path = _file(text)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError:
+        msg = f"{text} holds no certificate in PEM form (a text with BEGIN CERTIFICATE)"
+        raise ValueError(msg) from None
+    return path
+
+
+def _audit_log(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        msg = f"{text} must be a file in a directory that exists"
+        raise ValueError(msg)
+    return path
+
+
+def parse_outbound_proxy(text: str) -> OutboundProxy:
+    """Read ``http://user:password@host:port`` (scheme, user and port may be left out); raise ``ValueError``."""
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        host, port = parts.hostname, parts.port or 80
+    except ValueError:
+        host = None
+    if not host or parts.scheme != "http" or parts.path not in {"", "/"} or parts.query or parts.fragment:
+        msg = "must be the address of a proxy that is spoken to in clear text, such as http://proxy.lab.example:3128"
+        raise ValueError(msg)
+    user, password = (part and unquote(part) for part in (parts.username, parts.password))
+    return OutboundProxy.of(host, port, user, password)
+
+
+def _setting(metavar: str, description: str, default: str | tuple[()] | None = None) -> Any:  # noqa: ANN401 - typed like pydantic's Field
+    """Declare a setting: the name of its value, meaning and unit, and the default as one writes it."""
+    return Field(default=default, title=metavar, description=description)
+
+
+_Flag = Annotated[bool, _text(_flag)]
+_File = Annotated[Path | None, _text(Path)]
+_ReadableFile = Annotated[Path | None, _text(_file)]
+_Seconds = Annotated[float, _text(parse_seconds)]
+_Timeout = Annotated[float, _text(_timeout)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set; frozen. ``load`` makes one from the places where settings are found."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        enable_decoding=False,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        validate_default=True,
+    )
+
+    sandbox: _Flag = _setting(
+        "", "use the built-in Metquay simulator as the upstream: no host and no keys are needed", "false"
+    )
+
+    host: Annotated[BaseURL | None, _text(BaseURL.parse)] = _setting(
+        "HOST",
+        "your Metquay server: lab.metquay.co, or https://lab.metquay.co/api/v1; http:// within this machine only",
+    )
+    access_key: Annotated[SecretStr | None, _text(_key), _Secret] = _setting("KEY", "access key of the API client")
+    access_key_file: _File = _setting("FILE", "file that holds the access key; read again at each login")
+    secret_key: Annotated[SecretStr | None, _text(_key), _Secret] = _setting("KEY", "secret key of the API client")
+    secret_key_file: _File = _setting("FILE", "file that holds the secret key; read again at each login")
+
+    client_key: Annotated[ClientKey | None, _text(_client_key), _Secret] = _setting(
+        "KEY", "key that local tools must present"
+    )
+    client_key_file: _File = _setting("FILE", "file that holds the client key")
+    client_keys: Annotated[tuple[ClientKey, ...], _text(_client_keys), _Secret] = _setting(
+        "KEYS", "named client keys, name:key[:read-only], with commas or one a line", ()
+    )
+    client_keys_file: _File = _setting("FILE", "file that holds the named client keys")
+    trust_network: _Flag = _setting("", "listen beyond this machine without any client key", "false")
+
+    listen: Annotated[tuple[Address, ...], _text(parse_listen)] = _setting(
+        "ADDRESS",
+        "where to listen: host:port (port 0: any free one) or unix:/path; several with commas",
+        DEFAULT_LISTEN,
+    )
+    tls_cert: _ReadableFile = _setting("FILE", "PEM certificate chain, to serve https")
+    tls_key: _ReadableFile = _setting("FILE", "PEM private key of that certificate, without a password")
+    allowed_hosts: Annotated[tuple[str, ...], _text(_allowed_hosts)] = _setting(
+        "NAMES", "further host names under which tools reach the proxy; several with commas", ()
+    )
+    allowed_origins: Annotated[tuple[str, ...], _text(_allowed_origins)] = _setting(
+        "ORIGINS", "web pages that may use the proxy, such as https://tools.lab.example; several with commas", ()
+    )
+    read_only: _Flag = _setting("", "forward GET, HEAD and OPTIONS only", "false")
+    pass_through: Annotated[tuple[str, ...], _text(_pass_through)] = _setting(
+        "PATHS",
+        "path prefixes sent to the server's root without a token, such as /FlexicalERP/; several with commas",
+        (),
+    )
+
+    rate_limit: Annotated[Rate | None, _text(parse_rate)] = _setting(
+        "RATE", "quota of the key pair: N/second, N/minute, N/hour, or off", "100/minute"
+    )
+    max_wait: _Seconds = _setting(
+        "SECONDS", "seconds that a request may wait in all: for token and quota, between and in failed attempts", "20"
+    )
+    retries: Annotated[int, _text(_count)] = _setting("N", "further attempts for requests that are safe to repeat", "2")
+    replay_limit: Annotated[int, _text(_replay_limit)] = _setting(
+        "SIZE", "largest body kept for another attempt: bytes, KiB or MiB, up to 64 MiB", "1 MiB"
+    )
+    connect_timeout: _Timeout = _setting("SECONDS", "seconds to connect to Metquay", "10")
+    read_timeout: _Timeout = _setting("SECONDS", "seconds of silence between bytes; the whole has no limit", "60")
+    ca_bundle: Annotated[Path | None, _text(_ca_bundle)] = _setting(
+        "FILE", "PEM certificates trusted beside the operating system's"
+    )
+    outbound_proxy: Annotated[OutboundProxy | None, _text(parse_outbound_proxy), _Secret] = _setting(
+        "URL", "corporate proxy on the way to Metquay, in place of the system's"
+    )
+    outbound_proxy_file: _File = _setting("FILE", "file that holds the corporate proxy's URL")
+
+    drain_timeout: _Seconds = _setting("SECONDS", "seconds for requests in flight when the proxy is told to stop", "8")
+    audit_log: Annotated[Path | None, _text(_audit_log)] = _setting(
+        "FILE", "file that gets one JSON line for each write"
+    )
+    allow_quit: _Flag = _setting("", "let POST /-/quit end the proxy", "false")
+    log_level: Annotated[str, _text(_one_of("debug", "info", "warning", "error"))] = _setting(
+        "LEVEL", "debug, info, warning or error", "info"
+    )
+    log_format: Annotated[str, _text(_one_of("auto", "console", "json"))] = _setting(
+        "FORMAT", "console, json, or auto: console on a terminal, else json", "auto"
+    )
+
+    _sources: tuple[Setting, ...] = ()
+    _warnings: tuple[str, ...] = ()
+    _files: dict[str, Path] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what is passed, and nothing else: ``load`` collects, since it remembers what it found where."""
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
+
+    @field_validator("host", "access_key", "secret_key")
+    @classmethod
+    def _required(cls, value: object, info: ValidationInfo) -> object:
+        if value is None and not info.data.get("sandbox"):
+            if info.field_name == "host":
+                msg = (
+                    "is missing: give your Metquay server, such as lab.metquay.co; to try without one: serve --sandbox"
+                )
+            else:
+                file = f"{variable(str(info.field_name))}_FILE"
+                msg = f"is missing: set it in the environment or in .env, or name a file that holds it in {file}"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("client_keys")
+    @classmethod
+    def _unique(cls, keys: tuple[ClientKey, ...], info: ValidationInfo) -> tuple[ClientKey, ...]:
+        single = info.data.get("client_key")
+        known = (*keys, single) if single else keys
+        if len({key.name for key in known}) < len(known):
+            msg = "names must be unique, and 'default' is the name of METQUAY_CLIENT_KEY"
+            raise ValueError(msg)
+        if len({key.digest for key in known}) < len(known):
+            msg = "has a key twice; each name needs a key of its own"
+            raise ValueError(msg)
+        return keys
+
+    @field_validator("listen")
+    @classmethod
+    def _safe(cls, addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[Address, ...]:
+        data = info.data
+        guarded = data.get("client_key", True) or data.get("client_keys", True)
+        for address in addresses:
+            if not (guarded or is_local(address) or data.get("trust_network", True) or data["sandbox"]):
+                msg = (
+                    f"{address} can be reached by other machines, which could then use your keys: listen on localhost, "
+                    "or set METQUAY_CLIENT_KEY, or METQUAY_TRUST_NETWORK=true if all of them may"
+                )
+                raise ValueError(msg)
+            if _is_upstream(address, data.get("host")):
+                msg = f"{address} is where METQUAY_HOST points to: the proxy would forward to itself"
+                raise ValueError(msg)
+        return addresses
+
+    @field_validator("tls_key")
+    @classmethod
+    def _pair(cls, key: Path | None, info: ValidationInfo) -> Path | None:
+        if "tls_cert" not in info.data:
+            return key
+        cert: Path | None = info.data["tls_cert"]
+        if (key is None) != (cert is None):
+            msg = "METQUAY_TLS_CERT and METQUAY_TLS_KEY belong together: set both or neither"
+            raise ValueError(msg)
+        if key and cert:
+            import ssl  # noqa: PLC0415 - only who serves TLS pays for loading it
+
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
+            except ssl.SSLError:
+                msg = f"{key} is not the private key, in PEM form and without a password, of the certificate in {cert}"
+                raise ValueError(msg) from None
+        return key
+
+    @field_validator("pass_through")
+    @classmethod
+    def _outside(cls, prefixes: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        base: BaseURL | None = info.data.get("host")
+        for prefix in prefixes:
+            for taken in ((base.prefix if base else API_PREFIX) + "/", OWN_PREFIX):
+                if prefix.startswith(taken) or taken.startswith(prefix):
+                    msg = f"{prefix} overlaps {taken}, which the proxy answers or forwards with a token"
+                    raise ValueError(msg)
+        return prefixes
+
+    @property
+    def keys(self) -> tuple[ClientKey, ...]:
+        """All client keys; METQUAY_CLIENT_KEY is called ``default``."""
+        return (self.client_key, *self.client_keys) if self.client_key else self.client_keys
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd about the settings but no error: one line each, without secrets."""
+        return self._warnings
+
+    def sources(self) -> tuple[Setting, ...]:
+        """Return each variable's effective value, masked, and where it was found; empty unless ``load`` made this."""
+        return self._sources
+
+    def credentials(self) -> Credentials:
+        """Return the key pair, read again where it came from files, so that rotated keys need no restart.
+
+        Blocks while it reads two small files. Raises ``OSError``, or ``ValueError`` where there is no key (any more).
+        """
+        return Credentials(self._current("access_key"), self._current("secret_key"))
+
+    def _current(self, name: str) -> str:
+        path = self._files.get(name)
+        key: SecretStr | None = _key(_read(path)) if path else getattr(self, name)
+        if key is None:
+            msg = f"{variable(name)} is not set"
+            raise ValueError(msg)
+        return key.get_secret_value()
+
+
+VARIABLES: Final = {name: field for name, field in Settings.model_fields.items() if name != "sandbox"}
+"""Name (as in ``Settings``) to pydantic's description of it, for each setting that has a variable."""
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def flag(name: str) -> str | None:
+    """Return the command-line flag of a setting; None for secrets."""
+    return None if _is_secret(name) else "--" + name.replace("_", "-")
+
+
+def default_text(name: str) -> str | None:
+    """Return the default of a setting as one would write it; None where there is none."""
+    return VARIABLES[name].default or None
+
+
+def _is_upstream(address: Address, base: BaseURL | None) -> bool:
+    if base is None or address.path or address.port != base.port:
+        return False
+    hosts = {address.host, base.host}
+    return (
+        len(hosts) == 1
+        or ("localhost" in hosts and not hosts.isdisjoint({"127.0.0.1", "::1"}))
+        or (address.host in {"0.0.0.0", "::"} and is_loopback(base.host))  # noqa: S104 - compared, not bound
+    )
+
+
+def is_local(address: Address) -> bool:
+    """Whether only this machine can reach the address."""
+    return bool(address.path) or is_loopback(address.host)
+
+
+def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Settings:
+    """Find and parse the settings; ``flags`` are texts by the settings' names. Raises ``SettingsError``."""
+    found = _Found()
+    found.add("flag", flags or {})
+    found.add("environment", _variables(EnvSettingsSource(Settings).env_vars))
+    try:
+        found.add(ENV_FILE, _variables(DotEnvSettingsSource(Settings, env_file=ENV_FILE).env_vars))
+    except UnicodeDecodeError:
+        found.problems[ENV_FILE] = f"{ENV_FILE}: it is not UTF-8 text; save it as UTF-8"
+    except OSError as error:
+        found.problems[ENV_FILE] = f"{ENV_FILE}: {_why(error)}"
+    found.add_secret_files()
+    problems = found.problems
+    try:
+        settings = Settings.model_validate({**found.texts, "sandbox": sandbox})
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_context=False, include_input=False):
+            name = str(item["loc"][0])
+            problems.setdefault(name, found.line(name, item["msg"].removeprefix("Value error, ")))
+    if problems:
+        raise SettingsError(problems.values(), found.warnings, found.sources())
+    settings._sources = found.sources()  # noqa: SLF001 - what only the finder knows
+    settings._warnings = tuple(found.warnings)  # noqa: SLF001 - see above
+    settings._files = found.files  # noqa: SLF001 - see above
+    return settings
+
+
+class _Found:
+    """What was found where. What is added first wins."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.origins: dict[str, str] = {}
+        self.files: dict[str, Path] = {}
+        self.warnings: list[str] = []
+        self.problems: dict[str, str] = {}
+
+    def add(self, origin: str, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            if name not in VARIABLES:
+                self._warn_unknown(origin, name, text)
+            elif name not in self.texts:
+                self.texts[name] = text
+                self.origins[name] = origin
+
+    def add_secret_files(self) -> None:
+        """Read the files that ``..._FILE`` variables name, then those that are named like a variable."""
+        directories = [Path(os.environ["CREDENTIALS_DIRECTORY"])] if os.environ.get("CREDENTIALS_DIRECTORY") else []
+        directories.append(SECRETS_DIRECTORY)
+        named = {name: self.texts.get(f"{name}_file") for name in VARIABLES if _is_secret(name)}
+        for name, file in named.items():
+            if file and name in self.texts:
+                self.warnings.append(
+                    f"{variable(name)} (from {self.origins[name]}) is used, and {variable(name)}_FILE is not"
+                )
+            elif file:
+                self._read(name, Path(file), private=Path(file).parent not in directories)
+        for directory in directories:
+            for path in self._list(directory):
+                name = path.name.lower().removeprefix(PREFIX.lower())
+                if name not in VARIABLES:
+                    self._warn_unknown(str(directory), name, "")
+                elif name not in self.texts and name not in self.problems:
+                    self._read(name, path, private=False)
+        if len(self.texts.get("client_key", "long enough to pass")) < _SHORT_KEY:
+            self.warnings.append(f"METQUAY_CLIENT_KEY is short: make it {_SHORT_KEY} random characters or more")
+
+    def line(self, name: str, text: str) -> str:
+        """Return the one line that tells what is wrong with a setting."""
+        origin = self.origins.get(name, "flag")
+        hints = ", ".join(filter(None, (flag(name), "" if origin == "flag" else f"found in {origin}")))
+        return f"{variable(name)}{hints and f' ({hints})'}: {text}"
+
+    def sources(self) -> tuple[Setting, ...]:
+        """Return everything that was found, or is the default, masked."""
+        return tuple(
+            Setting(
+                variable(name),
+                _masked(name, self.texts[name]) if name in self.texts else default_text(name),
+                self.origins.get(name, "default"),
+            )
+            for name in VARIABLES
+        )
+
+    def _list(self, directory: Path) -> list[Path]:
+        try:
+            return [path for path in sorted(directory.iterdir()) if path.name.upper().startswith(PREFIX)]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self.warnings.append(f"{directory} was not searched for secrets: {error.strerror}")
+            return []
+
+    def _read(self, name: str, path: Path, *, private: bool) -> None:
+        try:
+            self.texts[name] = _read(path)
+            self.files[name] = path
+            self.origins[name] = f"file {path}"
+            if private and sys.platform != "win32" and path.stat().st_mode & _READABLE_BY_OTHERS:
+                self.warnings.append(
+                    f"{path}, which holds {variable(name)}, can be read by every user: chmod 600 {path}"
+                )
+        except (OSError, ValueError) as error:
+            self.problems[name] = self.line(name, _why(error))
+
+    def _warn_unknown(self, origin: str, name: str, text: str) -> None:
+        if _SERVICE_LINK.fullmatch(variable(name)) or text.startswith(("tcp://", "udp://")):
+            return
+        import difflib  # noqa: PLC0415 - only a mistake pays for loading it
+
+        nearest = difflib.get_close_matches(name, VARIABLES, n=1)
+        hint = f"; did you mean {variable(nearest[0])}?" if nearest else ""
+        self.warnings.append(f"{variable(name)} (from {origin}) is no setting of this proxy{hint}")
+
+
+def _variables(found: Mapping[str, str | None]) -> dict[str, str]:
+    prefix = PREFIX.lower()
+    return {name.removeprefix(prefix): text for name, text in found.items() if text and name.startswith(prefix)}
+
+
+def _is_secret(name: str) -> bool:
+    return _Secret in Settings.model_fields[name].metadata
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        msg = f"{path} is not UTF-8 text; save it as UTF-8"
+        raise ValueError(msg) from None
+    if not text:
+        msg = f"{path} is empty"
+        raise ValueError(msg)
+    return text
+
+
+def _why(error: Exception) -> str:
+    return f"cannot read {error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
+def _masked(name: str, text: str) -> str:
+    try:
+        if name == "outbound_proxy":
+            proxy = parse_outbound_proxy(text)
+            return f"http://{'***@' if proxy.authorization else ''}{Address(proxy.host, proxy.port)}"
+        if name == "client_keys":
+            _client_keys(text)
+            keys = (entry.split(":") for entry in _entries(text))
+            return ",".join(":".join((name, last_four(key), *rest)) for name, key, *rest in keys)
+    except ValueError:
+        return "***"
+    if _is_secret(name):
+        return last_four(text)
+    return text if VARIABLES[name].title == "FILE" else re.sub(r"\S*@", "***@", text)
+
+
+def last_four(secret: str) -> str:
+    """Return what may be shown of a secret: its last four characters, nothing of a short one."""
+    return "***" if len(secret) < _SHORT_SECRET else f"...{secret[-4:]}"

@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from metquay_proxy import __version__, cli, health, server
+from metquay_proxy import settings as settings_module
+from metquay_proxy.settings import VARIABLES, flag, variable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from metquay_proxy.settings import Settings
+
+ACCOUNT = {
+    "METQUAY_HOST": "lab.metquay.co",
+    "METQUAY_ACCESS_KEY": "access-key-AAAA",
+    "METQUAY_SECRET_KEY": "secret-key-SSSS",
+}
+
+READABLE = "since every user can read a command line"
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting reaches a test from the machine that runs it."""
+    for name in os.environ:
+        if name.upper().startswith("METQUAY_"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    monkeypatch.setattr(settings_module, "SECRETS_DIRECTORY", tmp_path / "run-secrets")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what is required."""
+    for name, value in ACCOUNT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, bool]]:
+    """Return what the server is started with; it ends at once with exit code 0."""
+    starts: list[tuple[Settings, bool]] = []
+
+    def run(settings: Settings, *, sandbox: bool) -> int:
+        starts.append((settings, sandbox))
+        return 0
+
+    monkeypatch.setattr(server, "run", run)
+    return starts
+
+
+def command(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - subprocess's own
+    """Run the program as a user does."""
+    return subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-m", "metquay_proxy", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        **more,
+    )
+
+
+@contextmanager
+def listening(answer: bytes) -> Iterator[int]:
+    """Give one answer to one connection on a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join()
+
+
+class TestServe:
+    @pytest.mark.parametrize("words", [[], ["serve"]])
+    @pytest.mark.usefixtures("account")
+    def test_it_is_what_happens_without_a_command(self, started: list[tuple[Settings, bool]], words: list[str]) -> None:
+        """Also when the first word is a flag."""
+        assert 0 == cli.main([*words])
+        assert 0 == cli.main([*words, "--retries", "7", "--read-only", "--max-wait=3"])
+        (first, sandbox), (second, _) = started
+        assert not sandbox
+        assert (2, False, 20.0) == (first.retries, first.read_only, first.max_wait)
+        assert (7, True, 3.0) == (second.retries, second.read_only, second.max_wait)
+
+    def test_the_sandbox_is_a_flag(self, started: list[tuple[Settings, bool]]) -> None:
+        """With it nothing else is needed."""
+        assert 0 == cli.main(["--sandbox"])
+        assert [(True, True)] == [(settings.sandbox, sandbox) for settings, sandbox in started]
+
+    @pytest.mark.usefixtures("account")
+    def test_a_switch_can_be_switched_off(
+        self, monkeypatch: pytest.MonkeyPatch, started: list[tuple[Settings, bool]]
+    ) -> None:
+        """A flag wins over a variable in both directions."""
+        monkeypatch.setenv("METQUAY_READ_ONLY", "true")
+        assert 0 == cli.main(["--no-read-only"])
+        assert not started[0][0].read_only
+
+    def test_wrong_settings_are_one_line_each(
+        self, monkeypatch: pytest.MonkeyPatch, started: list[tuple[Settings, bool]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Exit code 2, the server is not started, and what may be the cause is told first."""
+        monkeypatch.setenv("METQUAY_HSOT", "hunter2")
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS", "hunter2")
+        assert 2 == cli.main(["--max-wait", "x"])
+        captured = capsys.readouterr()
+        assert [
+            "warning",
+            "METQUAY_HOST (--host)",
+            "METQUAY_ACCESS_KEY",
+            "METQUAY_SECRET_KEY",
+            "METQUAY_CLIENT_KEYS (found in environment)",
+            "METQUAY_MAX_WAIT (--max-wait)",
+        ] == [line.partition(":")[0] for line in captured.err.splitlines()]
+        assert "hunter2" not in captured.err
+        assert ("", []) == (captured.out, started)
+
+    @pytest.mark.usefixtures("account")
+    def test_what_the_system_refuses_is_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A port that is taken, for one."""
+
+        def run(*_: object, **__: object) -> int:
+            raise OSError(errno.EADDRINUSE, "address already in use")
+
+        monkeypatch.setattr(server, "run", run)
+        assert 1 == cli.main([])
+        assert "metquay-proxy: address already in use; choose another place with --listen\n" == capsys.readouterr().err
+
+    @pytest.mark.usefixtures("account")
+    def test_ctrl_c_before_the_server_listens_for_it_is_a_clean_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No traceback; but a question that was broken off was not answered with yes."""
+
+        def interrupt(*_: object, **__: object) -> int:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(server, "run", interrupt)
+        monkeypatch.setattr(health, "check", interrupt)
+        assert 0 == cli.main([])
+        assert 1 == cli.main(["health"])
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("words", "line"),
+        [
+            (["srve"], "unknown command srve, did you mean serve?; see metquay-proxy --help"),
+            (["xyzzy"], "unknown command xyzzy; see metquay-proxy --help"),
+            (["--listne", "x"], "unknown flag --listne, did you mean --listen?; see metquay-proxy serve --help"),
+            (["serve", "--listne=x"], "unknown flag --listne, did you mean --listen?; see metquay-proxy serve --help"),
+            (["--lis", "x"], "unknown flag --lis, did you mean --listen?; see metquay-proxy serve --help"),
+            (["-khunter2"], "unknown flag -k; see metquay-proxy serve --help"),
+            (["--listen"], "argument --listen: expected one argument; see metquay-proxy serve --help"),
+            (["serve", "hunter2"], "it takes no words beside its flags; see metquay-proxy serve --help"),
+            (
+                ["--secret-key", "hunter2"],
+                f"there is no --secret-key, {READABLE}: set METQUAY_SECRET_KEY, or METQUAY_SECRET_KEY_FILE",
+            ),
+            (
+                ["settings", "--client_keys=hunter2"],
+                f"there is no --client_keys, {READABLE}: set METQUAY_CLIENT_KEYS, or METQUAY_CLIENT_KEYS_FILE",
+            ),
+            (["health", "--raedy"], "unknown flag --raedy, did you mean --ready?; see metquay-proxy health --help"),
+            (
+                ["health", "--wait", "x"],
+                "argument --wait: invalid float value: 'x'; see metquay-proxy health --help",
+            ),
+            (
+                ["health", "--wait", "nan"],
+                "argument --wait: give a number of seconds, 0 or more; see metquay-proxy health --help",
+            ),
+            (
+                ["sandbox", "--latency", "x"],
+                "latency must be seconds (0 to 86400), not 'x'; see metquay-proxy sandbox --help",
+            ),
+            (
+                ["sandbox", "--listen", "localhost:1,localhost:2"],
+                "--listen takes one host and port here; see metquay-proxy sandbox --help",
+            ),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:
+        """Exit code 2, the nearest word, and no value that may be a secret."""
+        assert 2 == cli.main(words)
+        captured = capsys.readouterr()
+        assert f"metquay-proxy: {line}\n" == captured.err
+        assert "" == captured.out
+
+    @pytest.mark.parametrize("words", [["--help"], ["serve", "-h"], ["settings", "--help"]])
+    def test_help_tells_each_setting(self, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+        """Variable, flag, default and unit; secrets with their variables alone."""
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        assert 0 == caught.value.code
+        text = " ".join(capsys.readouterr().out.split())
+        for name in VARIABLES:
+            assert re.search(rf"\b{variable(name)}\b", text), name
+            assert flag(name) is None or f"{flag(name)} " in text or f"{flag(name)}, " in text
+        assert "--max-wait SECONDS seconds that" in text
+        assert "[env: METQUAY_MAX_WAIT] (default: 20)" in text
+        assert not re.search(r"--(secret|access|client)-keys? ", text)
+
+    def test_help_tells_each_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """And each command has its own."""
+        with pytest.raises(SystemExit):
+            cli.main(["--help"])
+        text = capsys.readouterr().out
+        for name, (_, summary) in cli.COMMANDS.items():
+            assert f"  {name:10}{summary}\n" in text
+            with pytest.raises(SystemExit):
+                cli.main([name, "--help"])
+            assert f"usage: metquay-proxy {name}" in capsys.readouterr().out.replace("[serve]", "serve")
+
+    def test_the_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """In one line."""
+        assert 0 == cli.main(["--version"])
+        assert f"metquay-proxy {__version__}\n" == capsys.readouterr().out
+
+
+class TestSettings:
+    @pytest.mark.usefixtures("account")
+    def test_each_is_shown_with_its_source(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Secrets are masked."""
+        (tmp_path / ".env").write_text("METQUAY_RETRIES=5\n")
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS", "a:0123456789abcdef\nb:0123456789abcdeX:read-only")
+        monkeypatch.setenv("METQUAY_MAX_WIAT", "1")
+        assert 0 == cli.main(["settings", "--read-only"])
+        captured = capsys.readouterr()
+        rows = {line.split()[0]: line.split()[1:] for line in captured.out.splitlines()}
+        assert {variable(name) for name in VARIABLES} == set(rows)
+        assert ["lab.metquay.co", "environment"] == rows["METQUAY_HOST"]
+        assert ["...SSSS", "environment"] == rows["METQUAY_SECRET_KEY"]
+        assert ["a:...cdef,b:...cdeX:read-only", "environment"] == rows["METQUAY_CLIENT_KEYS"]
+        assert ["5", ".env"] == rows["METQUAY_RETRIES"]
+        assert ["true", "flag"] == rows["METQUAY_READ_ONLY"]
+        assert ["20", "default"] == rows["METQUAY_MAX_WAIT"]
+        assert ["-", "default"] == rows["METQUAY_CA_BUNDLE"]
+        warning = "METQUAY_MAX_WIAT (from environment) is no setting of this proxy; did you mean METQUAY_MAX_WAIT?"
+        assert f"warning: {warning}\n" == captured.err
+
+    @pytest.mark.usefixtures("account")
+    def test_programs_get_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """By variable."""
+        assert 0 == cli.main(["settings", "--json"])
+        shown = json.loads(capsys.readouterr().out)
+        assert {"value": "...AAAA", "source": "environment"} == shown["METQUAY_ACCESS_KEY"]
+        assert {"value": None, "source": "default"} == shown["METQUAY_AUDIT_LOG"]
+
+    def test_wrong_ones_are_shown_too(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """One looks here because something is wrong."""
+        monkeypatch.setenv("METQUAY_RETRIES", "many")
+        assert 2 == cli.main(["settings"])
+        captured = capsys.readouterr()
+        assert re.search(r"METQUAY_RETRIES +many +environment", captured.out)
+        assert "METQUAY_RETRIES (--retries, found in environment): 'many' is not" in captured.err
+        assert "METQUAY_HOST (--host): is missing" in captured.err
+
+
+class TestHealth:
+    def test_alive_is_silence_and_0(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """By flag."""
+        with listening(b"HTTP/1.1 200 OK\r\n\r\nalive") as port:
+            assert 0 == cli.main(["health", "--listen", f"127.0.0.1:{port}"])
+        assert ("", "") == capsys.readouterr()
+
+    def test_not_ready_is_one_line_and_1(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """By .env; the environment would win."""
+        with listening(b"HTTP/1.1 503 Busy\r\n\r\n") as port:
+            (tmp_path / ".env").write_text(f"METQUAY_LISTEN=127.0.0.1:{port}\n")
+            assert 1 == cli.main(["health", "--ready"])
+        assert f"127.0.0.1:{port}/-/ready: status 503\n" == capsys.readouterr().err
+        monkeypatch.setenv("METQUAY_LISTEN", "localhost:0")
+        assert 1 == cli.main(["health"])
+        assert "localhost:0 leaves the port to the system" in capsys.readouterr().err
+
+    def test_it_waits_and_speaks_tls_as_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The flags and the variables of the proxy itself."""
+        asked: list[tuple[str, dict[str, object]]] = []
+        monkeypatch.setattr(health, "check", lambda listen, **more: asked.append((listen, more)))
+        assert 0 == cli.main(["health", "--wait", "2.5", "--ready", "--tls-cert", "cert.pem"])
+        monkeypatch.setenv("METQUAY_TLS_CERT", "cert.pem")
+        assert 0 == cli.main(["health", "--listen", "box:1"])
+        assert [
+            ("localhost:6387", {"ready": True, "tls": True, "wait": 2.5}),
+            ("box:1", {"ready": False, "tls": True, "wait": 0}),
+        ] == asked
+
+    def test_a_wrong_address_is_a_wrong_setting(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Exit code 2, as for every command."""
+        monkeypatch.setenv("METQUAY_LISTEN", "6387")
+        assert 2 == cli.main(["health"])
+        assert capsys.readouterr().err.startswith("METQUAY_LISTEN (--listen): '6387' is not a host and a port")
+
+    def test_an_unreadable_env_file_is_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """It names the file."""
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", ".env")
+
+        monkeypatch.setattr(health, "find", refuse)
+        assert 1 == cli.main(["health"])
+        assert "metquay-proxy: Permission denied: .env\n" == capsys.readouterr().err
+
+    def test_it_loads_nothing_slow(self) -> None:
+        """Container engines run it every few seconds: it has 60 ms."""
+        arguments = ["health", "--listen", "localhost:1"]
+        code = f"import sys; from metquay_proxy.cli import main; main({arguments}); print(*sys.modules)"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - our words
+        loaded = set(run.stdout.split())
+        ours = {name for name in loaded if name.startswith("metquay_proxy.")}
+        assert {f"metquay_proxy.{name}" for name in ("address", "cli", "health")} == ours
+        slow = {
+            "aiohttp",
+            "asyncio",
+            "dataclasses",
+            "difflib",
+            "http.client",
+            "ipaddress",
+            "json",
+            "logging",
+            "pathlib",
+        }
+        assert set() == loaded & (slow | {"pydantic", "pydantic_settings", "shutil", "ssl", "structlog", "typing"})
+
+
+class TestProcess:
+    def test_wrong_settings_end_without_a_traceback(self, tmp_path: Path) -> None:
+        """``python -m metquay_proxy`` is the same program."""
+        ended = command("--retries", "x", cwd=tmp_path)
+        assert 2 == ended.returncode
+        assert "METQUAY_RETRIES (--retries): 'x' is not a whole number" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+    @posix_only
+    def test_the_sandbox_says_how_to_use_it_and_ends_in_order(self, tmp_path: Path) -> None:
+        """What it prints works, faults included; SIGTERM ends it with 0."""
+        words = ["sandbox", "--listen", "127.0.0.1:0", "--rate-limit", "off", "--fail", "500=0.5", "--fail", "503=0.25"]
+        process = subprocess.Popen(  # noqa: S603 - our own words
+            [sys.executable, "-m", "metquay_proxy", *words, "--login-outage", "--retry-after", "on"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip() for _ in range(5)]
+        url = lines[1].removeprefix("METQUAY_HOST=")
+        assert lines[0].endswith(url)
+        assert lines[2].startswith("METQUAY_ACCESS_KEY=")
+        assert lines[4].endswith(f"{url}/authenticate")
+        with urllib.request.urlopen(url.replace("/api/v1", "/_sandbox/faults"), timeout=10) as answer:  # noqa: S310 - loopback
+            faults = json.load(answer)
+        assert ({"500": 0.5, "503": 0.25}, True) == (faults["fail"], faults["retry_after"])
+        taken = command("sandbox", "--listen", url.split("/")[2], cwd=tmp_path)
+        assert 1 == taken.returncode
+        assert 1 == taken.stderr.count("\n")
+        assert "address already in use; choose another place with --listen" in taken.stderr
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=10)
+        assert (0, "", "") == (process.returncode, out, err)

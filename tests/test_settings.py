@@ -1,0 +1,688 @@
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import trustme
+from pydantic import ValidationError
+
+from metquay_proxy import settings as module
+from metquay_proxy.address import Address
+from metquay_proxy.auth import Credentials
+from metquay_proxy.gate import ClientKey
+from metquay_proxy.quota import Rate
+from metquay_proxy.rewrite import BaseURL
+from metquay_proxy.settings import VARIABLES, Setting, Settings, SettingsError, default_text, flag, load, variable
+from metquay_proxy.upstream import OutboundProxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Write = Callable[[str, str | bytes], Path]
+
+KEY = "0123456789abcdef"
+OTHER_KEY = "fedcba9876543210"
+ACCOUNT = {
+    "METQUAY_HOST": "lab.metquay.co",
+    "METQUAY_ACCESS_KEY": "access-key-AAAA",
+    "METQUAY_SECRET_KEY": "secret-key-SSSS",
+}
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting reaches a test from the machine that runs it."""
+    for name in os.environ:
+        if name.upper().startswith("METQUAY_"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    monkeypatch.setattr(module, "SECRETS_DIRECTORY", tmp_path / "run-secrets")
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Return a function that writes a private file below the test's directory and returns its path."""
+
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        path.chmod(0o600)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what is required."""
+    for name, value in ACCOUNT.items():
+        monkeypatch.setenv(name, value)
+
+
+def problems(flags: dict[str, str] | None = None, *, sandbox: bool = False) -> tuple[str, ...]:
+    """Return the lines with which loading fails."""
+    with pytest.raises(SettingsError) as caught:
+        load(flags, sandbox=sandbox)
+    return caught.value.lines
+
+
+def source(settings: Settings, name: str) -> Setting:
+    """Return one setting as ``metquay-proxy settings`` shows it."""
+    return next(setting for setting in settings.sources() if setting.variable == name)
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("name", "text", "expected"),
+        [
+            ("host", "lab.metquay.co", BaseURL("https", "lab.metquay.co", 443, "/api/v1")),
+            ("host", "http://127.0.0.1:8000/", BaseURL("http", "127.0.0.1", 8000, "/api/v1")),
+            ("listen", "127.0.0.1:0, [::1]:0", (Address("127.0.0.1", 0), Address("::1", 0))),
+            ("allowed_hosts", "Proxy.Lab.Example., other_host", ("proxy.lab.example", "other_host")),
+            (
+                "allowed_origins",
+                "HTTPS://Tools.lab.example/, http://box:80,https://box:443,https://box:80, app://x, http://[::1]:8080",
+                (
+                    "https://tools.lab.example",
+                    "http://box",
+                    "https://box",
+                    "https://box:80",
+                    "app://x",
+                    "http://[::1]:8080",
+                ),
+            ),
+            ("read_only", "true", True),
+            ("read_only", "OFF", False),
+            ("trust_network", "1", True),
+            ("allow_quit", "no", False),
+            ("pass_through", "/FlexicalERP/, /a/b.c/", ("/FlexicalERP/", "/a/b.c/")),
+            ("rate_limit", "5/second", Rate(5, 1)),
+            ("rate_limit", "off", None),
+            ("max_wait", "0", 0.0),
+            ("max_wait", " 2.5 ", 2.5),
+            ("retries", "0", 0),
+            ("connect_timeout", "0.1", 0.1),
+            ("read_timeout", "1e3", 1000.0),
+            ("drain_timeout", "0", 0.0),
+            ("replay_limit", "65536", 65536),
+            ("replay_limit", "64 KiB", 65536),
+            ("replay_limit", "64kib", 65536),
+            ("replay_limit", "1MB", 1_000_000),
+            ("replay_limit", "64 MiB", 64 * 1024 * 1024),
+            ("replay_limit", "0", 0),
+            ("log_level", "WARNING", "warning"),
+            ("log_format", "json", "json"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_a_text_becomes_the_value_that_the_program_uses(self, name: str, text: str, expected: object) -> None:
+        """The same text means the same, in a flag and in a variable."""
+        assert expected == getattr(load({name: text}), name)
+
+    @pytest.mark.usefixtures("account")
+    def test_the_defaults(self) -> None:
+        """They are those of the contract."""
+        settings = load()
+        assert (Address("localhost", 6387),) == settings.listen
+        assert Rate(100, 60) == settings.rate_limit
+        assert (20.0, 2, 10.0, 60.0, 8.0) == (
+            settings.max_wait,
+            settings.retries,
+            settings.connect_timeout,
+            settings.read_timeout,
+            settings.drain_timeout,
+        )
+        assert 1024 * 1024 == settings.replay_limit
+        assert ("info", "auto") == (settings.log_level, settings.log_format)
+        assert [False] * 4 == [settings.read_only, settings.allow_quit, settings.trust_network, settings.sandbox]
+        assert [()] * 4 == [settings.keys, settings.allowed_hosts, settings.allowed_origins, settings.pass_through]
+        files = [settings.tls_cert, settings.tls_key, settings.ca_bundle, settings.audit_log]
+        assert [None] * 5 == [settings.outbound_proxy, *files]
+
+    @pytest.mark.usefixtures("account")
+    def test_client_keys_have_names_and_may_be_read_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Commas and line ends separate them; the single key is called default."""
+        monkeypatch.setenv("METQUAY_CLIENT_KEY", "any visible ASCII will do".replace(" ", ":"))
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS", f"\nlims:{KEY}\n, sheet-1:{OTHER_KEY}:read-only,\n")
+        assert (
+            ClientKey.of("default", "any:visible:ASCII:will:do"),
+            ClientKey.of("lims", KEY),
+            ClientKey.of("sheet-1", OTHER_KEY, read_only=True),
+        ) == load().keys
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("http://proxy.lab.example:3128", OutboundProxy("proxy.lab.example", 3128)),
+            ("proxy.lab.example:3128", OutboundProxy("proxy.lab.example", 3128)),
+            ("http://proxy.lab.example/", OutboundProxy("proxy.lab.example", 80)),
+            ("http://[::1]:3128", OutboundProxy("::1", 3128)),
+            ("http://jo%40lab:p%3Aw@proxy:1", OutboundProxy.of("proxy", 1, "jo@lab", "p:w")),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_a_corporate_proxy(self, monkeypatch: pytest.MonkeyPatch, text: str, expected: OutboundProxy) -> None:
+        """User name and password are percent-decoded."""
+        monkeypatch.setenv("METQUAY_OUTBOUND_PROXY", text)
+        assert expected == load().outbound_proxy
+
+    @pytest.mark.usefixtures("account")
+    def test_certificates(self, tmp_path: Path) -> None:
+        """A bundle to trust, and a pair to serve with."""
+        ca = trustme.CA()
+        cert = ca.issue_cert("localhost")
+        ca.cert_pem.write_to_path(tmp_path / "ca")
+        cert.cert_chain_pems[0].write_to_path(tmp_path / "cert")
+        cert.private_key_pem.write_to_path(tmp_path / "key")
+        settings = load(
+            {
+                name: str(tmp_path / file)
+                for name, file in (("ca_bundle", "ca"), ("tls_cert", "cert"), ("tls_key", "key"))
+            }
+        )
+        assert (tmp_path / "ca", tmp_path / "cert", tmp_path / "key") == (
+            settings.ca_bundle,
+            settings.tls_cert,
+            settings.tls_key,
+        )
+
+    @pytest.mark.usefixtures("account")
+    def test_the_audit_log_may_be_a_new_file(self, tmp_path: Path) -> None:
+        """Its directory is what must exist."""
+        assert tmp_path / "audit.log" == load({"audit_log": str(tmp_path / "audit.log")}).audit_log
+
+    def test_the_sandbox_needs_no_account(self) -> None:
+        """And may listen beyond this machine, since there is nothing to protect."""
+        settings = load({"listen": "0.0.0.0:0"}, sandbox=True)
+        assert settings.sandbox
+        assert settings.host is None
+
+    def test_code_may_pass_values_instead_of_texts(self) -> None:
+        """No environment is looked at."""
+        settings = Settings(host=BaseURL("http", "localhost", 1, ""), access_key="a", secret_key="s", max_wait=3.0)  # noqa: S106
+        assert 3.0 == settings.max_wait
+        assert Credentials("a", "s") == settings.credentials()
+        assert () == settings.sources() == settings.warnings
+
+    def test_settings_are_frozen(self) -> None:
+        """What was checked stays so."""
+        with pytest.raises(ValidationError, match="frozen"):
+            Settings(sandbox=True).max_wait = 3.0
+
+    def test_an_unknown_name_in_code_is_a_mistake(self) -> None:
+        """A typing error must not look like a default."""
+        with pytest.raises(ValidationError, match="max_weight"):
+            Settings(sandbox=True, max_weight=3)
+
+
+class TestSources:
+    def test_the_order_of_precedence(self, monkeypatch: pytest.MonkeyPatch, write: Write, tmp_path: Path) -> None:
+        """Flags, environment, .env, files named by a variable, credentials directory, /run/secrets."""
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "credentials"))
+        layers: list[tuple[str, Callable[[], object]]] = [
+            (
+                f"file {tmp_path / 'run-secrets' / 'METQUAY_SECRET_KEY'}",
+                lambda: write("run-secrets/METQUAY_SECRET_KEY", "key-1"),
+            ),
+            (
+                f"file {tmp_path / 'credentials' / 'metquay_secret_key'}",
+                lambda: write("credentials/metquay_secret_key", "key-2"),
+            ),
+            (
+                f"file {tmp_path / 'mine'}",
+                lambda: (write("mine", "key-3"), monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(tmp_path / "mine"))),
+            ),
+            (".env", lambda: write("current/.env", "METQUAY_SECRET_KEY=key-4\n")),
+            ("environment", lambda: monkeypatch.setenv("METQUAY_SECRET_KEY", "key-5")),
+        ]
+        for number, (expected, add) in enumerate(layers, start=1):
+            add()
+            settings = load({"host": "lab.metquay.co"}, sandbox=True)
+            assert settings.secret_key is not None
+            assert f"key-{number}" == settings.secret_key.get_secret_value()
+            assert expected == source(settings, "METQUAY_SECRET_KEY").source
+
+    @pytest.mark.usefixtures("account")
+    def test_a_flag_wins_over_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And is shown as such."""
+        monkeypatch.setenv("METQUAY_RETRIES", "7")
+        settings = load({"retries": "9"})
+        assert 9 == settings.retries
+        assert Setting("METQUAY_RETRIES", "9", "flag") == source(settings, "METQUAY_RETRIES")
+
+    @pytest.mark.usefixtures("account")
+    def test_an_empty_variable_is_absent(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """Compose files and CI set variables to nothing."""
+        monkeypatch.setenv("METQUAY_RETRIES", "")
+        write("current/.env", "METQUAY_RETRIES=4\nMETQUAY_MAX_WAIT=\n")
+        settings = load()
+        assert (4, 20.0) == (settings.retries, settings.max_wait)
+
+    def test_the_sdks_env_file_works_as_it_is(self, write: Write) -> None:
+        """Names in any case, other variables beside them, a byte order mark from Windows' editor."""
+        lines = [f"{name.lower()}='{value}'" for name, value in ACCOUNT.items()]
+        write("current/.env", "\ufeff" + "\r\n".join(["DEBUG=1", *lines]))
+        settings = load()
+        assert Credentials("access-key-AAAA", "secret-key-SSSS") == settings.credentials()
+        assert () == settings.warnings
+
+    @pytest.mark.usefixtures("account")
+    def test_any_setting_may_come_from_a_secrets_directory(self, write: Write) -> None:
+        """Docker's configs are mounted there too."""
+        write("run-secrets/metquay_client_keys", f"lims:{KEY}\nsheet:{OTHER_KEY}\n")
+        write("run-secrets/METQUAY_RETRIES", "5\n")
+        write("run-secrets/other", "x")
+        settings = load()
+        assert ["lims", "sheet"] == [key.name for key in settings.keys]
+        assert 5 == settings.retries
+        assert () == settings.warnings
+
+    def test_keys_in_files_are_read_again_at_each_login(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """Rotated keys need no restart, and a half-written file is told."""
+        monkeypatch.setenv("METQUAY_HOST", "lab.metquay.co")
+        monkeypatch.setenv("METQUAY_ACCESS_KEY", "access-key-AAAA")
+        file = write("key", "secret-1\r\n")
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(file))
+        settings = load()
+        assert Credentials("access-key-AAAA", "secret-1") == settings.credentials()
+        file.write_text("secret-2")
+        assert Credentials("access-key-AAAA", "secret-2") == settings.credentials()
+        file.write_text("\n")
+        with pytest.raises(ValueError, match="key is empty"):
+            settings.credentials()
+        file.write_text("secret\x00-3")
+        with pytest.raises(ValueError, match="holds control characters"):
+            settings.credentials()
+        file.unlink()
+        with pytest.raises(FileNotFoundError):
+            settings.credentials()
+
+    def test_the_sandbox_has_no_credentials_of_ours(self) -> None:
+        """Asking for them is a mistake with a name."""
+        with pytest.raises(ValueError, match="METQUAY_ACCESS_KEY is not set"):
+            load(sandbox=True).credentials()
+
+    def test_each_setting_has_a_variable_a_description_and_a_flag_unless_secret(self) -> None:
+        """Secrets have none, so that no process list shows them."""
+        secrets = {name for name in VARIABLES if flag(name) is None}
+        assert {"access_key", "secret_key", "client_key", "client_keys", "outbound_proxy"} == secrets
+        assert all(f"{name}_file" in VARIABLES for name in secrets)
+        assert all(field.description for field in VARIABLES.values())
+        assert "METQUAY_MAX_WAIT" == variable("max_wait")
+        assert "--max-wait" == flag("max_wait")
+        assert ("20", None) == (default_text("max_wait"), default_text("host"))
+
+
+class TestProblems:
+    def test_what_is_missing_is_told_together(self) -> None:
+        """One line for each variable, with what to do."""
+        host, access_key, secret_key = problems()
+        assert host == (
+            "METQUAY_HOST (--host): is missing: give your Metquay server, such as lab.metquay.co; "
+            "to try without one: serve --sandbox"
+        )
+        for name, line in (("METQUAY_ACCESS_KEY", access_key), ("METQUAY_SECRET_KEY", secret_key)):
+            where = f"set it in the environment or in .env, or name a file that holds it in {name}_FILE"
+            assert f"{name}: is missing: {where}" == line
+
+    @pytest.mark.parametrize(
+        ("name", "text", "complaint"),
+        [
+            ("host", "http://lab.metquay.co", "http:// would show the keys to the network"),
+            ("host", "https://u:hunter2@lab.metquay.co", "must not hold a user name or password"),
+            ("host", "", "is empty"),
+            ("listen", "6387", "'6387' is not a host and a port from 0 to 65535; write it like localhost:6387"),
+            ("allowed_hosts", "https://box", "'https://box' is not a host name"),
+            ("allowed_hosts", "box:80", "'box:80' is not a host name"),
+            ("allowed_hosts", "*.lab.example", "'*.lab.example' is not a host name"),
+            ("allowed_origins", "null", "holds something else than origins"),
+            ("allowed_origins", "*", "holds something else than origins"),
+            ("allowed_origins", "https://u:hunter2@box", "holds something else than origins"),
+            ("allowed_origins", "https://box/app", "holds something else than origins"),
+            ("read_only", "maybe", "'maybe' is neither true nor false"),
+            ("pass_through", "/FlexicalERP", "'/FlexicalERP' is not a path prefix that begins and ends with a slash"),
+            ("pass_through", "FlexicalERP/", "is not a path prefix"),
+            ("pass_through", "/", "'/' is not a path prefix"),
+            ("pass_through", "/a/../b/", "is not a path prefix"),
+            ("pass_through", "/a%2f/", "is not a path prefix"),
+            ("pass_through", "/a//b/", "is not a path prefix"),
+            ("pass_through", "/-/status/", "/-/status/ overlaps /-/"),
+            ("pass_through", "/api/", "/api/ overlaps /api/v1/"),
+            ("pass_through", "/api/v1/works/", "/api/v1/works/ overlaps /api/v1/"),
+            ("rate_limit", "fast", "'fast' is not a rate"),
+            ("max_wait", "soon", "'soon' is not a number of seconds, such as 20 or 0.5"),
+            ("max_wait", "-1", "'-1' is not a number of seconds"),
+            ("max_wait", "nan", "'nan' is not a number of seconds"),
+            ("drain_timeout", "inf", "'inf' is not a number of seconds"),
+            ("connect_timeout", "0", "0 would fail each request; give a number of seconds above 0"),
+            ("read_timeout", "0.0", "0 would fail each request"),
+            ("retries", "1.5", "'1.5' is not a whole number from 0 to 999"),
+            ("retries", "-1", "'-1' is not a whole number from 0 to 999"),
+            ("replay_limit", "big", "'big' is not a size, such as 65536, 64 KiB or 1 MiB"),
+            ("replay_limit", "65 MiB", "65 MiB is more than 64 MiB"),
+            ("ca_bundle", "none.pem", "cannot read none.pem: No such file or directory"),
+            ("tls_cert", "none.pem", "cannot read none.pem: No such file or directory"),
+            ("audit_log", "none/audit.log", "none/audit.log must be a file in a directory that exists"),
+            ("audit_log", ".", ". must be a file in a directory that exists"),
+            ("log_level", "loud", "'loud' is none of debug, info, warning, error"),
+            ("log_format", "xml", "'xml' is none of auto, console, json"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_a_wrong_value_is_told_in_one_line(self, name: str, text: str, complaint: str) -> None:
+        """It names the variable, its flag and what would be right."""
+        (line,) = problems({name: text})
+        assert line.startswith(f"{variable(name)} ({flag(name)}): ")
+        assert complaint in line
+        assert "\n" not in line
+        assert "hunter2" not in line
+
+    @pytest.mark.parametrize(
+        ("name", "text", "complaint"),
+        [
+            ("METQUAY_ACCESS_KEY", "hunter2\x01", "the key holds control characters: copy it again"),
+            ("METQUAY_CLIENT_KEY", "hunter2 hunter2", "must be ASCII without spaces"),
+            ("METQUAY_CLIENT_KEYS", "hunter2hunter2hunter2", "entry 1 is not name:key or name:key:read-only"),
+            ("METQUAY_CLIENT_KEYS", f"a:{KEY},b:hunter2", "the key in entry 2 must have at least 16 characters"),
+            ("METQUAY_CLIENT_KEYS", f"a:{KEY}:hunter2", "entry 1 is not name:key"),
+            ("METQUAY_CLIENT_KEYS", f"a:{KEY}:read-only:hunter2", "entry 1 is not name:key"),
+            ("METQUAY_CLIENT_KEYS", f"hunter2 hunter2:{KEY}", "entry 1 is not name:key"),
+            ("METQUAY_CLIENT_KEYS", f"a:{KEY},a:{OTHER_KEY}", "names must be unique"),
+            ("METQUAY_CLIENT_KEYS", f"a:{KEY},b:{KEY}", "has a key twice"),
+            ("METQUAY_OUTBOUND_PROXY", "socks5://u:hunter2@box", "must be the address of a proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "https://u:hunter2@box", "must be the address of a proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "http://u:hunter2@", "must be the address of a proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "http://box:hunter2", "must be the address of a proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "http://box:1/?hunter2", "must be the address of a proxy"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_a_wrong_secret_is_told_without_showing_it(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, text: str, complaint: str
+    ) -> None:
+        """Errors land in logs and tickets."""
+        monkeypatch.setenv(name, text)
+        with pytest.raises(SettingsError) as caught:
+            load()
+        (line,) = caught.value.lines
+        assert line.startswith(f"{name} (found in environment): ")
+        assert complaint in line
+        assert "hunter2" not in f"{caught.value!r} {caught.value} {caught.value.__cause__} {caught.value.__context__!r}"
+        assert KEY not in f"{caught.value.sources} {caught.value.__context__}"
+
+    @pytest.mark.usefixtures("account")
+    def test_the_single_client_key_is_named_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No other may be, and none may be equal to it."""
+        monkeypatch.setenv("METQUAY_CLIENT_KEY", KEY)
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS", f"default:{OTHER_KEY}")
+        assert "names must be unique, and 'default' is the name of METQUAY_CLIENT_KEY" in problems()[0]
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS", f"other:{KEY}")
+        assert "has a key twice" in problems()[0]
+
+    @pytest.mark.parametrize(
+        "listen", ["0.0.0.0:6387", "[::]:6387", "192.0.2.1:6387", "box:6387", "localhost:1,box:6387"]
+    )
+    @pytest.mark.usefixtures("account")
+    def test_listening_beyond_this_machine_needs_a_key_or_consent(
+        self, monkeypatch: pytest.MonkeyPatch, listen: str
+    ) -> None:
+        """The error says the three ways out, and each of them is one."""
+        (line,) = problems({"listen": listen})
+        assert line.startswith("METQUAY_LISTEN (--listen): ")
+        assert "listen on localhost, or set METQUAY_CLIENT_KEY, or METQUAY_TRUST_NETWORK=true" in line
+        assert load({"listen": listen, "trust_network": "true"}).trust_network
+        monkeypatch.setenv("METQUAY_CLIENT_KEY", KEY)
+        assert load({"listen": listen}).keys
+        monkeypatch.delenv("METQUAY_CLIENT_KEY")
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS", f"lims:{KEY}")
+        assert load({"listen": listen}).keys
+
+    @pytest.mark.parametrize(
+        "listen",
+        [
+            "localhost:1",
+            "127.0.0.1:1",
+            "127.9.9.9:1",
+            "[::1]:1",
+            pytest.param("unix:/run/metquay.sock", marks=posix_only),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_this_machine_alone_needs_neither(self, listen: str) -> None:
+        """Unix sockets have file permissions."""
+        assert load({"listen": listen}).listen
+
+    @pytest.mark.usefixtures("account")
+    def test_one_mistake_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A malformed client key is not told a second time as a missing one."""
+        monkeypatch.setenv("METQUAY_CLIENT_KEY", "a b")
+        assert 1 == len(problems({"listen": "0.0.0.0:1"}))
+        assert 2 == len(problems({"listen": "0.0.0.0:1", "trust_network": "perhaps"}))
+
+    @pytest.mark.parametrize(
+        ("host", "listen"),
+        [
+            ("http://localhost:6387", "localhost:6387"),
+            ("http://127.0.0.1:6387", "localhost:6387"),
+            ("http://localhost:6387", "127.0.0.1:1,[::1]:6387"),
+            ("http://127.0.0.1:6387", "0.0.0.0:6387"),
+            ("https://box:6387", "box:6387"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_the_proxy_is_not_its_own_upstream(self, host: str, listen: str) -> None:
+        """Each request would come back until all connections are gone."""
+        (line,) = problems({"host": host, "listen": listen, "trust_network": "yes"})
+        assert "is where METQUAY_HOST points to: the proxy would forward to itself" in line
+
+    @pytest.mark.parametrize(
+        ("host", "listen"),
+        [
+            ("http://localhost:6388", "localhost:6387"),
+            ("http://127.0.0.1:1", "127.0.0.2:1"),
+            ("lab.metquay.co", "localhost:443"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_another_port_or_host_is_another_server(self, host: str, listen: str) -> None:
+        """The simulator listens on the same machine."""
+        assert load({"host": host, "listen": listen}).host
+
+    @pytest.mark.usefixtures("account")
+    def test_certificate_and_key_belong_together(self, tmp_path: Path) -> None:
+        """Half a pair, a pair that does not fit, and what is no PEM."""
+        ca = trustme.CA()
+        for name in ("one", "two"):
+            cert = ca.issue_cert("localhost")
+            cert.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+            cert.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        (tmp_path / "empty").touch()
+        pem, key = str(tmp_path / "one.pem"), str(tmp_path / "one.key")
+        both = "METQUAY_TLS_KEY (--tls-key): METQUAY_TLS_CERT and METQUAY_TLS_KEY belong together: set both or neither"
+        assert (both,) == problems({"tls_cert": pem}) == problems({"tls_key": key})
+        for cert, wrong in ((pem, "two.key"), (pem, "empty"), (pem, "one.pem")):
+            (line,) = problems({"tls_cert": cert, "tls_key": str(tmp_path / wrong)})
+            assert "is not the private key, in PEM form and without a password, of the certificate in" in line
+        (line,) = problems({"tls_cert": str(tmp_path / "none"), "tls_key": key})
+        assert line.startswith("METQUAY_TLS_CERT (--tls-cert): cannot read ")
+        (line,) = problems({"ca_bundle": key})
+        assert line.endswith("holds no certificate in PEM form (a text with BEGIN CERTIFICATE)")
+
+    @pytest.mark.usefixtures("account")
+    def test_a_key_with_a_password_is_refused_instead_of_asking(self, tmp_path: Path) -> None:
+        """OpenSSL would wait for somebody to type it."""
+        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - needed here alone
+
+        cert = trustme.CA().issue_cert("localhost")
+        cert.cert_chain_pems[0].write_to_path(tmp_path / "cert")
+        key = serialization.load_pem_private_key(cert.private_key_pem.bytes(), None)
+        (tmp_path / "key").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(b"password"),
+            )
+        )
+        (line,) = problems({"tls_cert": str(tmp_path / "cert"), "tls_key": str(tmp_path / "key")})
+        assert "without a password" in line
+
+    @pytest.mark.parametrize(
+        ("content", "complaint"),
+        [(b"", "is empty"), (b" \r\n", "is empty"), (b"\xff\xfeh\x00", "is not UTF-8 text; save it as UTF-8")],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_an_unusable_secret_file_is_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, write: Write, content: bytes, complaint: str
+    ) -> None:
+        """It is not told a second time as a missing key."""
+        monkeypatch.delenv("METQUAY_SECRET_KEY")
+        file = write("key", content)
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(file))
+        assert (f"METQUAY_SECRET_KEY: {file} {complaint}",) == problems()
+
+    @pytest.mark.usefixtures("account")
+    def test_a_missing_secret_file_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the system's reason."""
+        monkeypatch.delenv("METQUAY_SECRET_KEY")
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", "none")
+        assert ("METQUAY_SECRET_KEY: cannot read none: No such file or directory",) == problems()
+
+    @pytest.mark.usefixtures("account")
+    def test_an_unusable_env_file_is_one_line(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PowerShell writes UTF-16 unless told otherwise."""
+        file = write("current/.env", "METQUAY_RETRIES=1".encode("utf-16"))
+        assert (".env: it is not UTF-8 text; save it as UTF-8",) == problems()
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied", ".env")
+
+        monkeypatch.setattr("builtins.open", refuse)
+        assert file.exists()
+        assert (".env: cannot read .env: Permission denied",) == problems()
+
+
+class TestMasking:
+    @pytest.mark.parametrize(
+        ("name", "text", "shown"),
+        [
+            ("METQUAY_SECRET_KEY", "secret-key-4F2A", "...4F2A"),
+            ("METQUAY_SECRET_KEY", "short-key", "***"),
+            ("METQUAY_CLIENT_KEYS", f"lims:{KEY},sheet:{OTHER_KEY}:read-only", "lims:...cdef,sheet:...3210:read-only"),
+            ("METQUAY_CLIENT_KEYS", KEY, "***"),
+            ("METQUAY_OUTBOUND_PROXY", "http://u:p%2F@box:1", "http://***@box:1"),
+            ("METQUAY_OUTBOUND_PROXY", "u:secret@box", "http://***@box:80"),
+            ("METQUAY_OUTBOUND_PROXY", "http://u:se/cret@box", "***"),
+            ("METQUAY_HOST", "https://u:p@lab.metquay.co", "***@lab.metquay.co"),
+            ("METQUAY_CA_BUNDLE", "/etc/a@b.pem", "/etc/a@b.pem"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_secrets_are_shown_as_their_last_letters_at_most(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, text: str, shown: str
+    ) -> None:
+        """Enough to tell two keys apart; wrong values too, since people look there when something is wrong."""
+        monkeypatch.setenv(name, text)
+        try:
+            sources = load().sources()
+        except SettingsError as error:
+            sources = error.sources
+        assert Setting(name, shown, "environment") in sources
+
+    @pytest.mark.usefixtures("account")
+    def test_no_form_of_the_settings_shows_a_secret(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither repr nor what was found."""
+        monkeypatch.setenv("METQUAY_CLIENT_KEY", KEY)
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS", f"lims:{OTHER_KEY}")
+        monkeypatch.setenv("METQUAY_OUTBOUND_PROXY", "http://user:hunter2@box:1")
+        settings = load()
+        shown = f"{settings!r} {settings} {settings.sources()} {settings.credentials()} {vars(settings)}"
+        for secret in ("access-key", "secret-key", KEY, OTHER_KEY, "hunter2"):
+            assert secret not in shown
+
+
+class TestWarnings:
+    @pytest.mark.parametrize(
+        ("name", "hint"),
+        [
+            ("METQUAY_HSOT", "; did you mean METQUAY_HOST?"),
+            ("METQUAY_SECRETKEY", "; did you mean METQUAY_SECRET_KEY?"),
+            ("METQUAY_SANDBOX", ""),
+            ("METQUAY_PORT", ""),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_an_unknown_variable_is_told_with_the_nearest_known(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, hint: str
+    ) -> None:
+        """Its value, which may be a secret, is not."""
+        monkeypatch.setenv(name, "hunter2")
+        (warning,) = load().warnings
+        assert f"{name} (from environment) is no setting of this proxy{hint}" == warning
+
+    def test_it_is_told_beside_the_error_that_it_causes(self, write: Write) -> None:
+        """The misspelled variable is why the other one is missing."""
+        write("current/.env", "METQUAY_HSOT=lab.metquay.co\n")
+        write("run-secrets/METQUAY_SECRETKEY", "hunter2")
+        with pytest.raises(SettingsError) as caught:
+            load()
+        misspelled, file = caught.value.warnings
+        assert "METQUAY_HSOT (from .env) is no setting of this proxy; did you mean METQUAY_HOST?" == misspelled
+        assert file.endswith("run-secrets) is no setting of this proxy; did you mean METQUAY_SECRET_KEY?")
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("METQUAY_PROXY_SERVICE_HOST", "10.0.0.1"),
+            ("METQUAY_PROXY_SERVICE_PORT_HTTP", "6387"),
+            ("METQUAY_SERVICE_PORT", "6387"),
+            ("METQUAY_PROXY_PORT", "tcp://10.0.0.1:6387"),
+            ("METQUAY_PROXY_PORT_6387_TCP_ADDR", "10.0.0.1"),
+            ("METQUAY_PORT_6387_TCP", "tcp://10.0.0.1:6387"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_variables_that_kubernetes_makes_are_nobodys_mistake(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    ) -> None:
+        """It adds them for each service in the namespace."""
+        monkeypatch.setenv(name, value)
+        assert () == load().warnings
+
+    @posix_only
+    def test_a_secret_file_that_everyone_can_read_is_told(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """Not for those that an engine mounts: their modes are its own."""
+        monkeypatch.setenv("METQUAY_HOST", "lab.metquay.co")
+        file = write("key", "secret-key-SSSS")
+        write("run-secrets/metquay_access_key", "access-key-AAAA").chmod(0o444)
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(file))
+        assert () == load().warnings
+        file.chmod(0o644)
+        assert (
+            f"{file}, which holds METQUAY_SECRET_KEY, can be read by every user: chmod 600 {file}",
+        ) == load().warnings
+
+    @pytest.mark.usefixtures("account")
+    def test_a_file_that_is_not_used_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else a rotated key seems to have no effect."""
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", "key")
+        assert ("METQUAY_SECRET_KEY (from environment) is used, and METQUAY_SECRET_KEY_FILE is not",) == load().warnings
+
+    @pytest.mark.usefixtures("account")
+    def test_a_short_client_key_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It works, but can be guessed."""
+        monkeypatch.setenv("METQUAY_CLIENT_KEY", "secret")
+        assert ("METQUAY_CLIENT_KEY is short: make it 16 random characters or more",) == load().warnings
+
+    @pytest.mark.usefixtures("account")
+    def test_a_secrets_directory_that_cannot_be_listed_is_told(self, write: Write) -> None:
+        """The proxy may have all it needs without it."""
+        file = write("run-secrets", "no directory")
+        assert load().warnings[0].startswith(f"{file} was not searched for secrets: ")
