@@ -1,0 +1,161 @@
+"""The rules that hold for the repository as a whole."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import metquay_proxy
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MODULES = sorted(path.stem for path in (ROOT / "metquay_proxy").glob("*.py"))
+LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-build.lock")
+CONTRACTS = {contract["id"]: contract for contract in PROJECT["tool"]["importlinter"]["contracts"]}
+
+WITHOUT_OWN_TESTS = {
+    "__init__": "holds the version alone",
+    "__main__": "one call of cli.main, run by test_cli",
+}
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".git").exists(), reason="a source archive holds only a part of the repository"
+)
+
+
+def committed_texts() -> dict[str, str]:
+    """Path to text, for each file that is committed or would be by ``git add``."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],  # noqa: S607 - whichever git the machine has
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    return {
+        name: (ROOT / name).read_text(encoding="utf-8", errors="replace") for name in names if (ROOT / name).is_file()
+    }
+
+
+def pins(lock: str) -> dict[str, set[str]]:
+    """Name to the versions that a lock holds for it (several where markers tell them apart)."""
+    found: dict[str, set[str]] = {}
+    for name, version in re.findall(r"^([\w.-]+)==(\S+)", (ROOT / lock).read_text(encoding="utf-8"), re.MULTILINE):
+        found.setdefault(canonicalize_name(name), set()).add(version)
+    return found
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in WITHOUT_OWN_TESTS])
+def test_each_module_has_its_own_test_file(module: str) -> None:
+    """A module is tested by the file that is named after it."""
+    assert (ROOT / "tests" / f"test_{module}.py").is_file()
+
+
+def test_each_module_has_a_layer() -> None:
+    """A module that nobody placed in the layers does not slip past the import rules."""
+    placed = re.findall(r"\w+", " ".join(CONTRACTS["layers"]["layers"]))
+    assert [] == sorted(set(MODULES) - {"__init__", *placed})
+    assert len(placed) == len(set(placed))
+
+
+@pytest.mark.parametrize("module", CONTRACTS["pure"]["source_modules"])
+def test_a_pure_module_loads_no_framework(module: str) -> None:
+    """What is pure by its imports is pure in a running interpreter too."""
+    heavy = {"aiohttp", "asyncio", "pydantic", "structlog"}
+    script = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    seen = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True, text=True)  # noqa: S603 - our own words
+    assert "[]" == seen.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("lock", "requirements"),
+    [
+        (
+            "requirements.lock",
+            PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["speed"],
+        ),
+        (
+            "requirements-dev.lock",
+            [
+                *PROJECT["project"]["dependencies"],
+                *chain(*PROJECT["project"]["optional-dependencies"].values()),
+                *PROJECT["dependency-groups"]["dev"],
+            ],
+        ),
+        ("requirements-build.lock", PROJECT["build-system"]["requires"]),
+    ],
+)
+def test_a_lock_satisfies_what_the_project_asks_for(lock: str, requirements: list[str]) -> None:
+    """A requirement that was added or raised without .ci/lock is noticed."""
+    locked = pins(lock)
+    for requirement in map(Requirement, requirements):
+        versions = locked.get(canonicalize_name(requirement.name), set())
+        assert versions, f"{lock} lacks {requirement}: run .ci/lock"
+        assert all(requirement.specifier.contains(version) for version in versions), f"{requirement}: run .ci/lock"
+
+
+def test_the_locks_agree() -> None:
+    """What CI tests is what the image installs."""
+    for name, versions in (pins("requirements.lock") | pins("requirements-build.lock")).items():
+        assert pins("requirements-dev.lock")[name] == versions, name
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_is_hashed_and_names_no_index(lock: str) -> None:
+    """The index is the installing machine's affair; the hashes make it safe to leave it so."""
+    text = (ROOT / lock).read_text(encoding="utf-8")
+    assert not re.search(r"https?:|--(extra-)?index|--find-links", text)
+    assert all("--hash=sha256:" in entry for entry in re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:])
+
+
+def test_no_file_names_one_machine_or_an_index() -> None:
+    """A path or a package index of the machine where a line was written is wrong on every other."""
+    forbidden = re.compile(
+        r"(?<![\w.:/-])/(?:farm|home|root|work|Users)/|/tmp/\w|\bC:\\Users|"
+        r"\b(?:pypi|pythonhosted|npmjs)\.(?:org|com)\b|\bdeb\.debian\b",
+    )
+    assert [] == [
+        f"{name}: {match[0]}"
+        for name, text in committed_texts().items()
+        if name != "tests/test_structure.py"
+        for match in forbidden.finditer(text)
+    ]
+
+
+def test_names_say_what_a_module_is_for() -> None:
+    """Drawers for odds and ends are not opened."""
+    drawers = {"common", "constants", "helper", "helpers", "manager", "models", "types", "util", "utils"}
+    words = {word for name in committed_texts() if name.endswith(".py") for word in re.split(r"[/_.]", name)}
+    assert set() == words & drawers
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/metquay-proxy serve --sandbox",
+        "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest",
+    ],
+)
+def test_the_readme_has_the_two_commands(command: str) -> None:
+    """From a bare clone, one command runs the proxy and one the tests; each stands alone, so that CI can run it."""
+    assert 1 == (ROOT / "README.md").read_text(encoding="utf-8").count(f"```sh\n{command}\n```\n")
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """A release changes one line of code."""
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert "metquay_proxy/__init__.py" == PROJECT["tool"]["hatch"]["version"]["path"]
+    assert ["metquay_proxy/__init__.py"] == [
+        name
+        for name, text in committed_texts().items()
+        if not name.endswith((".lock", "CHANGELOG.md"))
+        and re.search(rf"(?<![\w.]){re.escape(metquay_proxy.__version__)}(?![\w.])", text)
+    ]
