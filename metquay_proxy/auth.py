@@ -116,6 +116,10 @@ class CredentialsRejected(LoginFailed):
     """The login refused the keys: it will go on so until somebody changes them."""
 
 
+class UpstreamDistrusted(LoginFailed):
+    """The upstream's certificate was not accepted: nothing was sent, and waiting does not help."""
+
+
 def parse_login(status: int, body: bytes, now: float) -> AccessToken:
     """Judge the answer of ``POST /authenticate``; ``now`` is the clock's reading (seconds) before it was asked.
 
@@ -251,7 +255,7 @@ class TokenCache:
         self._jitter = 1.0
         self._renewed: float | None = None
         self._renewals = self._failures = self._failing = 0
-        self._rejected = False
+        self._rejected = self._distrusted = False
         self._error: str | None = None
 
     def start(self) -> None:
@@ -280,8 +284,9 @@ class TokenCache:
     async def get(self, max_wait: float) -> AccessToken:
         """Return a token that is usable now, after at most ``max_wait`` seconds.
 
-        Waits while a login is under way, at most 5 s more once one has failed, not at all when the keys were refused.
-        Raises ``ProxyError``: ``token-unavailable``, ``credentials-rejected`` or ``shutting-down``.
+        Waits while a login is under way, at most 5 s more once one has failed, not at all when the keys were refused or
+        the upstream is not trusted. Raises ``ProxyError``: ``token-unavailable``, ``credentials-rejected``,
+        ``upstream-tls`` or ``shutting-down``.
         """
         token = self.current()
         if token is None:
@@ -331,7 +336,7 @@ class TokenCache:
 
     async def _wait(self, max_wait: float) -> AccessToken | None:
         until = self._clock() + max_wait
-        while not (self._closed or self._rejected):
+        while not (self._closed or self._rejected or self._distrusted):
             now = self._clock()
             if self._failing and not self._busy:
                 until = min(until, now + FAILED_PATIENCE)
@@ -355,6 +360,8 @@ class TokenCache:
                 f"that they belong to. Secret files are read again in {wait} s; other changes need a restart."
             )
             return ProxyError("credentials-rejected", message, retry_after=wait)
+        if self._distrusted:
+            return ProxyError("upstream-tls", self._error or "", retry_after=wait)
         reason = self._error or "Metquay's login has not answered yet."
         message = f"There is no access token: {reason} The proxy goes on trying; send the request again in {wait} s."
         return ProxyError("token-unavailable", message, retry_after=wait)
@@ -419,7 +426,7 @@ class TokenCache:
         self._renewed = token.obtained_at
         self._renewals += 1
         kind: _Kind = "obtained" if self._renewals == 1 else "recovered" if self._failing else "renewed"
-        self._failing, self._rejected, self._error = 0, False, None
+        self._failing, self._rejected, self._distrusted, self._error = 0, False, False, None
         self._report(kind, "", token.lifetime)
 
     def _failed(self, error: Exception) -> None:
@@ -428,6 +435,7 @@ class TokenCache:
         self._failures += 1
         self._failing += 1
         self._rejected = isinstance(error, CredentialsRejected)
+        self._distrusted = isinstance(error, UpstreamDistrusted)
         text = str(error)
         self._error = text
         if not isinstance(error, LoginFailed):

@@ -23,6 +23,7 @@ from metquay_proxy.auth import (
     LoginFailed,
     TokenCache,
     TokenEvent,
+    UpstreamDistrusted,
     parse_login,
     suspend_aware_clock,
 )
@@ -707,6 +708,20 @@ class TestRejectedKeys:
         bench.login.error = OUTAGE
         await bench.time.advance(60)
         assert "token-unavailable" == (await bench.ending(bench.ask(), 5.0))[0]
+
+
+class TestDistrustedUpstream:
+    """A certificate that is not accepted."""
+
+    async def test_at_once_and_recovered(self, bench: Bench) -> None:
+        """Requests are answered at once, since waiting does not help, and the next login that succeeds ends it."""
+        bench.login.error = UpstreamDistrusted("The certificate of lab.metquay.co was not accepted.")
+        bench.cache.start()
+        await bench.time.settle()
+        assert "upstream-tls" == (await bench.ending(bench.ask(), 0))[0]
+        bench.login.error = None
+        await bench.time.advance(5)
+        assert bench.cache.current() is not None
 
 
 class TestRejectedToken:
