@@ -718,7 +718,11 @@ class TestDistrustedUpstream:
         bench.login.error = UpstreamDistrusted("The certificate of lab.metquay.co was not accepted.")
         bench.cache.start()
         await bench.time.settle()
-        assert "upstream-tls" == (await bench.ending(bench.ask(), 0))[0]
+        refused = bench.ask()
+        await bench.time.settle()
+        error = refused.exception()
+        assert isinstance(error, ProxyError)
+        assert ("upstream-tls", "no") == (error.slug, error.sent)
         bench.login.error = None
         await bench.time.advance(5)
         assert bench.cache.current() is not None
