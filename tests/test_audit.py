@@ -31,7 +31,7 @@ def test_one_line_for_each_write(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file can't be renamed on Windows")
 def test_rotation(tmp_path: Path) -> None:
-    """After the file was renamed or removed, the next line goes to a new one; a truncated one is continued."""
+    """After the file was renamed, the next line goes to a new one; a truncated one is continued."""
     path = tmp_path / "audit.log"
     audit = AuditLog(path, lambda _: None)
     audit.write({"n": 1})
@@ -59,7 +59,7 @@ def test_private(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_reported_once_and_stops_nothing(tmp_path: Path) -> None:
-    """While the file can't be written lines are counted as lost, with one report at the beginning and one at the end."""
+    """While the file can't be written lines are counted as lost, with a report at the beginning and at the end."""
     reports: list[str | None] = []
     folder = tmp_path / "later"
     audit = AuditLog(folder / "audit.log", reports.append)
@@ -76,7 +76,7 @@ def test_a_failure_is_reported_once_and_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full loses lines and says so; a line that was cut short is ended, so that the next stands alone."""
+    """A disk that is full loses lines and says so; a line that was cut short is ended, and the next stands alone."""
     reports: list[str | None] = []
     path = tmp_path / "audit.log"
     audit = AuditLog(path, reports.append)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,6 @@ async def test_working_day() -> None:
 @pytest.mark.slow
 async def test_working_day_over_tls(tmp_path: Path) -> None:
     """The same day in a process of its own against a TLS upstream whose CA is METQUAY_CA_BUNDLE."""
-    import ssl
-
     ca = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ca.issue_cert("localhost").configure_cert(context)
@@ -88,7 +87,8 @@ async def test_cold_start_makes_one_login() -> None:
 
 async def test_expired_token_makes_one_renewal() -> None:
     """100 concurrent 401s cause exactly one renewal, and no tool sees one."""
-    async with simulated(faults=Faults(latency=0.02)) as sandbox, running(sandbox.url, rate_limit="off") as (proxy, url):
+    slow = Faults(latency=0.02)
+    async with simulated(faults=slow) as sandbox, running(sandbox.url, rate_limit="off") as (proxy, url):
         await _until(proxy.ready)
         await asyncio.sleep(1.0 - 0.02)  # the cache makes at most one login a second
         sandbox.faults = Faults(latency=0.02, expire_tokens=True)
@@ -112,7 +112,11 @@ async def test_renewal_outlives_its_first_caller() -> None:
 
 async def test_sdk_login_is_answered_here() -> None:
     """POST /authenticate, in both forms, gives a placeholder; a request with it reaches Metquay with the real token."""
-    async with simulated() as sandbox, running(sandbox.url, rate_limit="off") as (_, url), aiohttp.ClientSession() as session:
+    async with (
+        simulated() as sandbox,
+        running(sandbox.url, rate_limit="off") as (_, url),
+        aiohttp.ClientSession() as session,
+    ):
         for path in ("/authenticate", "/api/v1/authenticate", "/api/v1//authenticate"):
             async with session.post(url + path, json={"accessKey": "any", "secretKey": "any"}) as response:
                 login = await response.json()

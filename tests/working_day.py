@@ -1,4 +1,4 @@
-"""A working day of a tool that knows nothing of tokens: it reads, creates, changes and deletes, and expects to succeed."""
+"""A working day of a tool that knows nothing of tokens: it reads, creates, changes, deletes, and expects success."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ async def _day(tool: Tool, number: int) -> None:
     job = answer["metquayId"]
 
     assert (200, None) == await tool.ask("PUT", f"/customers/{customer}", {"companyName": f"Nordwind {number}"})
-    assert (200, None) == await tool.ask("PUT", f"/customer-instrument-details/{wrench}", {**instrument, "make": "Stahl"})
+    changed = {**instrument, "make": "Stahl"}
+    assert (200, None) == await tool.ask("PUT", f"/customer-instrument-details/{wrench}", changed)
     assert (200, None) == await tool.ask("PUT", f"/works/{job}", {"customerInstrumentId": wrench, "remarks": "urgent"})
     status, _ = await tool.ask("DELETE", f"/customers/{customer}")
     assert 409 == status, "a customer with instruments can't be deleted"
