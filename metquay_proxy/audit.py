@@ -1,8 +1,8 @@
 """The audit log: one JSON line for each write, for whoever must say later who changed what.
 
 Owns the file. Must not see bodies, keys or query values: it is handed the fields of a line. A line is appended by one
-write to a file opened with O_APPEND (POSIX: the offset is set to the end before each write), so that several proxies may
-share a file and rotation by rename or by truncation loses nothing.
+write to a file opened with O_APPEND (POSIX: the offset is set to the end before each write), so that several proxies
+may share a file and rotation by rename or by truncation loses nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AuditLog:
         """Return the file, opened anew where it was rotated away."""
         if self._file is not None:
             try:
-                there = os.stat(self._path)
+                there = self._path.stat()
             except FileNotFoundError:
                 self.close()
             else:

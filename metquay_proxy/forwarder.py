@@ -10,15 +10,16 @@ RFC 9110 section 9.2.2 (idempotent methods), 10.2.3 (Retry-After).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from metquay_proxy.errors import ProxyError, Sent
 from metquay_proxy.http1 import ResponseHead
-from metquay_proxy.idempotency import MAX_ANSWER, Answer, Claim, Records, proves_nothing_was_executed, record_name
+from metquay_proxy.idempotency import MAX_ANSWER, Answer, Records, proves_nothing_was_executed, record_name
 from metquay_proxy.quota import Quota, QuotaExceeded, Snapshot, Ticket, retry_after_seconds
 
 if TYPE_CHECKING:
@@ -32,17 +33,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+_OVERWRITING: Final = frozenset({"PUT", "DELETE"})
+_IDEMPOTENT: Final = READING | _OVERWRITING
 _BUSY: Final = frozenset({502, 503, 504})
 _NEVER_CONNECTED: Final = frozenset({"upstream-unreachable", "upstream-tls"})
 _FIRST_BACKOFF: Final = 0.25
-_LONGEST_BACKOFF: Final = 4.0
-_FIRST_OF_INTEREST: Final = 401
+"""Seconds at most; twice as many before each further attempt, until they have doubled ``_DOUBLINGS`` times."""
+_DOUBLINGS: Final = 4
 _UNAUTHORIZED: Final = 401
 _NOT_FOUND: Final = 404
 _TOO_MANY: Final = 429
-_ANSWER_TEXT_LIMIT: Final = 4096
+_TEXT_LIMIT: Final = 4096
 
 
 class Response(Protocol):
@@ -86,13 +88,12 @@ class Request:
     keep_authorization: bool = False
 
 
+@dataclass(slots=True)
 class _Writes:
     """The writes under way on one target: how many were forwarded, so that each sees whether another came after it."""
 
-    __slots__ = ("active", "forwarded")
-
-    def __init__(self) -> None:
-        self.active = self.forwarded = 0
+    active: int = 0
+    forwarded: int = 0
 
 
 class Line:
@@ -115,19 +116,12 @@ class Line:
         return self._quota.ask(self._clock(), caller, max_wait)
 
     async def wait(self, ticket: Ticket) -> None:
-        """Wait until the ticket is granted; raise ``QuotaExceeded`` where that came to be too late.
-
-        Whoever is cancelled here gives the ticket back.
-        """
+        """Wait until the ticket is granted; raise ``QuotaExceeded`` where that came to be too late."""
         turn = asyncio.get_running_loop().create_future()
-
-        def settled() -> None:
-            if not turn.done():
-                turn.set_result(None)
-
-        ticket.on_settled = settled
+        ticket.on_settled = lambda: None if turn.done() else turn.set_result(None)
         self._poll()
-        await turn
+        if ticket.state == "waiting":  # it may have been settled since it was asked for
+            await turn
         if ticket.refused is not None:
             raise ticket.refused
 
@@ -200,16 +194,16 @@ class Forwarder:
         self._jitter = jitter
         self._writes: dict[str, _Writes] = {}
 
-    async def forward(self, request: Request, exchange: Exchange) -> Response:
+    def forward(self, request: Request, exchange: Exchange) -> Coroutine[Any, Any, Response]:
         """Return Metquay's answer; raise ``ProxyError`` where there is none to pass on."""
         if request.target.pass_through:
             exchange.attempts = 1
-            return await self._send(request, None, None, fresh=False)
+            return self._send(request, None, None, fresh=False)
         if request.method in READING:
-            return await self._forward(request, exchange, None)
+            return self._forward(_Attempts(request, exchange, self._clock() + self._max_wait, None))
         if request.method == "POST" and b"idempotency-key" in request.head.judged:
-            return await self._forward_once(request, exchange)
-        return await self._forward_write(request, exchange)
+            return self._forward_once(request, exchange)
+        return self._forward_write(request, exchange)
 
     async def _forward_once(self, request: Request, exchange: Exchange) -> Response:
         """Forward a POST with an Idempotency-Key, or return what the first one with it was answered."""
@@ -218,291 +212,300 @@ class Forwarder:
         claim = await self._records.claim(name, digest, self._clock())
         if isinstance(claim, Answer):
             return _replayed(claim)
+        answer: Answer | None = None
         try:
             response = await self._forward_write(request, exchange)
-            if 200 <= response.head.status <= 299:  # noqa: PLR2004 - RFC 9110 section 15.3, the successful class
+            head = response.head
+            executed = not proves_nothing_was_executed(head.status)
+            if 200 <= head.status <= 299:  # noqa: PLR2004 - RFC 9110 section 15.3, the successful class
                 exchange.note_sent("yes")
-                return await self._record(claim, response)
+                answer = Answer(head.status, head.reason, head.headers, None)
+                beginning = await _beginning(response, MAX_ANSWER)
+                if response.ended and len(beginning) <= MAX_ANSWER:
+                    answer = replace(answer, body=beginning)
+                response = _Begun(head, beginning, response)
         except BaseException as error:
             left: Sent = "unknown" if request.body.sent else "no"
             exchange.note_sent(error.sent if isinstance(error, ProxyError) else left)
-            await self._settle(claim, executed=exchange.sent != "no")
+            executed = exchange.sent != "no"
             raise
-        await self._settle(claim, executed=not proves_nothing_was_executed(response.head.status))
+        finally:
+            if executed:
+                await self._records.complete(claim, answer, self._clock())
+            else:
+                await self._records.free(claim)
         return response
 
-    async def _record(self, claim: Claim, response: Response) -> Response:
-        """Write a 2xx answer down before the client sees it; one that is too long is only known to have come."""
-        pieces: list[bytes] = []
-        size = 0
-        try:
-            while size <= MAX_ANSWER and not response.ended:
-                pieces.append(await response.read())
-                size += len(pieces[-1])
-        except BaseException:
-            response.close()
-            raise
-        head = response.head
-        body = b"".join(pieces) if response.ended and size <= MAX_ANSWER else None
-        await self._records.complete(claim, Answer(head.status, head.reason, head.headers, body), self._clock())
-        return _Buffered(head, pieces, response)
-
-    async def _settle(self, claim: Claim, *, executed: bool) -> None:
-        if executed:
-            await self._records.complete(claim, None, self._clock())
-        else:
-            await self._records.free(claim)
-
     async def _forward_write(self, request: Request, exchange: Exchange) -> Response:
-        writes = self._writes.setdefault(request.target.sent, _Writes())
+        target = request.target.sent
+        writes = self._writes.setdefault(target, _Writes())
         writes.active += 1
         try:
-            return await self._forward(request, exchange, writes)
+            return await self._forward(_Attempts(request, exchange, self._clock() + self._max_wait, writes))
         finally:
             writes.active -= 1
             if not writes.active:
-                del self._writes[request.target.sent]
+                del self._writes[target]
 
-    async def _forward(self, request: Request, exchange: Exchange, writes: _Writes | None) -> Response:
-        deadline = self._clock() + self._max_wait
-        line = self._line
-        attempts = _Attempts(writes)
-        while True:
-            token = self._tokens.current() or await self._token(request, exchange, deadline)
-            ticket = None
-            if line is not None:
-                ticket = self._ask(line, request.caller, deadline)
-                if not ticket.granted:
-                    token = await self._turn(line, ticket, request, exchange, deadline)
-            attempts.begin()
-            exchange.attempts += 1
-            try:
-                response = await self._send(request, token, ticket, fresh=attempts.fresh)
-            except ProxyError as failure:
-                wait = self._wait_after(failure, request, exchange, attempts)
-                if wait is None or self._clock() + wait > deadline:
-                    raise
-                exchange.note_sent(failure.sent)
-            else:
-                if response.head.status < _FIRST_OF_INTEREST:
+    async def _forward(self, attempts: _Attempts) -> Response:
+        try:
+            while True:
+                response = await self._attempt(attempts)
+                if response is not None:
                     return response
-                wait = await self._judge(response, request, exchange, attempts, token, deadline)
-                if wait is None:
-                    return response
-            request.body.sent = False
-            if wait > 0:
-                await self._waiting(request, exchange, self._sleep(wait))
+                attempts.request.body.sent = False
+                if attempts.wait:
+                    await self._waiting(attempts, self._sleep(attempts.wait))
+                    attempts.wait = 0.0
+        except ProxyError as error:
+            return attempts.end(error)
+        except QuotaExceeded as refusal:
+            return attempts.end(_quota_exceeded(refusal.retry_after))
+        except BaseException:
+            attempts.drop()
+            raise
 
-    async def _judge(  # noqa: PLR0913 - all that an answer is judged by
-        self,
-        response: Response,
-        request: Request,
-        exchange: Exchange,
-        attempts: _Attempts,
-        token: AccessToken,
-        deadline: float,
-    ) -> float | None:
-        """Return for how many seconds to wait before the request is sent again; None: the answer is passed on."""
-        status = response.head.status
-        rejected, attempts.rejected = attempts.rejected, status == _UNAUTHORIZED
-        if exchange.client_left:
-            return None
-        if status == _UNAUTHORIZED:
-            if not rejected:
-                return await self._renew(request, exchange, response, token, deadline)
-            exchange.hide_challenge = True
-        elif status == _TOO_MANY:
-            return await self._refused(request, response, deadline)
-        elif status in _BUSY:
-            wait = self._wait_after_busy(request, response, attempts)
-            if wait is not None and self._clock() + wait <= deadline:
-                exchange.note_sent("unknown")
-                response.close()
-                return wait
-        elif status == _NOT_FOUND and request.method == "DELETE" and exchange.sent != "no":
-            exchange.note = "repeated-after-unknown"
-        return None
+    async def _attempt(self, attempts: _Attempts) -> Response | None:
+        """Wait for token and quota, and send once; None where another attempt is to follow."""
+        token = self._tokens.current() or await self._token(attempts)
+        ticket = None
+        if self._line is not None:
+            ticket = self._line.ask(attempts.request.caller, attempts.deadline - self._clock())
+            if not ticket.granted:
+                token = await self._turn(self._line, ticket, attempts)
+        if attempts.ended is not None and attempts.overtaken:
+            if self._line is not None and ticket is not None:
+                self._line.give_back(ticket)
+            return attempts.end(attempts.ended)
+        attempts.begin()
+        began = time.perf_counter()
+        try:
+            response = await self._send(attempts.request, token, ticket, fresh=attempts.fresh)
+        except ProxyError as failure:
+            if self._repeats_after_failure(attempts, failure):
+                return None
+            raise
+        finally:
+            attempts.exchange.upstream += time.perf_counter() - began
+        if response.head.status < _UNAUTHORIZED:
+            return response
+        try:
+            return None if await self._repeats_after_answer(attempts, response, token) else response
+        except BaseException:
+            response.close()
+            raise
 
     async def _send(
         self, request: Request, token: AccessToken | None, ticket: Ticket | None, *, fresh: bool
     ) -> Response:
         """Send one attempt; its slot counts from now until one window after the answer's head, or the failure."""
-        head = request.head.outbound(
-            request.method,
-            request.target.sent,
-            host=self._host,
-            authorization=None if token is None else token.authorization,
-            chunked=request.body.chunked,
-            read_only=request.read_only,
-            keep_authorization=request.keep_authorization,
-        )
-        if ticket is None or self._line is None:
-            return await self._transport.send(request.method, head, request.body, fresh=fresh)
-        self._line.sent(ticket)
+        line = self._line
+        if line is not None and ticket is not None:
+            line.sent(ticket)
         try:
+            head = request.head.outbound(
+                request.method,
+                request.target.sent,
+                host=self._host,
+                authorization=None if token is None else token.authorization,
+                chunked=request.body.chunked,
+                read_only=request.read_only,
+                keep_authorization=request.keep_authorization,
+            )
             return await self._transport.send(request.method, head, request.body, fresh=fresh)
         finally:
-            self._line.answered(ticket)
+            if line is not None and ticket is not None:
+                line.answered(ticket)
 
-    async def _token(self, request: Request, exchange: Exchange, deadline: float) -> AccessToken:
-        return await self._waiting(request, exchange, self._tokens.get(deadline - self._clock()))
+    async def _token(self, attempts: _Attempts) -> AccessToken:
+        return await self._waiting(attempts, self._tokens.get(attempts.deadline - self._clock()))
 
-    def _ask(self, line: Line, caller: str, deadline: float) -> Ticket:
-        try:
-            return line.ask(caller, deadline - self._clock())
-        except QuotaExceeded as refusal:
-            raise _quota_exceeded(refusal.retry_after) from None
-
-    async def _turn(
-        self, line: Line, ticket: Ticket, request: Request, exchange: Exchange, deadline: float
-    ) -> AccessToken:
+    async def _turn(self, line: Line, ticket: Ticket, attempts: _Attempts) -> AccessToken:
         """Wait for the quota, then look whether the token is still fresh: the wait may have outlived it."""
         try:
-            await self._waiting(request, exchange, line.wait(ticket))
-            return self._tokens.current() or await self._token(request, exchange, deadline)
-        except QuotaExceeded as refusal:
-            raise _quota_exceeded(refusal.retry_after) from None
+            await self._waiting(attempts, line.wait(ticket))
+            return await self._token(attempts)
         except BaseException:
             line.give_back(ticket)
             raise
 
-    async def _renew(
-        self, request: Request, exchange: Exchange, response: Response, token: AccessToken, deadline: float
-    ) -> float:
-        """Get a new token after a 401, which means that nothing was executed."""
-        response.close()
-        if not request.body.replayable:
-            self._tokens.reject(token)
-            msg = (
-                "Metquay no longer accepted the token when this large upload arrived, and nothing was changed. "
-                "The proxy is getting a new token: send the request again."
-            )
-            raise ProxyError("retry-with-new-token", msg)
-        await self._waiting(request, exchange, self._tokens.renew(token, deadline - self._clock()))
-        return 0.0
+    def _repeats_after_failure(self, attempts: _Attempts, failure: ProxyError) -> bool:
+        """Decide whether a request that got no answer is sent again, and prepare for it."""
+        attempts.fresh = True
+        attempts.exchange.note_sent(failure.sent)
+        if not getattr(failure, "repeatable", False):
+            return False
+        if attempts.request.method not in _IDEMPOTENT and failure.slug not in _NEVER_CONNECTED:
+            return False
+        # that the upstream closed an idle connection says nothing against it
+        return self._back_off(attempts, failure, at_once=getattr(failure, "stale", False))
 
-    async def _refused(self, request: Request, response: Response, deadline: float) -> float:
-        """Metquay's own 429, which means that nothing was executed: close the window, and wait for it in the line."""
-        asked = retry_after_seconds(_field(response.head, b"retry-after"), await _text(response), time.time())
+    async def _repeats_after_answer(self, attempts: _Attempts, response: Response, token: AccessToken) -> bool:
+        """Decide whether a request is sent again that was answered with an error, and prepare for it."""
+        request, exchange, status = attempts.request, attempts.exchange, response.head.status
+        rejected, attempts.rejected = attempts.rejected, status == _UNAUTHORIZED
+        if status == _UNAUTHORIZED and not rejected:
+            self._tokens.reject(token)
+            if not attempts.repeatable:
+                raise ProxyError(
+                    "retry-with-new-token",
+                    "Metquay no longer accepted the token when this large upload arrived, and nothing was changed. "
+                    "The proxy is getting a new token: send the request again.",
+                )
+        elif status == _TOO_MANY:
+            await self._close_window(attempts, response)
+        elif status in _BUSY and request.method in _IDEMPOTENT:
+            asked = retry_after_seconds(_field(response.head, b"retry-after"), b"", time.time())
+            if self._back_off(attempts, response, asked or 0.0):
+                exchange.note_sent("unknown")
+                return True
+            return False
+        else:
+            exchange.hide_challenge = status == _UNAUTHORIZED
+            if status == _NOT_FOUND and request.method == "DELETE" and exchange.sent != "no":
+                exchange.note = "repeated-after-unknown"
+            return False
         response.close()
+        return True
+
+    async def _close_window(self, attempts: _Attempts, response: Response) -> None:
+        """Metquay's own 429, which means that nothing was executed: the request goes back into the line.
+
+        Raises ``ProxyError`` quota-exceeded where it can't wait so long, or can't be sent again.
+        """
+        attempts.request.body.sent = False
+        asked = retry_after_seconds(_field(response.head, b"retry-after"), b"", time.time())
+        if asked is None:
+            with contextlib.suppress(ProxyError):  # it broke off in mid-text, and is a 429 all the same
+                asked = retry_after_seconds(None, await _beginning(response, _TEXT_LIMIT), 0.0)
+        wait = asked or 1.0
         if self._line is not None:
             self._line.close(asked)
-        wait = asked or 1.0
-        if not request.body.replayable or (self._line is None and self._clock() + wait > deadline):
+            if attempts.repeatable:
+                return
+            wait = self._line.snapshot().next_free_in
+        if not attempts.repeatable or self._clock() + wait > attempts.deadline:
             raise _quota_exceeded(wait)
-        return 0.0 if self._line is not None else wait
+        attempts.wait = wait
 
-    def _wait_after(
-        self, failure: ProxyError, request: Request, exchange: Exchange, attempts: _Attempts
-    ) -> float | None:
-        """Return for how many seconds to back off before the request is sent again; None where it must not be."""
-        attempts.fresh = True
-        if exchange.client_left or not getattr(failure, "repeatable", False) or not request.body.replayable:
-            return None
-        if failure.slug not in _NEVER_CONNECTED and request.method not in IDEMPOTENT:
-            return None
-        if getattr(failure, "stale", False) and not attempts.was_stale:
-            # the upstream closed a pooled connection under it: no failure of the upstream's, and no reason to wait
-            attempts.was_stale = True
-            return None if attempts.overtaken else 0.0
-        return self._backoff(attempts)
-
-    def _wait_after_busy(self, request: Request, response: Response, attempts: _Attempts) -> float | None:
-        if request.method not in IDEMPOTENT or not request.body.replayable:
-            return None
-        wait = self._backoff(attempts)
-        if wait is not None:
-            asked = retry_after_seconds(_field(response.head, b"retry-after"), b"", time.time())
-            wait = max(wait, asked or 0.0)
-        return wait
-
-    def _backoff(self, attempts: _Attempts) -> float | None:
+    def _back_off(
+        self, attempts: _Attempts, ended: Response | ProxyError, least: float = 0.0, *, at_once: bool = False
+    ) -> bool:
+        """Plan another attempt after an unclear end, in ``least`` seconds or more; False where there must be none."""
+        if attempts.failed == self._retries or attempts.overtaken or not attempts.repeatable:
+            return False
+        longest: float = 0.0 if at_once else _FIRST_BACKOFF * 2.0 ** min(attempts.failed, _DOUBLINGS)
+        wait = max(least, longest * (0.5 + self._jitter() / 2))
+        if self._clock() + wait > attempts.deadline:
+            return False
         attempts.failed += 1
-        if attempts.failed > self._retries or attempts.overtaken:
-            return None
-        longest: float = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2.0 ** (attempts.failed - 1))
-        return longest * (0.5 + self._jitter() / 2)
+        attempts.wait, attempts.ended = wait, ended
+        return True
 
-    async def _waiting(self, request: Request, exchange: Exchange, what: Coroutine[Any, Any, T]) -> T:
+    async def _waiting(self, attempts: _Attempts, what: Coroutine[Any, Any, T]) -> T:
         """Await something while the client's body is read ahead, and count the time."""
+        body = attempts.request.body
         began = self._clock()
         try:
-            if request.body.ended:
-                return await what
-            return await _beside(what, request.body.prefetch())
+            return await (what if body.ended else _beside(what, body.prefetch()))
         finally:
-            exchange.waited += self._clock() - began
+            attempts.exchange.waited += self._clock() - began
 
 
+@dataclass(slots=True, eq=False)
 class _Attempts:
-    """What is known of one request's attempts so far."""
+    """The attempts of one request: how long it may wait in all, and what is known of those that were made.
 
-    __slots__ = ("_serial", "_writes", "failed", "fresh", "rejected", "was_stale")
+    ``ended`` is what the last one ended in, if unclear, while another is to follow; ``wait``: after so many seconds.
+    """
 
-    def __init__(self, writes: _Writes | None) -> None:
-        self._writes = writes
-        self._serial = 0
-        self.failed = 0
-        self.fresh = False
-        self.rejected = False
-        self.was_stale = False
+    request: Request
+    exchange: Exchange
+    deadline: float
+    writes: _Writes | None
+    serial: int = 0
+    failed: int = 0
+    wait: float = 0.0
+    fresh: bool = False
+    rejected: bool = False
+    ended: Response | ProxyError | None = None
 
-    def begin(self) -> None:
-        """Note that an attempt is about to be sent."""
-        if self._writes is not None and not self._serial:
-            self._writes.forwarded += 1
-            self._serial = self._writes.forwarded
+    @property
+    def repeatable(self) -> bool:
+        """Whether there is still somebody to repeat it for, and a body to send."""
+        return self.request.body.replayable and not self.exchange.client_left
 
     @property
     def overtaken(self) -> bool:
-        """Whether another write to the same target was forwarded after the first attempt of this one."""
-        return self._writes is not None and self._serial != self._writes.forwarded
+        """Whether another write to the same target was forwarded after the first attempt of this PUT or DELETE."""
+        writes = self.writes
+        return writes is not None and writes.forwarded != self.serial and self.request.method in _OVERWRITING
+
+    def begin(self) -> None:
+        """Count an attempt that is about to be sent."""
+        self.exchange.attempts += 1
+        if self.ended is not None:
+            self.drop()
+        elif self.writes is not None:
+            self.writes.forwarded += 1
+            self.serial = self.writes.forwarded
+
+    def end(self, refusal: Response | ProxyError) -> Response:
+        """No other attempt can be made: pass on what the last one ended in, else ``refusal``."""
+        ended = refusal if self.ended is None else self.ended
+        if isinstance(ended, ProxyError):
+            raise ended
+        return ended
+
+    def drop(self) -> None:
+        """Forget what the last attempt ended in."""
+        if self.ended is not None and not isinstance(self.ended, ProxyError):
+            self.ended.close()
+        self.ended = None
 
 
-class _Buffered:
+class _Begun:
     """An answer whose beginning, or whole, was read before it is passed on."""
 
-    def __init__(self, head: ResponseHead, pieces: list[bytes], rest: Response | None = None) -> None:
+    def __init__(self, head: ResponseHead, beginning: bytes, rest: Response | None = None) -> None:
         self.head = head
-        self._pieces = pieces
+        self._beginning = beginning
         self._rest = rest
 
     @property
     def ended(self) -> bool:
-        return not self._pieces and (self._rest is None or self._rest.ended)
+        return not self._beginning and (self._rest is None or self._rest.ended)
 
     def read_nowait(self) -> bytes:
-        if self._pieces:
-            return self._pieces.pop(0)
-        return b"" if self._rest is None else self._rest.read_nowait()
+        beginning, self._beginning = self._beginning, b""
+        return beginning or (b"" if self._rest is None else self._rest.read_nowait())
 
     async def read(self) -> bytes:
-        if self._pieces or self._rest is None:
-            return self.read_nowait()
-        return await self._rest.read()
+        return self.read_nowait() or (b"" if self._rest is None else await self._rest.read())
 
     def close(self) -> None:
         if self._rest is not None:
             self._rest.close()
 
 
-def _replayed(answer: Answer) -> _Buffered:
-    fields = [*answer.fields, (b"Idempotency-Replayed", b"true")]
+def _replayed(answer: Answer) -> _Begun:
+    """Return a recorded answer as though it came now, in one piece however it came then."""
     body = answer.body or b""
-    sized = any(name.lower() == b"content-length" for name, _ in answer.fields)
+    fields = [(name, value) for name, value in answer.fields if name.lower() != b"content-length"]
+    fields += [(b"Content-Length", b"%d" % len(body)), (b"Idempotency-Replayed", b"true")]
     head = ResponseHead(
         status=answer.status,
         reason=answer.reason,
         minor=1,
         headers=fields,
         names=[name.lower() for name, _ in fields],
-        length=len(body) if sized else None,
-        chunked=not sized,
+        length=len(body),
+        chunked=False,
         until_close=False,
         keep_alive=True,
         no_body=False,
     )
-    return _Buffered(head, [body] if body else [])
+    return _Begun(head, body)
 
 
 async def _beside(what: Coroutine[Any, Any, T], reading: Coroutine[Any, Any, None]) -> T:
@@ -520,15 +523,16 @@ async def _beside(what: Coroutine[Any, Any, T], reading: Coroutine[Any, Any, Non
         await asyncio.gather(main, reader, return_exceptions=True)
 
 
-async def _text(response: Response) -> bytes:
-    """Return the beginning of a short error text."""
-    text = b""
-    while len(text) < _ANSWER_TEXT_LIMIT:
-        piece = await response.read()
-        if not piece:
-            break
-        text += piece
-    return text[:_ANSWER_TEXT_LIMIT]
+async def _beginning(response: Response, limit: int) -> bytes:
+    """Return the body, or a beginning of it that is longer than ``limit`` bytes."""
+    beginning = b""
+    try:
+        while len(beginning) <= limit and not response.ended:
+            beginning += await response.read()
+    except BaseException:
+        response.close()
+        raise
+    return beginning
 
 
 def _field(head: ResponseHead, name: bytes) -> str | None:
@@ -540,7 +544,7 @@ def _field(head: ResponseHead, name: bytes) -> str | None:
 
 def _quota_exceeded(seconds: float) -> ProxyError:
     msg = (
-        "Metquay allows this key pair only so many requests a minute, and they are used up: more are asked for than can "
-        "be sent in time. Nothing was sent. Try again after the seconds that Retry-After names, or ask for less at once."
+        "Metquay allows this key pair only so many requests a minute, and more are asked for than can be sent in time. "
+        "Try again after the seconds that Retry-After names, or ask for less at once."
     )
     return ProxyError("quota-exceeded", msg, retry_after=seconds)

@@ -14,12 +14,9 @@ import hashlib
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from metquay_proxy.errors import ProxyError
-
-if TYPE_CHECKING:
-    from metquay_proxy.rewrite import Fields
 
 LIFETIME: Final = 24 * 3600.0
 """Seconds that a record is kept once its request has ended."""
@@ -32,11 +29,11 @@ _KEY: Final = re.compile(r"[!-~](?:[ -~]{0,253}[!-~])?")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A recorded 2xx answer; ``body`` is None where it was longer than ``MAX_ANSWER``."""
+    """A recorded 2xx answer; ``body`` is None where it was longer than ``MAX_ANSWER``, or broke off."""
 
     status: int
     reason: bytes
-    fields: Fields
+    fields: list[tuple[bytes, bytes]]
     body: bytes | None
 
 
@@ -98,7 +95,7 @@ class Records:
         if known is not None and known != digest:
             raise ProxyError(
                 "idempotency-key-reused",
-                "This Idempotency-Key was used for another request body. Nothing was sent; take a new key for a new one.",
+                "This Idempotency-Key was used for another request body. Nothing was sent; a new one needs a new key.",
             )
         if running is not None:
             raise ProxyError(
@@ -114,7 +111,7 @@ class Records:
             wait = next(iter(self._ended.values())).expires - now if self._ended else 60.0
             raise ProxyError(
                 "idempotency-full",
-                f"The proxy keeps {self._max_records} requests with an Idempotency-Key, and can't keep more. Nothing was sent.",
+                f"The proxy keeps at most {self._max_records} requests with an Idempotency-Key. Nothing was sent.",
                 retry_after=wait,
             )
         self._running[record] = digest
@@ -144,7 +141,7 @@ def _unknown(answer: Answer | None) -> ProxyError:
         )
     return ProxyError(
         "outcome-unknown",
-        f"The first request with this Idempotency-Key was executed (status {answer.status}), but its answer was too long "
-        "to be kept. Look in Metquay for the record; do not send it again.",
+        f"The first request with this Idempotency-Key was executed (status {answer.status}). Its answer was not kept "
+        "(too long, or broken off). Look in Metquay for the record; do not send it again.",
         sent="yes",
     )

@@ -105,7 +105,7 @@ async def test_settled_once() -> None:
 
 
 async def test_full() -> None:
-    """As many records as fit, running ones included; expired ones make room, and Retry-After says when the next will."""
+    """As many records as fit, running ones included; expired ones make room, and Retry-After says when the next do."""
     records = Records(max_records=2)
     await records.complete(await claimed(records), ANSWER, 0.0)
     await claimed(records, OTHER)
