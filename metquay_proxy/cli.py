@@ -279,6 +279,16 @@ def _print_settings(sources: Iterable[Setting], *, as_json: bool) -> None:
     _print(*(f"{name:{names}}  {value:{values}}  {source}" for name, value, source in rows))
 
 
+def _check(arguments: Sequence[str]) -> int:
+    from metquay_proxy import check  # noqa: PLC0415 - slow
+
+    parser, secrets = _settings_parser("check", "Try, step by step, what lies between this machine and Metquay.")
+    parser.add_argument("--sandbox", action="store_true", help="try it on the built-in Metquay simulator")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    values = parser.parse(arguments, secrets)
+    return check.run(lambda: _load(values, sandbox=values.sandbox), sandbox=values.sandbox, as_json=values.json)
+
+
 def _health(arguments: Sequence[str]) -> int:
     from metquay_proxy import health  # noqa: PLC0415 - the other commands can do without
     from metquay_proxy.address import DEFAULT_LISTEN  # noqa: PLC0415 - the other commands can do without
@@ -312,6 +322,7 @@ COMMANDS: Final[dict[str, tuple[Callable[[Sequence[str]], int], str]]] = {
     "serve": (_serve, "run the proxy; the default"),
     "sandbox": (_sandbox, "run the Metquay simulator alone"),
     "health": (_health, "ask a running proxy whether it is alive, or ready"),
+    "check": (_check, "find out what is wrong, and what to do about it"),
     "settings": (_settings, "print the effective settings and where each comes from"),
 }
 """Name to what runs it (arguments to exit code), and what it does."""

@@ -511,6 +511,21 @@ def _is_upstream(address: Address, base: BaseURL | None) -> bool:
     )
 
 
+def outbound_proxy(settings: Settings, base: BaseURL) -> OutboundProxy | None:
+    """Return the corporate proxy on the way to ``base``: the setting's, else the system's; none to this machine itself.
+
+    Raises ``ValueError``, with a text for people, where the system's can't be used.
+    """
+    from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415 - other commands need not load it
+
+    if base.scheme != "https":
+        return None
+    if settings.outbound_proxy is not None:
+        return settings.outbound_proxy
+    url = "" if proxy_bypass(base.host) else getproxies().get("https", "")
+    return parse_outbound_proxy(url) if url else None
+
+
 def is_local(address: Address) -> bool:
     """Whether only this machine can reach the address."""
     return bool(address.path) or is_loopback(address.host)

@@ -1,100 +1,146 @@
-"""What is told about exchanges: one log line each, and the figures that the own endpoints show.
+"""What is told about exchanges: a log line each, figures for Prometheus, the last ones and the last hour for the page.
 
-Owns ``Exchange``, the logging set-up and redaction. Must not decide anything about a request.
+Owns ``Exchange``, the books of what happened, the logging set-up and the masking of targets. Must not decide anything
+about a request, and must cost it next to nothing: an exchange is counted in plain dictionaries and lists, and turned
+into text only for a log or a reader that there is.
 
-Facts: query values can hold customers' names, bodies can hold passwords (the older interface sends them there): neither is
-ever logged. A traceback that shows local variables would show tokens.
+Facts: query values can hold customers' names, bodies can hold passwords (the older interface sends them there): neither
+is ever logged. A traceback that shows local variables would show tokens. Prometheus wants cumulative buckets, and
+labels of few values: no ids, no clients.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import contextlib
+import json
 import logging
 import os
-import re
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final, Literal
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import accumulate, count, islice
+from json.encoder import encode_basestring_ascii as quoted
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 import structlog
 
-from metquay_proxy.errors import Sent
-
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Mapping, MutableMapping
 
     from metquay_proxy.auth import TokenEvent
+    from metquay_proxy.errors import Sent
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("metquay_proxy")
 
+BOUNDS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
+"""Upper ends of the buckets of every histogram, in seconds."""
+RECENT: Final = 100
+"""Exchanges that are kept for the status page; whoever reads too slowly misses those in between."""
+_HELD: Final = 0.2
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
-_QUERY_VALUE: Final = re.compile(r"=[^&]*")
+_OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
+_RESOURCES: Final = frozenset({"customers", "customer-instrument-details", "instrument-categories", "works"})
+_OUTAGE: Final = frozenset({502, 503, 504})
 _RUN: Final = os.urandom(4).hex()
+_NUMBERS: Final = count(1)
 
 
+@dataclass(slots=True, eq=False)
 class Exchange:
-    """One request and its answer, from the parsed head to the last byte.
+    """One request and its answer, from the parsed head to the last byte. Durations are in seconds."""
 
-    Times are in seconds: ``waited`` for token, quota and backing off. ``answered_by`` is ``metquay`` or ``proxy``.
-    ``sent`` says whether an earlier attempt could have been executed.
-    """
+    method: str
+    path: str
+    """A dash until the canonical target is known: a refused one may hold anything."""
+    id: str = ""
+    client: str | None = None
+    """The name of its client key."""
+    caller: str = ""
+    """Whom it waits in line with: the name of the key, else the User-Agent."""
+    status: int = 0
+    answered_by: Literal["metquay", "proxy"] = "proxy"
+    error: str | None = None
+    attempts: int = 0
+    began: float = 0.0
+    """A reading of ``time.perf_counter``, as is"""
+    head_at: float = 0.0
+    """when Metquay's answer was there to be passed on; 0 if never."""
+    waited: float = 0.0
+    """For token and quota, and backing off."""
+    upstream: float = 0.0
+    """From sending to the answer's head, over all attempts."""
+    seconds: float = 0.0
+    """In all."""
+    ended: float = 0.0
+    """Wall clock."""
+    sent: Sent = "no"
+    """Whether an earlier attempt could have been executed."""
+    note: str | None = None
+    cors: tuple[tuple[str, str], ...] = ()
+    hide_challenge: bool = False
+    head_sent: bool = False
+    client_left: bool = False
+    audited: bool = False
 
-    __slots__ = (
-        "answered_by",
-        "attempts",
-        "began",
-        "client",
-        "client_left",
-        "cors",
-        "error",
-        "head_sent",
-        "hide_challenge",
-        "id",
-        "method",
-        "note",
-        "path",
-        "sent",
-        "status",
-        "waited",
-    )
-
-    _count = 0
-
-    def __init__(self, method: str, path: str) -> None:
-        """``path`` is the raw target until the canonical one is known."""
-        Exchange._count += 1
-        self.id = f"{_RUN}{Exchange._count:08x}"
+    def __post_init__(self) -> None:
+        """Begin."""
+        self.id = f"{_RUN}{next(_NUMBERS):08x}"
         self.began = time.perf_counter()
-        self.method = method
-        self.path = path
-        self.client: str | None = None
-        self.cors: tuple[tuple[str, str], ...] = ()
-        self.status = 0
-        self.answered_by: Literal["metquay", "proxy"] = "proxy"
-        self.error: str | None = None
-        self.attempts = 0
-        self.waited = 0.0
-        self.sent: Sent = "no"
-        self.note: str | None = None
-        self.hide_challenge = False
-        self.head_sent = False
-        self.client_left = False
 
     def note_sent(self, sent: Sent) -> None:
         """Remember the worst that an attempt may have done."""
         if _CERTAINTY[sent] > _CERTAINTY[self.sent]:
             self.sent = sent
 
+    def line(self) -> str:
+        """Return the JSON object that the log and the status page tell of it, without a line's end."""
+        who = self.client or self.caller[:80]
+        stamp = datetime.fromtimestamp(self.ended, UTC).isoformat(timespec="microseconds")[:-6]
+        return (
+            f'{{"event": "request", "level": "info", "timestamp": "{stamp}Z", "id": "{self.id}", '
+            f'"client": {quoted(who) if who else "null"}, "method": "{self.method}", '
+            f'"path": {quoted(masked(self.path))}, "status": {self.status}, "answered_by": "{self.answered_by}", '
+            f'"ms": {self.seconds * 1000:.1f}, "waited_ms": {self.waited * 1000:.1f}, "attempts": {self.attempts}'
+            + (f', "error": "{self.error}"}}' if self.error else "}")
+        )
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Durations in seconds, counted in the buckets of ``BOUNDS`` and one more."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    total: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
+        self.total += seconds
+
 
 class Telemetry:
     """Takes each exchange at its end; one place for the log line and the figures."""
 
-    def __init__(self) -> None:
-        """Start with empty books."""
+    def __init__(self, prefix: str = "/api/v1") -> None:
+        """Start with empty books; ``prefix`` is what comes before the resources in a path."""
         self.active = 0
         self.finished = 0
-        self._log = log
+        self.trouble: Exchange | None = None
+        """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
         self.logs_requests = logging.getLogger("metquay_proxy").isEnabledFor(logging.INFO)
+        self._prefix = f"{prefix}/"
+        self._requests: dict[tuple[str, str, int, str], int] = {}
+        self._retries = 0
+        self._upstream, self._own, self._waited = Histogram(), Histogram(), Histogram()
+        self._recent: deque[Exchange] = deque(maxlen=RECENT)
+        self._remembered = 0
+        self._minutes: deque[list[float]] = deque([[0, 0, 0, 0, 0, 0]], maxlen=60)
 
     def opened(self) -> None:
         """Count an exchange that begins."""
@@ -102,30 +148,122 @@ class Telemetry:
 
     def closed(self, exchange: Exchange) -> None:
         """Log the exchange and count it."""
+        now = time.perf_counter()
+        exchange.ended = time.time()
+        exchange.seconds = now - exchange.began
         self.active -= 1
         self.finished += 1
+        key = (exchange.method, self._route(exchange.path), exchange.status, exchange.answered_by)
+        self._requests[key] = self._requests.get(key, 0) + 1
+        if not exchange.path.startswith("/-/"):
+            self._remember(exchange, now)
         if self.logs_requests:
-            extra: dict[str, Any] = {} if exchange.error is None else {"error": exchange.error}
-            self._log.info(
-                "request",
-                id=exchange.id,
-                client=exchange.client,
-                method=exchange.method,
-                path=masked(exchange.path),
-                status=exchange.status,
-                answered_by=exchange.answered_by,
-                ms=round((time.perf_counter() - exchange.began) * 1000, 1),
-                waited_ms=round(exchange.waited * 1000, 1),
-                attempts=exchange.attempts,
-                **extra,
-            )
+            _output.request(exchange)
+
+    def _remember(self, exchange: Exchange, now: float) -> None:
+        if exchange.attempts:
+            self._waited.observe(exchange.waited)
+            self._upstream.observe(exchange.upstream)
+            own = (exchange.head_at or now) - exchange.began - exchange.waited - exchange.upstream
+            self._own.observe(max(0.0, own))
+            self._retries += exchange.attempts - 1
+        status = exchange.status
+        if exchange.answered_by == "metquay":
+            self.trouble = exchange if status in _OUTAGE else None
+        elif exchange.error is not None and exchange.error.startswith("upstream-"):
+            self.trouble = exchange
+        minute, milliseconds = self._minutes[-1], exchange.seconds * 1000
+        if minute[0] != exchange.ended // 60:
+            minute = [int(exchange.ended // 60), 0, 0, 0, 0, 0]
+            self._minutes.append(minute)
+        minute[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += 1  # noqa: PLR2004 - classes of status
+        minute[4] += milliseconds
+        minute[5] = max(minute[5], milliseconds)
+        self._recent.append(exchange)
+        self._remembered += 1
+
+    def _route(self, path: str) -> str:
+        """Return the template of a path; of these there are few, whatever is asked for."""
+        if path.startswith("/-/"):
+            return path if path[3:] in _OWN_PAGES else "other"
+        if not path.startswith(self._prefix):
+            return "other"
+        resource, slash, rest = path[len(self._prefix) :].partition("?")[0].partition("/")
+        if resource not in _RESOURCES or "/" in rest:
+            return "other"
+        return f"/{resource}/{{id}}" if slash else f"/{resource}"
+
+    def since(self, number: int) -> tuple[list[str], int, int]:
+        """Return (the exchanges after the ``number``-th, as JSON; how many of them are lost; the last number)."""
+        new = self._remembered - number
+        kept = min(new, len(self._recent))
+        exchanges = islice(self._recent, len(self._recent) - kept, None)
+        return [exchange.line() for exchange in exchanges], new - kept, self._remembered
+
+    def hour(self) -> list[list[float]]:
+        """Return [minute since 1970, good, refused (4xx), failed, average in ms, slowest in ms] for each minute.
+
+        Minutes without exchanges are left out, and so is what is older than an hour.
+        """
+        rows = [row for row in self._minutes if row[0] > time.time() // 60 - 60]
+        return [[*row[:4], round(row[4] / sum(row[1:4]), 1), round(row[5], 1)] for row in rows]
 
     def token_event(self, event: TokenEvent) -> None:
         """Log what became of a login."""
+        told = f"token {event.kind}"
         if event.kind in {"failed", "rejected"}:
-            self._log.warning(f"token {event.kind}", reason=event.text, next_attempt_s=round(event.wait, 1))
+            log.warning(told, reason=event.text, next_attempt_s=round(event.wait, 1))
         else:
-            self._log.info(f"token {event.kind}", lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
+            self.trouble = None
+            log.info(told, lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
+
+    def exposition(self, status: Mapping[str, Any]) -> bytes:
+        """Return the figures, and those of ``/-/status``, as Prometheus reads them.
+
+        To be called in a thread: it loads a library and reads files below /proc. Each book is copied in one operation.
+        """
+        from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest  # noqa: PLC0415 - most never ask
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily  # noqa: PLC0415
+
+        families: list[Any] = []
+        labels = ("method", "route", "status", "origin")
+        requests = CounterMetricFamily("metquay_proxy_requests", "Answered requests.", labels=labels)
+        for values, number in list(self._requests.items()):
+            requests.add_metric([str(value) for value in values], number)
+        families.append(requests)
+        for name, text, histogram in (
+            ("upstream", "from sending a request to Metquay's answer", self._upstream),
+            ("own", "of the proxy's own work", self._own),
+            ("waited", "of waiting for token and quota", self._waited),
+        ):
+            ends = zip([*(f"{bound:g}" for bound in BOUNDS), "+Inf"], accumulate(list(histogram.counts)), strict=True)
+            about = (f"metquay_proxy_{name}_seconds", f"Seconds {text}, for each forwarded request.")
+            families.append(HistogramMetricFamily(*about, buckets=list(ends), sum_value=histogram.total))
+        connections = GaugeMetricFamily("metquay_proxy_connections", "Connections to Metquay.", labels=("state",))
+        for state, number in status["connections"].items():
+            connections.add_metric([state], number)
+        families.append(connections)
+        token, quota = status["token"], status["quota"] or {}
+        for kind, name, text, value in (
+            (CounterMetricFamily, "retries", "Attempts after the first.", self._retries),
+            (CounterMetricFamily, "token_renewals", "Logins that brought a token.", token["renewals"]),
+            (CounterMetricFamily, "token_failures", "Logins that failed.", token["failures"]),
+            (GaugeMetricFamily, "token_rejected", "1 while Metquay refuses the keys.", token["rejected"]),
+            (GaugeMetricFamily, "token_age_seconds", "Since the last login.", token["last_renewal_age"]),
+            (GaugeMetricFamily, "token_left_seconds", "Until the token ends; 0 without one.", token["seconds_left"]),
+            (GaugeMetricFamily, "ready", "1 while a request would find a token.", status["ready"]),
+            (GaugeMetricFamily, "requests_active", "Requests in flight.", status["requests"]["active"]),
+            (GaugeMetricFamily, "quota_limit", "Requests that a window allows.", quota.get("limit")),
+            (GaugeMetricFamily, "quota_used", "Requests of the window that are used.", quota.get("used")),
+            (GaugeMetricFamily, "quota_waiting", "Requests that wait for their turn.", quota.get("waiting")),
+            (GaugeMetricFamily, "quota_closed_seconds", "Until Metquay's own refusal ends.", quota.get("closed_for")),
+        ):
+            if value is not None:
+                families.append(kind(f"metquay_proxy_{name}", text, value=float(value)))
+        registry = CollectorRegistry()
+        registry.register(type("Books", (), {"collect": lambda _: families})())
+        ProcessCollector(registry=registry)
+        return generate_latest(registry)
 
 
 def masked(target: str) -> str:
@@ -133,50 +271,83 @@ def masked(target: str) -> str:
     path, mark, query = target.partition("?")
     if not mark:
         return path
-    return path + "?" + "&".join(_QUERY_VALUE.sub("=*", part) if "=" in part else "*" for part in query.split("&"))
+    parts = query.split("&")
+    return f"{path}?" + "&".join([f"{part.partition('=')[0]}=*" if "=" in part else part and "*" for part in parts])
+
+
+class _Output:
+    """Standard error, for all that logs. Request lines are held for at most 0.2 s, and go out before anything else."""
+
+    def __init__(self) -> None:
+        self.stream: TextIO = sys.stderr
+        self.as_json = False
+        self._held: list[str] = []
+
+    def request(self, exchange: Exchange) -> None:
+        """Log an exchange; from within the event loop."""
+        line = exchange.line()
+        if self.as_json:
+            if not self._held:
+                asyncio.get_running_loop().call_later(_HELD, self.flush)
+            self._held.append(f"{line}\n")
+        else:
+            log.info(**{name: value for name, value in json.loads(line).items() if name not in {"level", "timestamp"}})
+
+    def write(self, text: str) -> None:
+        """Write what was held, then ``text``."""
+        held, self._held = self._held, []
+        # Nobody reads the log any more: that must not fail a request.
+        with contextlib.suppress(OSError):
+            self.stream.write("".join(held) + text)
+            self.stream.flush()
+
+    def flush(self) -> None:
+        """Write what was held."""
+        if self._held:
+            self.write("")
+
+
+_output: Final = _Output()
+atexit.register(_output.flush)
 
 
 def configure_logging(level: str, form: str) -> None:
-    """Send structlog's and the standard library's messages to standard error, through one chain.
+    """Send structlog's, the standard library's and Python's own messages to standard error, through one chain.
 
     ``form``: ``console``, ``json``, or ``auto`` (console on a terminal, JSON otherwise).
     """
-    if form == "auto":
-        form = "console" if sys.stderr.isatty() else "json"
+    _output.stream, _output.as_json = sys.stderr, form == "json" or (form == "auto" and not sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderers: list[structlog.typing.Processor]
-    if form == "json":
-        tracebacks = structlog.processors.ExceptionRenderer(
-            structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        )
-        renderers = [tracebacks, structlog.processors.JSONRenderer()]
+    if _output.as_json:
+        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        renderers = [
+            structlog.processors.ExceptionRenderer(tracebacks),
+            _event_first,
+            structlog.processors.JSONRenderer(),
+        ]
     else:
         renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     structlog.configure(
         processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(_output),  # type: ignore[arg-type] # it writes and flushes
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            processors=[_drop_internal, *renderers],
-            foreign_pre_chain=[*shared, _name_logger],
-        )
+    handler = logging.StreamHandler(_output)
+    drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    chain = structlog.stdlib.ProcessorFormatter(
+        processors=[drop, *renderers], foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name]
     )
+    handler.setFormatter(chain)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(_LEVELS[level])
+    logging.captureWarnings(capture=True)
 
 
-def _drop_internal(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return structlog.stdlib.ProcessorFormatter.remove_processors_meta(None, "", event)
-
-
-def _name_logger(logger: logging.Logger | None, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    event["logger"] = "" if logger is None else logger.name
-    return event
+def _event_first(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {**{name: event.pop(name) for name in ("event", "level", "timestamp")}, **event}

@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from metquay_proxy.admin import Admin, headline
+from metquay_proxy.auth import Credentials
+from metquay_proxy.errors import ProxyError
+from metquay_proxy.sandbox import Faults, Sandbox
+from metquay_proxy.telemetry import Exchange, Telemetry
+from tests.running import running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+TOKEN = {
+    "rejected": False,
+    "failures_in_a_row": 0,
+    "failures": 0,
+    "renewals": 1,
+    "last_error": None,
+    "next_login_in": 700.0,
+    "seconds_left": 880.0,
+    "last_renewal_age": 20.0,
+}
+QUOTA = {"limit": 100, "window": 60.0, "used": 3, "waiting": 0, "closed_for": 0.0, "next_free_in": 0.0}
+STATUS: dict[str, Any] = {
+    "version": "1",
+    "upstream": "https://lab.metquay.co/api/v1",
+    "key": "...4F2A",
+    "ready": True,
+    "draining": False,
+    "sandbox": False,
+    "token": TOKEN,
+    "quota": QUOTA,
+    "connections": {"busy": 0, "idle": 1},
+    "requests": {"active": 0, "finished": 9},
+}
+FAILING = {**TOKEN, "failures_in_a_row": 2, "last_error": "lab.metquay.co cannot be found.", "next_login_in": 3.2}
+
+
+def trouble(error: str | None, status: int) -> Exchange:
+    """Make an exchange with Metquay that went wrong."""
+    exchange = Exchange("GET", "/api/v1/customers")
+    exchange.error, exchange.status = error, status
+    return exchange
+
+
+@pytest.mark.parametrize(
+    ("level", "text", "cure", "change", "last"),
+    [
+        ("ok", "Ready: connected to lab.metquay.co with key ...4F2A.", "", {}, None),
+        ("ok", "Ready: connected to lab.metquay.co.", "", {"key": None}, None),
+        ("ok", "Ready: connected to the built-in sandbox (made-up data).", "", {"sandbox": True, "key": None}, None),
+        (
+            "wait",
+            "Starting: logging in to lab.metquay.co.",
+            "a few seconds",
+            {"ready": False},
+            None,
+        ),
+        (
+            "bad",
+            "Not working: lab.metquay.co refuses the key ...4F2A.",
+            "METQUAY_SECRET_KEY",
+            {"ready": False, "token": {**FAILING, "rejected": True}},
+            None,
+        ),
+        (
+            "bad",
+            "Not working: no connection to lab.metquay.co.",
+            "lab.metquay.co cannot be found. Next attempt in 4 s.",
+            {"ready": False, "token": FAILING},
+            None,
+        ),
+        (
+            "bad",
+            "Not working: lab.metquay.co cannot be reached.",
+            "Check the network",
+            {},
+            trouble("upstream-unreachable", 502),
+        ),
+        ("bad", "Not working: lab.metquay.co is out of order (status 503).", "Wait", {}, trouble(None, 503)),
+        (
+            "slow",
+            "Working for 14 more minutes: the login to lab.metquay.co fails.",
+            "Next attempt in 4 s.",
+            {"token": FAILING},
+            None,
+        ),
+        (
+            "slow",
+            "Slowed down: tools ask for more than 100 requests in 60 s.",
+            "their turn (7 now)",
+            {"quota": {**QUOTA, "waiting": 7}},
+            None,
+        ),
+        ("slow", "Slowed down: tools", "Nothing is lost", {"quota": {**QUOTA, "used": 100}}, None),
+        ("slow", "Slowed down: tools", "Nothing is lost", {"quota": {**QUOTA, "closed_for": 12.0}}, None),
+        ("ok", "Ready: connected", "", {"quota": None}, None),
+        ("wait", "Stopping: no new requests are taken.", "Start the proxy again", {"draining": True}, None),
+    ],
+)
+def test_the_sentence(level: str, text: str, cure: str, change: dict[str, Any], last: Exchange | None) -> None:
+    """Each state has one sentence that says how things stand, and one that says what to do."""
+    found = headline({**STATUS, **change}, last)
+    assert level == found[0]
+    assert text in found[1]
+    assert cure in found[2]
+    assert bool(cure) == bool(found[2])
+
+
+def admin(telemetry: Telemetry | None = None, *, allow_quit: bool = False, tick: float = 0.01) -> Admin:
+    """Make one that is ready and has nothing behind it."""
+
+    async def test() -> Mapping[str, Any]:
+        return {"ok": True, "text": "fine"}
+
+    return Admin(
+        ready=lambda: True,
+        status=lambda: STATUS,
+        allow_quit=allow_quit,
+        telemetry=telemetry,
+        test=test,
+        tick=tick,
+    )
+
+
+@pytest.mark.parametrize(
+    ("allow", "method", "path"),
+    [("GET, HEAD", "POST", "/-/status"), ("GET, HEAD", "DELETE", "/-/"), ("POST", "GET", "/-/test")],
+)
+def test_wrong_methods(allow: str, method: str, path: str) -> None:
+    """A page that is asked by a method that it does not take says which ones it takes."""
+    with pytest.raises(ProxyError) as refusal:
+        admin().answer(method, path)
+    assert "method-not-allowed" == refusal.value.slug
+    assert (("Allow", allow),) == refusal.value.headers
+
+
+def test_unknown_pages() -> None:
+    """What is no page of the proxy is not forwarded, but answered with the pages that there are; quit is off."""
+    for path in ("/-/nothing", "/-/quit", "/-/page.html"):
+        with pytest.raises(ProxyError, match="/-/status") as refusal:
+            admin().answer("GET", path)
+        assert "no-such-page" == refusal.value.slug
+
+
+def test_quit() -> None:
+    """Where it is allowed, a POST ends the proxy."""
+    assert admin(allow_quit=True).answer("POST", "/-/quit").quit
+
+
+def test_the_page_has_a_policy_and_no_outside() -> None:
+    """One file: each load has a nonce of its own, and neither the page nor its policy names another origin."""
+    first, second = admin().answer("GET", "/-/"), admin().answer("GET", "/-/")
+    policy = dict(first.headers)["Content-Security-Policy"]
+    nonces = set(re.findall(rb'nonce="([^"]+)"', first.body))
+    assert 1 == len(nonces)
+    assert nonces.isdisjoint(re.findall(rb'nonce="([^"]+)"', second.body))
+    assert f"script-src 'nonce-{nonces.pop().decode()}'" in policy
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    assert b"style=" not in first.body
+    assert not re.search(rb"\bon[a-z]+=\"|innerHTML|@import|url\(", first.body)
+    outside = [url for url in re.findall(rb"https?://[^'\"\s)]+", first.body) if b"www.w3.org" not in url]
+    assert [] == outside
+    assert len(first.body.splitlines()) < 500
+
+
+async def events(made: Admin) -> AsyncIterator[dict[str, Any]]:
+    """Yield the messages of the live events."""
+    stream = made.answer("GET", "/-/events").stream
+    assert stream is not None
+    async for piece in stream():
+        assert piece.startswith(b"data: ")
+        assert piece.endswith(b"\n\n")
+        assert 2 == piece.count(b"\n")
+        yield json.loads(piece[6:])
+
+
+async def test_events() -> None:
+    """First the state and the last exchanges, then what is new, with how many were missed; they end at the drain."""
+    telemetry = Telemetry()
+    made = admin(telemetry)
+    for _ in range(150):
+        telemetry.closed(Exchange("GET", "/api/v1/works"))
+    stream = events(made)
+    first = await anext(stream)
+    assert (100, 0) == (len(first["recent"]), first["lost"])
+    assert "ok" == first["state"]["headline"]["level"]
+    for _ in range(130):
+        telemetry.closed(Exchange("GET", "/api/v1/customers"))
+    message = await anext(stream)
+    assert (100, 30) == (len(message["recent"]), message["lost"])
+    assert "/api/v1/customers" == message["recent"][0]["path"]
+    assert "ok" == (await anext(stream))["state"]["headline"]["level"]
+    made.close()
+    assert [] == [message async for message in stream]
+
+
+async def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
+    """When the stream is given up, its task ends too."""
+    before = asyncio.all_tasks()
+    stream = admin().answer("GET", "/-/events").stream
+    assert stream is not None
+    pieces = stream()
+    await anext(pieces)
+    assert before < asyncio.all_tasks()
+    await pieces.aclose()  # type: ignore[attr-defined] # it is a generator
+    await asyncio.sleep(0)
+    assert before == asyncio.all_tasks()
+
+
+@pytest.fixture
+async def sandbox() -> AsyncIterator[Sandbox]:
+    """Run a Metquay."""
+    sandbox = Sandbox(rate_limit=None)
+    await sandbox.start()
+    yield sandbox
+    await sandbox.stop()
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """Open a client."""
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def test_status_is_the_single_source(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """The JSON has all that the page shows: the sentence, token, quota, the last hour, settings, the last requests."""
+    async with running(sandbox.url, read_only="true") as (_, url):
+        await (await session.get(f"{url}/customers?limit=1&name=ACME", headers={"User-Agent": "Excel"})).read()
+        await (await session.delete(f"{url}/customers/1")).read()
+        async with session.get(f"{url}/-/status") as response:
+            assert "application/json" == response.content_type
+            status = await response.json()
+    assert f"Ready: connected to 127.0.0.1:{sandbox.port}" in status["headline"]["text"]
+    assert (True, False, False) == (status["read_only"], status["sandbox"], status["draining"])
+    assert 1 == status["quota"]["used"]
+    assert [1, 1, 0] == status["hour"][-1][1:4]
+    read, write = status["recent"]
+    assert ("Excel", 200, "metquay") == (read["client"], read["status"], read["answered_by"])
+    assert "/api/v1/customers?limit=*&name=*" == read["path"]
+    assert (403, "proxy", "read-only") == (write["status"], write["answered_by"], write["error"])
+    assert isinstance(status["settings"], list)
+
+
+async def test_metrics_over_http(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """Prometheus gets its text, with the time that Metquay took apart from the proxy's own."""
+    async with running(sandbox.url) as (_, url):
+        sandbox.faults = Faults(latency=0.05)
+        await (await session.get(f"{url}/customers")).read()
+        async with session.get(f"{url}/-/metrics") as response:
+            assert "text/plain; version=1.0.0; charset=utf-8" == response.headers["Content-Type"]
+            text = await response.text()
+        async with session.head(f"{url}/-/metrics") as response:
+            assert 200 == response.status
+    samples = {
+        sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples
+    }
+    assert samples["metquay_proxy_upstream_seconds_sum"] >= 0.05
+    assert samples["metquay_proxy_own_seconds_sum"] < samples["metquay_proxy_upstream_seconds_sum"]
+
+
+async def test_live_events_over_http(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """A request is told within a second of being made, and the stream ends cleanly when the proxy is stopped."""
+    async with running(sandbox.url) as (proxy, url), session.get(f"{url}/-/events") as response:
+        assert "text/event-stream" == response.content_type
+        assert "no-store" == response.headers["Cache-Control"]
+        assert (await response.content.readline()).startswith(b'data: {"recent": []')
+        await (await session.get(f"{url}/works")).read()
+        async with asyncio.timeout(1):
+            while b"/api/v1/works" not in await response.content.readline():
+                pass
+        stopping = asyncio.ensure_future(proxy.stop(5))
+        async with asyncio.timeout(2):
+            await response.content.read()
+        await stopping
+
+
+async def test_the_connection_is_tested(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """The page's button makes one read through the proxy, and tells in a sentence what came of it."""
+    async with running(sandbox.url) as (_, url):
+
+        async def result() -> dict[str, Any]:
+            async with session.post(f"{url}/-/test") as response:
+                assert 200 == response.status
+                return dict(await response.json())
+
+        good = await result()
+        assert good["ok"]
+        assert re.fullmatch(r"Metquay answered in \d+ ms\.", good["text"])
+        sandbox.faults = Faults(fail={403: 1.0})
+        refused = await result()
+        assert not refused["ok"]
+        assert "status 403" in refused["text"]
+        await sandbox.stop()
+        down = await result()
+        assert not down["ok"]
+        assert "could not be reached" in down["text"]
+        async with session.get(f"{url}/-/status") as response:
+            status = await response.json()
+        assert "cannot be reached" in status["headline"]["text"]
+        assert "test of the connection" == status["recent"][-1]["client"]
+
+
+async def test_a_reading_key_may_test_and_no_web_page_may(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """The button works with a read-only key; a page of another origin can't press it."""
+    key = {"X-Proxy-Key": "reading-key-0123456789"}
+    async with running(sandbox.url, client_keys="reading:reading-key-0123456789:read-only") as (_, url):
+        for status, headers in ((403, {}), (200, key), (403, {**key, "Origin": "https://evil.example"})):
+            async with session.post(f"{url}/-/test", headers=headers) as response:
+                assert status == response.status, headers
+
+
+async def test_no_secret_on_the_pages(session: aiohttp.ClientSession) -> None:
+    """Page, events, metrics and status hold neither a key nor a token, nor what a query said, in good times and bad."""
+    keys = ("an-access-key-of-the-laboratory", "the-secret-key-of-the-laboratory")
+    client_key = "workbook-key-0123456789"
+    sandbox = Sandbox(rate_limit=None, access_key=keys[0], secret_key=keys[1])
+    await sandbox.start()
+    settings = {
+        "access_key": keys[0],
+        "secret_key": keys[1],
+        "client_keys": f"workbook:{client_key}",
+        "max_wait": "0.2",
+    }
+    async with running(sandbox.url, credentials=lambda: Credentials(*keys), **settings) as (_, url):
+        session.headers["X-Proxy-Key"] = client_key
+        seen = []
+        for outage in (False, True):
+            sandbox.faults = Faults(login_outage=outage, expire_tokens=outage, fail={500: 0.5})
+            for path in (f"/customers?limit=1&key={keys[1]}", f"/works?{keys[1]}", "/-/", "/-/status", "/-/metrics"):
+                async with session.get(url + path) as response:
+                    seen.append(await response.text() if "/-/" in path else "")
+            async with session.post(f"{url}/-/test") as response:
+                seen.append(await response.text())
+            async with session.get(f"{url}/-/events") as response:
+                seen.append((await response.content.readline()).decode())
+        tokens = list(sandbox._tokens)
+    await sandbox.stop()
+    assert all(seen[place] for place in (2, 3, 4, 5, 6))
+    for secret in (*keys, client_key, *tokens):
+        assert secret not in "\n".join(seen)
