@@ -1,8 +1,11 @@
 """The body of one request: streamed with back-pressure, and kept for a replay while it is small.
 
-Owns the two bounds on kept bytes (one body, all together) and the time a client may be silent in mid-body. Must not know
-where the bytes go. The source is the server's stream reader; a body is read once and can be sent several times only while
-everything that was read is still kept.
+Owns the two bounds on kept bytes (one body, all together) and the time a client may be silent in mid-body. Must not
+know where the bytes go.
+
+Facts: a source can be read once, so that a body can be sent again only while all that was read of it is kept; what a
+source holds unread, it bounds itself (aiohttp pauses the connection). RFC 9110 section 15.5.9: 408 is the answer to a
+client that falls silent.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from metquay_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
 
 class Source(Protocol):
@@ -41,17 +44,18 @@ class ReplayBudget:
 
 
 class RequestBody:
-    """One request's body. ``sent`` becomes true once an attempt has handed its last byte to the network."""
+    """One request's body.
+
+    ``ended``: the whole body was read. ``replayable``: another attempt can send it from the beginning. ``sent``: an
+    attempt has handed its last byte to the network (whoever sends sets it). ``chunked``: it came without a length.
+    """
 
     __slots__ = ("_budget", "_kept", "_limit", "_size", "_source", "_timeout", "chunked", "ended", "replayable", "sent")
 
     def __init__(  # noqa: PLR0913 - the request's two facts and the three bounds
         self, source: Source, *, present: bool, chunked: bool, limit: int, budget: ReplayBudget, timeout: float
     ) -> None:
-        """``limit`` is in bytes, ``timeout`` in seconds of silence; ``present``: the head announces a body.
-
-        ``ended``: the whole body was read. ``replayable``: another attempt can send it from the beginning.
-        """
+        """``limit`` is in bytes, ``timeout`` in seconds of silence; ``present``: the head announces a body."""
         self._source = source
         self._limit = limit
         self._budget = budget
@@ -69,50 +73,54 @@ class RequestBody:
         return self.ended or self._source.is_eof()
 
     def whole(self) -> bytes | None:
-        """Return the complete body if it has arrived, for one attempt to send in one piece, else None; never waits."""
+        """Return the complete body if it has arrived, for one attempt to send in one piece, else None; never waits.
+
+        Raises ``RuntimeError`` where it is not replayable any more.
+        """
+        self._check_replayable()
         if not self.ended:
             if not self._source.is_eof():
                 return None
             self._keep(self._source.read_nowait())
             self.ended = True
-        data = b"".join(self._kept)
-        if self._size > self._limit or not self.replayable:
-            self.close()
-        else:
-            self._kept = [data]
+        data = self._joined()
+        self._bound()
         return data
 
     async def prefetch(self) -> None:
         """Read ahead up to the replay limit while the request waits, so that a client that leaves is noticed."""
-        while not self.ended and self._size < self._limit and self._budget.left > 0:
+        while self.replayable and not self.ended and self._size < self._limit and self._budget.left > 0:
             self._keep(await self._read())
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body from its beginning; raise ``ProxyError`` request-timeout where the client falls silent."""
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """Yield the body from its beginning, in pieces that are never empty.
+
+        Raises ``ProxyError`` request-timeout where the client falls silent, ``RuntimeError`` where the body is not
+        replayable any more.
+        """
+        self._check_replayable()
         for chunk in tuple(self._kept):
             yield chunk
+        self._bound()
         while not self.ended:
-            if self._size > self._limit or self._budget.left <= 0:
-                self.close()
             chunk = await self._read()
-            if self.replayable:
-                self._keep(chunk)
+            self._keep(chunk)
+            self._bound()
             if chunk:
                 yield chunk
-        if self._size > self._limit:
-            self.close()
 
     async def all(self, limit: int) -> bytes:
-        """Return the complete body; raise ``ProxyError`` body-too-large where it is longer than ``limit`` bytes."""
-        parts: list[bytes] = []
-        size = 0
-        async for chunk in self.chunks():
-            size += len(chunk)
-            if size > limit:
-                msg = f"The body of this request is larger than the {limit} bytes that are accepted here."
-                raise ProxyError("body-too-large", msg)
-            parts.append(chunk)
-        return b"".join(parts)
+        """Return the complete body, which can still be sent; ``limit`` (bytes) is the only bound on what is kept.
+
+        Raises ``ProxyError`` body-too-large where it is longer, and what ``chunks`` raises.
+        """
+        self._check_replayable()
+        while not self.ended and self._size <= limit:
+            self._keep(await self._read())
+        if self._size > limit:
+            msg = f"The body of this request is larger than the {limit} bytes that are accepted here. Nothing was sent."
+            raise ProxyError("body-too-large", msg)
+        return self._joined()
 
     def close(self) -> None:
         """Forget the kept bytes; from here on no other attempt can send them."""
@@ -120,6 +128,11 @@ class RequestBody:
         self._size = 0
         self._kept = []
         self.replayable = False
+
+    def _check_replayable(self) -> None:
+        if not self.replayable:
+            msg = "the body was not kept: another attempt would send only a part of it"
+            raise RuntimeError(msg)
 
     async def _read(self) -> bytes:
         try:
@@ -131,12 +144,20 @@ class RequestBody:
                 "The request was dropped; send it again."
             )
             raise ProxyError("request-timeout", msg) from None
-        if self._source.at_eof():
-            self.ended = True
+        self.ended = self._source.at_eof()
         return chunk
 
     def _keep(self, chunk: bytes) -> None:
-        if chunk:
+        if chunk and self.replayable:
             self._kept.append(chunk)
             self._size += len(chunk)
             self._budget.left -= len(chunk)
+
+    def _bound(self) -> None:
+        if self._size and (self._size > self._limit or self._budget.left < 0):
+            self.close()
+
+    def _joined(self) -> bytes:
+        if len(self._kept) > 1:
+            self._kept = [b"".join(self._kept)]
+        return self._kept[0] if self._kept else b""

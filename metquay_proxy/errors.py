@@ -56,7 +56,8 @@ class ProxyError(Exception):
 
     ``message`` says what happened, why, and what to do; it is shown to people and must hold no secret.
     ``retry_after`` is in seconds and goes out in whole ones, rounded up; 429 and 503 always have one.
-    ``sent`` says whether Metquay could have executed the request.
+    ``sent`` says whether Metquay could have executed the request. ``headers`` are further fields of the answer.
+    A slug that the table lacks is a ``KeyError``.
     """
 
     def __init__(
@@ -79,5 +80,5 @@ class ProxyError(Exception):
         self.headers = headers
 
     def body(self) -> bytes:
-        """The answer's JSON body, UTF-8."""
-        return json.dumps({"code": self.status, "message": self.message}, ensure_ascii=False).encode()
+        """The answer's JSON body, in ASCII: whatever charset a tool assumes, it reads the same."""
+        return json.dumps({"code": self.status, "message": self.message}).encode("ascii")

@@ -1,11 +1,13 @@
 """The gate: who may use the keys through this proxy, judged before anything else is done.
 
-Owns part 6 of the contract as far as one request's head decides it. Pure: takes the canonical target and the judged fields,
-and returns an ``Admission`` or raises ``ProxyError``. Must not read bodies, log or wait.
+Owns part 6 of the contract as far as one request's head decides it. Pure: takes the canonical target and the judged
+fields, and returns an ``Admission`` or raises ``ProxyError``. Must not read bodies, log or wait.
 
 Facts: a web page can make the user's browser send requests to localhost, and by DNS rebinding even read the answers;
-what it can't forge are Host, Origin (Fetch standard, section 3.2) and Sec-Fetch-* (W3C Fetch Metadata). Names without a
-dot and ``*.localhost`` (RFC 6761 section 6.3) can't be registered by an attacker.
+what it can't forge are Host, Origin (Fetch standard, section 3.2) and Sec-Fetch-* (W3C Fetch Metadata). Browsers
+serialize an origin in one way only (HTML standard: lower case, no default port), so that it is compared byte for byte.
+Names without a dot and ``*.localhost`` (RFC 6761 section 6.3) can't be registered by an attacker. RFC 7617: Basic's
+password begins after the first colon. RFC 9110 section 9.3.8: the answer to TRACE repeats the request's head.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import hmac
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.target import OWN_PREFIX, Target, split_authority
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from metquay_proxy.rewrite import RequestHead
 
@@ -33,13 +36,18 @@ STATUS_PAGE: Final = OWN_PREFIX
 PLACEHOLDER_LIFETIME: Final = 900
 """Seconds; the same as Metquay's own tokens, so that SDKs renew it as they always do."""
 
-_HOST: Final = re.compile(r"[a-z0-9_.-]+")
+_HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
+_LONGEST_HOST: Final = 300
 _PLACEHOLDER_WITHOUT_KEYS: Final = "held-by-metquay-proxy"
+_PLACEHOLDER: Final = re.compile(rb"local\.([A-Za-z0-9_-]+)\.([0-9]{1,15})\.([0-9a-f]{64})")
 
 
 @dataclass(frozen=True, slots=True)
 class ClientKey:
-    """One named key that a local tool presents; only its SHA-256 digest is kept."""
+    """One named key that a local tool presents; only its SHA-256 digest is kept.
+
+    ``name`` is made of ``[A-Za-z0-9_-]`` and, like the key, no other client's.
+    """
 
     name: str
     digest: bytes
@@ -80,8 +88,12 @@ class Gate:
         allowed_origins: Iterable[str] = (),
         scheme: str = "http",
     ) -> None:
-        """``allowed_hosts`` are lower-case names without port, ``allowed_origins`` like ``https://tools.lab.example``."""
-        self._upstream_host = upstream_host
+        """Take the settings that decide.
+
+        ``allowed_hosts`` are lower-case names without port and final dot, ``allowed_origins`` are like
+        ``https://tools.lab.example``; ``scheme`` is the one that our own pages are served under.
+        """
+        self._upstream_host = upstream_host.removesuffix(".")
         self._keys = keys
         self._allowed_hosts = frozenset(allowed_hosts)
         self._allowed_origins = frozenset(allowed_origins)
@@ -89,17 +101,10 @@ class Gate:
         self._open = Admission(read_only=read_only)
         self._admissions = {key.name: Admission(key.name, read_only or key.read_only) for key in keys}
 
-    @property
-    def guarded(self) -> bool:
-        """Whether a client key is required."""
-        return bool(self._keys)
-
     def cors(self, head: RequestHead) -> tuple[tuple[str, str], ...]:
         """Return the fields that let a listed origin read the answer, errors included; nothing for any other."""
-        if not self._allowed_origins:
-            return ()
-        origin = head.text(b"origin")
-        if origin not in self._allowed_origins or origin is None:
+        origin = head.text(b"origin") if self._allowed_origins else None
+        if origin is None or origin not in self._allowed_origins:
             return ()
         return (
             ("Access-Control-Allow-Origin", origin),
@@ -110,18 +115,21 @@ class Gate:
     def check(self, method: str, target: Target, head: RequestHead, now: float) -> Admission:
         """Admit the request, or raise ``ProxyError``. ``now`` is the wall clock in seconds (placeholders expire)."""
         judged = head.judged
-        self._check_host(head.text(b"host"), present=b"host" in judged, absolute=target.absolute)
+        if b"host" in judged:
+            self._check_host(judged[b"host"], absolute=target.absolute)
         if b"origin" in judged:
             self._check_origin(head.text(b"origin"), head.text(b"host"))
             if method == "OPTIONS" and b"access-control-request-method" in judged and self.cors(head):
                 return Admission(preflight=True)
         elif b"sec-fetch-site" in judged:
-            _check_fetch_site(method, target, head)
-        admission = self._open
-        if self._keys:
-            admission = self._check_key(method, target, head, now)
+            _check_fetch_site(method, target, judged)
+        admission = self._check_key(method, target, judged, now) if self._keys else self._open
         if admission.read_only and method not in READING_METHODS:
             self._check_read_only(method, target, admission)
+        if method == "TRACE" and not (target.own or target.pass_through):
+            msg = "TRACE would show the token that this proxy attaches, so that it was not sent. Use another method."
+            allowed = "GET, HEAD, OPTIONS, POST, PUT, PATCH, DELETE"
+            raise ProxyError("method-not-allowed", msg, headers=(("Allow", allowed),))
         return admission
 
     def login(self, secret: str, now: float) -> str | None:
@@ -132,7 +140,7 @@ class Gate:
         """
         if not self._keys:
             return _PLACEHOLDER_WITHOUT_KEYS
-        key = self._key(secret)
+        key = self._key(secret.encode("utf-8", "surrogatepass"))  # JSON can spell half a surrogate pair
         return None if key is None else self.placeholder(key, now)
 
     def placeholder(self, key: ClientKey, now: float) -> str:
@@ -146,32 +154,19 @@ class Gate:
 
     def is_ours(self, authorization: str | None, now: float) -> bool:
         """Whether an Authorization value holds a client key or a placeholder, which must never leave this machine."""
-        bearer, _, basic = _credentials(authorization)
-        found = (bearer, basic)
-        if any(secret is not None and secret.startswith(("local.", _PLACEHOLDER_WITHOUT_KEYS)) for secret in found):
-            return True
-        return any(secret is not None and self._identify(secret, now) is not None for secret in found)
+        value = (authorization or "").encode("latin-1")
+        rest = value.partition(b" ")[2].strip(b" ")
+        return any(
+            secret == _PLACEHOLDER_WITHOUT_KEYS.encode()
+            or _PLACEHOLDER.fullmatch(secret)
+            or self._identify(secret, now) is not None
+            for secret in (value, rest, *_user_and_password(rest))
+        )
 
-    def _check_host(self, value: str | None, *, present: bool, absolute: bool) -> None:
-        if not present:
-            return
-        authority = None if value is None else split_authority(value, "http")
-        if authority is not None:
-            host = authority[0]
-            if ":" in host or host[-1].isdigit():
-                try:
-                    ipaddress.ip_address(host)
-                except ValueError:
-                    pass  # a name may end in a digit: judged below
-                else:
-                    return
-            if _HOST.fullmatch(host) and (
-                "." not in host
-                or host == "localhost."
-                or host.endswith((".localhost", ".localhost."))
-                or host in self._allowed_hosts
-                or (absolute and host == self._upstream_host)
-            ):
+    def _check_host(self, value: bytes | None, *, absolute: bool) -> None:
+        if value is not None and len(value) <= _LONGEST_HOST:
+            host, safe = _read_host(value)
+            if safe or host in self._allowed_hosts or (absolute and host == self._upstream_host):
                 return
         msg = (
             "This proxy was asked for under a host name that it does not know, which a web page could misuse. "
@@ -186,34 +181,32 @@ class Gate:
             return
         raise _foreign()
 
-    def _check_key(self, method: str, target: Target, head: RequestHead, now: float) -> Admission:
+    def _check_key(self, method: str, target: Target, judged: Mapping[bytes, bytes | None], now: float) -> Admission:
         if target.local in PROBES:
             return self._open
-        bearer, is_basic, basic = _credentials(head.text(b"authorization"))
-        presented = (head.text(b"x-proxy-key"), basic if is_basic else bearer)
-        for secret in presented:
+        for secret in (judged.get(b"x-proxy-key"), _secret(judged.get(b"authorization"))):
             key = None if secret is None else self._identify(secret, now)
             if key is not None:
                 return self._admissions[key.name]
-        if method == "POST" and target.local == "/authenticate":
-            return Admission(read_only=False)
+        if _is_login(method, target):
+            return Admission()
         if target.local == STATUS_PAGE and method in READING_METHODS:
             msg = "This page needs a client key of the proxy: log in with any user name and the key as password."
             raise ProxyError(
                 "login-required", msg, headers=(("WWW-Authenticate", 'Basic realm="metquay-proxy", charset="UTF-8"'),)
             )
         msg = (
-            "This proxy needs a client key, and the request has none that it knows. Send the key in an X-Proxy-Key header, "
-            "as a bearer token, or as a Basic password."
+            "This proxy needs a client key, and the request has none that it knows. Send the key in an X-Proxy-Key "
+            "header, as a bearer token, or as a Basic password."
         )
         raise ProxyError("client-key-required", msg)
 
     def _check_read_only(self, method: str, target: Target, admission: Admission) -> None:
-        if method == "POST" and target.local == "/authenticate":
+        if _is_login(method, target):
             return
         if target.own:
             key = self.key_of(admission.client)
-            if key is None or not key.read_only:
+            if key is None or not key.read_only or target.local == "/-/test":
                 return
         msg = (
             f"{method} was refused: this proxy, or the client key that was used, may only read. "
@@ -221,53 +214,84 @@ class Gate:
         )
         raise ProxyError("read-only", msg)
 
-    def _identify(self, secret: str, now: float) -> ClientKey | None:
+    def _identify(self, secret: bytes, now: float) -> ClientKey | None:
         return self._key(secret) or self._key_of_placeholder(secret, now)
 
-    def _key(self, secret: str) -> ClientKey | None:
-        digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
+    def _key(self, secret: bytes) -> ClientKey | None:
+        digest = hashlib.sha256(secret).digest()
         found = None
         for key in self._keys:  # always all of them: the time must not tell which one came close
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
 
-    def _key_of_placeholder(self, token: str, now: float) -> ClientKey | None:
-        parts = token.split(".")
-        if len(parts) != 4 or not re.fullmatch(r"[0-9]{1,15}", parts[2]):  # noqa: PLR2004 - local.name.expiry.signature
+    def _key_of_placeholder(self, token: bytes, now: float) -> ClientKey | None:
+        match = _PLACEHOLDER.fullmatch(token)
+        if match is None:
             return None
-        key = self.key_of(parts[1])
-        expiry = int(parts[2])
-        if key is None or expiry <= now or not hmac.compare_digest(_sign(key, expiry).encode(), parts[3].encode()):
+        key = self.key_of(match[1].decode())
+        expiry = int(match[2])
+        if key is None or expiry <= now or not hmac.compare_digest(_sign(key, expiry).encode(), match[3]):
             return None
         return key
 
 
-def _sign(key: ClientKey, expiry: int) -> str:
-    return hmac.new(key.digest, f"placeholder {expiry}".encode(), hashlib.sha256).hexdigest()
+@lru_cache(maxsize=64)  # reading an address costs more than the rest of the gate
+def _read_host(value: bytes) -> tuple[str, bool]:
+    """Return the lower-case host of a Host field, and whether no attacker can own that name."""
+    authority = split_authority(value.decode("latin-1"), "http")
+    host = "" if authority is None else authority[0]
+    if not _HOST.fullmatch(host):
+        return "", False
+    if ":" in host:
+        return host, _is_address(host)
+    name = host.removesuffix(".")
+    return name, "." not in host or name == "localhost" or name.endswith(".localhost") or _is_address(name)
 
 
-def _credentials(authorization: str | None) -> tuple[str | None, bool, str | None]:
-    """Return (bearer token, whether the scheme is Basic, Basic password)."""
-    scheme, _, value = (authorization or "").partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip(), False, None
-    if scheme.lower() != "basic":
-        return None, False, None
+def _is_address(host: str) -> bool:
     try:
-        text = base64.b64decode(value.strip(), validate=True).decode("utf-8", "surrogateescape")
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_login(method: str, target: Target) -> bool:
+    return method == "POST" and target.local == "/authenticate"
+
+
+def _sign(key: ClientKey, expiry: int) -> str:
+    return hmac.new(key.digest, f"placeholder {key.name} {expiry}".encode(), hashlib.sha256).hexdigest()
+
+
+def _secret(authorization: bytes | None) -> bytes | None:
+    """Return the bearer token or the Basic password of an Authorization value."""
+    scheme, _, value = (authorization or b"").partition(b" ")
+    value = value.strip(b" ")
+    match scheme.lower():
+        case b"bearer":
+            return value
+        case b"basic":
+            return _user_and_password(value)[1]
+    return None
+
+
+def _user_and_password(value: bytes) -> tuple[bytes, bytes]:
+    """Return what Basic's base64 holds, empty where it is malformed."""
+    try:
+        user, _, password = base64.b64decode(value, validate=True).partition(b":")
     except binascii.Error:
-        return None, True, None
-    return None, True, text.partition(":")[2]
+        return b"", b""
+    return user, password
 
 
-def _check_fetch_site(method: str, target: Target, head: RequestHead) -> None:
-    if head.text(b"sec-fetch-site") in {"same-origin", "none"}:
+def _check_fetch_site(method: str, target: Target, judged: Mapping[bytes, bytes | None]) -> None:
+    if judged[b"sec-fetch-site"] in {b"same-origin", b"none"}:
         return
-    navigation = head.text(b"sec-fetch-mode") == "navigate" and head.text(b"sec-fetch-dest") == "document"
-    if method == "GET" and target.local == STATUS_PAGE and navigation:
-        return
-    raise _foreign()
+    navigation = judged.get(b"sec-fetch-mode") == b"navigate" and judged.get(b"sec-fetch-dest") == b"document"
+    if not (navigation and method == "GET" and target.local == STATUS_PAGE):
+        raise _foreign()
 
 
 def _foreign() -> ProxyError:

@@ -1,10 +1,12 @@
 """What a proxy changes in a message: the heads of requests and responses, and nothing else.
 
-Owns part 3 of the contract as far as it speaks of headers, and ``BaseURL``. Must not judge (that is the gate's) and must
-not know sockets or HTTP libraries; it turns field lists into bytes.
+Owns part 3 of the contract as far as it speaks of headers, and ``BaseURL``. Must not judge (that is the gate's) and
+must not know sockets or HTTP libraries; it turns field lists into bytes. It trusts the two parsers that names are
+tokens and that no value holds CR, LF or NUL.
 
-Facts: RFC 9110 section 7.6.1 (Connection and hop-by-hop fields), 7.6.3, 10.2.2 (Location), 8.6 (Content-Length);
-RFC 9112 section 6 (framing), 9.3 (persistence); RFC 9111 section 3 (what a cache may keep without being told).
+Facts: RFC 9110 section 7.6.1 (Connection and hop-by-hop fields), 8.6 (a 204 has no Content-Length), 10.2.2 (Location),
+11.7 (the Proxy- fields of one hop; Proxy-Status is none of them); RFC 9112 section 6.3 (Content-Length is removed where
+a Transfer-Encoding overrides it); RFC 9111 section 4.2.2 (a cache may keep an answer without being told to).
 """
 
 from __future__ import annotations
@@ -18,36 +20,42 @@ from urllib.parse import urlsplit
 from metquay_proxy.target import API_PREFIX, split_authority
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from metquay_proxy.http1 import ResponseHead
 
-Fields = list[tuple[bytes, bytes]]
-"""Header fields in order and case, values without surrounding white space."""
-
 _HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?")
 _PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
+_LOCATION: Final = re.compile(rb"(?:(https?):)?//([^/?#]*)(/[^?#]*)(.*)", re.IGNORECASE)
+_DOT_SEGMENT: Final = re.compile(rb"[/\\](?:\.|%2e){1,2}(?:[/\\;]|\Z)", re.IGNORECASE)
 
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings"}
 )
-_OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 _DROPPED: Final = _HOP_BY_HOP | {b"host", b"authorization", b"x-proxy-key", b"expect", b"forwarded"}
 _DROPPED_PREFIXES: Final = (b"proxy-", b"x-forwarded-")
-_JUDGED: Final = _DROPPED | _OVERRIDES | {b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest"} | {
+_DROPPED_INBOUND: Final = _HOP_BY_HOP | {b"proxy-authenticate", b"proxy-authentication-info", b"proxy-connection"}
+_OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
+_JUDGED: Final = _DROPPED | {
+    b"origin",
+    b"sec-fetch-site",
+    b"sec-fetch-mode",
+    b"sec-fetch-dest",
+    b"access-control-request-method",
+    b"access-control-request-headers",
     b"content-length",
     b"user-agent",
     b"idempotency-key",
-    b"access-control-request-method",
-    b"access-control-request-headers",
 }
-_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
+_NAMES_NO_FIELD: Final = frozenset({b"", b"close", b"keep-alive"})
+_CONTENT_LENGTH: Final = frozenset({b"content-length"})
 _FRESHNESS: Final = frozenset({b"cache-control", b"expires", b"pragma", b"etag", b"last-modified"})
+_NO_CONTENT: Final = 204
 
 
 @dataclass(frozen=True, slots=True)
 class BaseURL:
-    """Where the API lives: scheme, lower-case ASCII host without brackets, port, and the path prefix without a final slash."""
+    """Where the API lives: scheme, lower-case ASCII host (no brackets), port, path prefix without a final slash."""
 
     scheme: str
     host: str
@@ -68,7 +76,7 @@ class BaseURL:
         except ValueError:
             msg = "it is no valid address; write it like lab.metquay.co"
             raise ValueError(msg) from None
-        scheme = parts.scheme.lower()
+        scheme = parts.scheme
         if scheme not in {"http", "https"}:
             msg = "it must be a host name, or an address that begins with https://"
             raise ValueError(msg)
@@ -79,7 +87,7 @@ class BaseURL:
             msg = "it must not hold a question mark or a number sign"
             raise ValueError(msg)
         authority = split_authority(parts.netloc, scheme)
-        if authority is None or authority[1] == 0:
+        if authority is None or authority[1] == 0 or parts.netloc.endswith(":"):
             msg = "it needs a host name and, if any, a port from 1 to 65535"
             raise ValueError(msg)
         host = _ascii_host(authority[0])
@@ -88,7 +96,7 @@ class BaseURL:
             msg = "its path may hold only plain path segments, like /api/v1"
             raise ValueError(msg)
         if scheme == "http" and not is_loopback(host):
-            msg = "clear-text http:// is accepted for this machine only, since it would show the keys to the network; use https://"
+            msg = "http:// would show the keys to the network and is accepted for this machine only; use https://"
             raise ValueError(msg)
         return cls(scheme, host, authority[1], prefix)
 
@@ -130,7 +138,7 @@ def _ascii_host(host: str) -> str:
             msg = "the address in brackets is no IPv6 address"
             raise ValueError(msg) from None
     try:
-        ascii_host = host.encode("idna").decode("ascii").lower()
+        ascii_host = host.encode("idna").decode("ascii")
     except UnicodeError:
         ascii_host = ""
     if not _HOST_NAME.fullmatch(ascii_host):
@@ -145,21 +153,18 @@ class RequestHead:
     ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
     """
 
-    __slots__ = ("_fields", "_kept", "judged", "overrides")
+    __slots__ = ("_fields", "_kept", "judged")
 
-    def __init__(self, fields: Iterable[tuple[bytes, bytes]]) -> None:
-        """Take the fields as the parser gave them."""
+    def __init__(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
+        """Take the fields as the parser gave them: in order and case, values without surrounding white space."""
         judged: dict[bytes, bytes | None] = {}
         kept: list[bytes] = []
-        self.overrides = False
         for name, value in fields:
             lower = name.lower()
             if lower in _JUDGED:
                 judged[lower] = None if lower in judged else value
                 if lower in _DROPPED:
                     continue
-                if lower in _OVERRIDES:
-                    self.overrides = True
             elif lower.startswith(_DROPPED_PREFIXES):
                 continue
             kept += (name, b": ", value, b"\r\n")
@@ -186,12 +191,26 @@ class RequestHead:
         """Return the head that goes upstream, ending in the empty line.
 
         First strip, then attach: a client's ``Connection: authorization`` must not delete the bearer.
-        ``keep_authorization`` is for pass-through targets, which get no token.
+        ``keep_authorization`` is for pass-through targets, which get no token; of two Authorization fields the gate
+        could judge neither, so that none is kept.
         """
+        judged = self.judged
         kept = self._kept
-        named = self.judged.get(b"connection", b"")
-        if (read_only and self.overrides) or keep_authorization or (named is None or b"," in named or named.lower() not in _PLAIN_CONNECTION):
-            kept = self._strip(read_only=read_only, keep_authorization=keep_authorization)
+        connection = judged.get(b"connection", b"")
+        if (
+            read_only
+            or keep_authorization
+            or connection is None
+            or connection.lower() not in _NAMES_NO_FIELD
+            or (chunked and b"content-length" in judged)
+        ):
+            dropped = _DROPPED
+            if keep_authorization and judged.get(b"authorization") is not None:
+                dropped -= {b"authorization"}
+            if read_only:
+                dropped |= _OVERRIDES
+            dropped |= connection_options(self._fields)
+            kept = self._without(dropped | _CONTENT_LENGTH if chunked else dropped - _CONTENT_LENGTH)
         head = [f"{method} {target} HTTP/1.1\r\nHost: ".encode("ascii"), host, b"\r\n", *kept]
         if chunked:
             head.append(b"Transfer-Encoding: chunked\r\n")
@@ -200,22 +219,13 @@ class RequestHead:
         head.append(b"\r\n")
         return b"".join(head)
 
-    def _strip(self, *, read_only: bool, keep_authorization: bool) -> list[bytes]:
-        dropped = (_DROPPED | connection_options(self._fields)) - _FRAMING
-        dropped |= {b"transfer-encoding"}
-        if read_only:
-            dropped |= _OVERRIDES
-        if keep_authorization:
-            dropped -= {b"authorization"}
+    def _without(self, dropped: frozenset[bytes]) -> list[bytes]:
         kept: list[bytes] = []
         for name, value in self._fields:
             lower = name.lower()
             if lower not in dropped and not lower.startswith(_DROPPED_PREFIXES):
                 kept += (name, b": ", value, b"\r\n")
         return kept
-
-
-_PLAIN_CONNECTION: Final = frozenset({b"", b"close", b"keep-alive"})
 
 
 def connection_options(fields: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
@@ -225,7 +235,7 @@ def connection_options(fields: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes
         for name, value in fields
         if name.lower() == b"connection"
         for option in value.split(b",")
-    ) - {b""}
+    )
 
 
 def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to a head
@@ -241,55 +251,53 @@ def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to
     """Return the head that goes to the client, ending in the empty line.
 
     ``origin`` is the scheme and authority that the client used (``http://localhost:6387``), None where Location must
-    stay (absolute-form). ``added`` holds whole lines for framing and connection. ``hide_challenge``: a second 401 in a row
-    must not make the tool ask a person for a password that nobody has. ``cors``: the gate speaks for the upstream to browsers.
+    stay (absolute-form). ``added`` holds whole lines for framing, connection and CORS. ``hide_challenge``: a second 401
+    in a row must not make the tool ask a person for a password that nobody has. ``cors``: the gate, not the upstream,
+    says which pages may read.
     """
     names = head.names
-    dropped = _HOP_BY_HOP
+    dropped = _DROPPED_INBOUND
     if b"connection" in names:
-        dropped = (dropped | connection_options(head.headers)) - {b"content-length"}
-    if head.status == 204:  # noqa: PLR2004 - RFC 9110 8.6: no Content-Length in a 204
-        dropped |= {b"content-length"}
+        dropped = (dropped | connection_options(head.headers)) - _CONTENT_LENGTH
+    if head.status == _NO_CONTENT:
+        dropped |= _CONTENT_LENGTH
     if hide_challenge:
         dropped |= {b"www-authenticate"}
+    if cors:
+        dropped |= {name for name in names if name.startswith(b"access-control-")}
     lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
-    fresh = own_id = False
     for lower, (name, value) in zip(names, head.headers, strict=True):
-        if lower in dropped or lower.startswith(b"proxy-") or (cors and lower.startswith(b"access-control-")):
+        if lower in dropped:
             continue
         if lower == b"location" and origin is not None:
             lines += (name, b": ", rewrite_location(value, base, origin), b"\r\n")
-            continue
-        if lower in _FRESHNESS:
-            fresh = True
-        elif lower == b"x-request-id":
-            own_id = True
-        lines += (name, b": ", value, b"\r\n")
-    if not fresh:
+        else:
+            lines += (name, b": ", value, b"\r\n")
+    passed = frozenset(names) - dropped
+    if passed.isdisjoint(_FRESHNESS):
         lines.append(b"Cache-Control: no-store\r\n")
-    if not own_id:
+    if b"x-request-id" not in passed:
         lines += (b"X-Request-Id: ", request_id, b"\r\n")
     lines += (added, b"\r\n")
     return b"".join(lines)
 
 
-_LOCATION: Final = re.compile(rb"(?:(https?):)?//([^/?#]*)(/[^?#]*)(.*)", re.IGNORECASE | re.DOTALL)
-
-
 def rewrite_location(value: bytes, base: BaseURL, origin: bytes) -> bytes:
     """Return a Location under the base with the client's own scheme and host; any other untouched.
 
-    Host case, an explicit or empty default port and a missing scheme are spellings of the same origin.
+    Host case, an explicit or empty default port and a missing scheme are spellings of the same origin. A path with dot
+    segments need not be under the base, however it begins.
     """
     match = _LOCATION.fullmatch(value)
     if match is None:
         return value
     scheme, authority, path, rest = match.groups()
-    if scheme is not None and scheme.lower().decode() != base.scheme:
-        return value
-    if split_authority(authority.decode("latin-1"), base.scheme) != (base.host, base.port):
-        return value
     prefix = base.prefix.encode()
-    if not (path == prefix or path.startswith(prefix + b"/")) or b"/.." in path:
-        return value
-    return origin + path + rest
+    if (
+        (scheme or base.scheme.encode()).lower() == base.scheme.encode()
+        and split_authority(authority.decode("latin-1"), base.scheme) == (base.host, base.port)
+        and (path == prefix or path.startswith(prefix + b"/"))
+        and not _DOT_SEGMENT.search(path)
+    ):
+        return origin + path + rest
+    return value

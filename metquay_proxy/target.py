@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from metquay_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container
 
 API_PREFIX: Final = "/api/v1"
 OWN_PREFIX: Final = "/-/"
@@ -37,7 +37,8 @@ class Target:
     """One canonical target.
 
     ``sent`` is what goes upstream, byte for byte (ASCII); ``local`` is the path below the API's prefix, or below the
-    server's root for a pass-through, without query; ``query`` is what follows the question mark, None where there is none.
+    server's root for a pass-through, without query; ``query`` is what follows the question mark, None where there is
+    none.
     """
 
     sent: str
@@ -53,7 +54,10 @@ class Target:
 
 
 def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
-    """Return (lower-case host without brackets, port) of ``host[:port]``; None where it is malformed or has userinfo."""
+    """Return (lower-case host without brackets, port) of ``host[:port]``; None where that is malformed or has userinfo.
+
+    ``scheme`` says which port is meant where there is none.
+    """
     host, colon, port = authority.rpartition(":")
     if not colon or port.endswith("]"):
         host, port = authority, ""
@@ -74,18 +78,18 @@ class TargetRules:
     def __init__(
         self,
         prefix: str,
-        authorities: Iterable[tuple[str, int]],
+        authorities: Container[tuple[str, int] | None],
         *,
         pass_through: tuple[str, ...] = (),
     ) -> None:
         """Take the upstream's path prefix and what counts as our own authority in absolute-form.
 
-        ``authorities`` are (lower-case host, port) pairs: the upstream's and our listeners'. ``pass_through`` holds path
-        prefixes, each beginning and ending in a slash.
+        ``authorities`` are (lower-case host, port) pairs: the upstream's and our listeners', which may be added later.
+        ``pass_through`` holds path prefixes, each beginning and ending in a slash.
         """
         self._prefix = prefix
         self._prefixes = tuple(sorted({prefix, API_PREFIX}, key=len, reverse=True))
-        self._authorities = frozenset(authorities)
+        self._authorities = authorities
         self._pass_through = pass_through
 
     def parse(self, method: str, raw: str) -> Target:
