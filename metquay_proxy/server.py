@@ -1,13 +1,16 @@
 """The composition root, and the client's side of every exchange.
 
-Owns the listeners, the adapter between aiohttp's low-level server and the program's own types, the pump of answer bodies,
-the drain and the signals. Must not hold a rule that ``target``, ``gate``, ``rewrite`` or ``forwarder`` could hold.
+Owns the listeners, the adapter between aiohttp's low-level server and the program's own types, the pump of answer
+bodies, the drain and the signals. Must not hold a rule that ``target``, ``gate``, ``rewrite`` or ``forwarder`` could
+hold.
 
-Facts about aiohttp's server (each has a test): its flags go to ``web.Server``; errors of its parser never reach a handler
-but ``handle_error``; it accepts Transfer-Encoding on HTTP/1.0 and other than ``chunked``; an answer that is written past
-its own writer leaves that at zero bytes, so that nothing may escape from the handler once a head was written; after
-``close()`` a connection ignores the rest of a body that is still arriving. RFC 9112 sections 6.1, 9.3, 9.6; RFC 9110
-section 10.1.1 (Expect).
+Facts about aiohttp's server (each has a test): its flags go to ``web.Server``; errors of its parser never reach a
+handler but ``handle_error``, those in mid-body not even the reader of that body, and they take along the requests
+before them in the same segment; the last trailer field becomes a field of the next request; it accepts
+Transfer-Encoding on HTTP/1.0 and other than ``chunked``, RTSP and ICE for HTTP/1.0, and 2^64-1 for no length; an answer
+that is written past its own writer leaves that at zero bytes, so that nothing may escape from the handler once a head
+was written; after ``close()`` a connection ignores the rest of a body that is still arriving. RFC 9112 sections 6.1,
+9.3, 9.6; RFC 9110 section 10.1.1 (Expect).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import ssl
@@ -26,37 +30,38 @@ import stat
 import struct
 import sys
 import time
+from datetime import UTC, datetime
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, cast
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp.http_parser
 import structlog
-import truststore
 from aiohttp import web
-from aiohttp.http_exceptions import BadHttpMethod, InvalidURLError, LineTooLong
-from aiohttp.web_protocol import RequestHandler, _ErrInfo
+from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, InvalidURLError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from metquay_proxy import __version__
 from metquay_proxy import sandbox as sandbox_module
 from metquay_proxy.address import Address
 from metquay_proxy.admin import Admin, Answer
+from metquay_proxy.audit import AuditLog
 from metquay_proxy.auth import Credentials, TokenCache, suspend_aware_clock
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.forwarder import READING, Forwarder, Line, Request
 from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
+from metquay_proxy.http1 import ChunkTracker, ProtocolError
 from metquay_proxy.quota import Quota
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
-from metquay_proxy.settings import last_four, parse_outbound_proxy
+from metquay_proxy.settings import last_four, outbound_proxy
 from metquay_proxy.target import Target, TargetRules
-from metquay_proxy.telemetry import Exchange, Telemetry, configure_logging
-from metquay_proxy.upstream import Login, Transport
+from metquay_proxy.telemetry import Exchange, Telemetry, configure_logging, masked
+from metquay_proxy.upstream import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 
     from aiohttp.http_parser import RawRequestMessage
     from aiohttp.streams import StreamReader
@@ -68,16 +73,32 @@ if TYPE_CHECKING:
 MAX_LINE: Final = 64 * 1024
 MAX_HEAD: Final = 128 * 1024
 MAX_FIELDS: Final = 128
-HEAD_TIMEOUT: Final = 15.0
-IDLE_TIMEOUT: Final = 120.0
-_LINGER: Final = 2.0
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _LOGIN_LIMIT: Final = 64 * 1024
+_PATIENCE: Final = 0.1
+"""Seconds for the last answers of a drain to be written."""
 _BACKLOG: Final = 1024
-_CHUNK_END: Final = b"\r\n"
+_BIND_ATTEMPTS: Final = 10  # a port that is free on one family may be taken on the other
+_CRLF: Final = b"\r\n"
+_BLANK_LINE: Final = b"\r\n\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
+_REQUEST_LINE: Final = re.compile(rb"[A-Z-]++ [\x21-\x7e]++ HTTP/1\.[01]\r\n")
+_MAX_LENGTH_DIGITS: Final = 18
 
 log = structlog.get_logger("metquay_proxy")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a client may take of time, in seconds.
+
+    ``head``: for a request's head, from its first byte, and for a new connection's first byte; ``idle``: between
+    requests; ``linger``: how long a refused client may go on sending, so that it finds time to read the refusal.
+    """
+
+    head: float = 15.0
+    idle: float = 120.0
+    linger: float = 2.0
 
 
 class _Done:
@@ -93,50 +114,86 @@ class _Done:
         """Write nothing."""
 
 
+class _Refused(_Done):
+    """The answer went to a client that may still be sending."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        super().__init__(keep_alive=False)
+        self._connection = connection
+
+    async def write_eof(self) -> None:
+        """Wait for the client."""
+        await self._connection.linger()
+
+
 _KEEP: Final = _Done(keep_alive=True)
 _CLOSE: Final = _Done(keep_alive=False)
 
 
 class ClientConnection(RequestHandler):
-    """One client's connection: bounds the size and the time of request heads, and makes the parser's errors ours."""
+    """One client's connection: bounds the size and the time of request heads, and makes the parser's errors ours.
 
-    __slots__ = ("_deaf", "_head_bytes", "_head_timer", "_last_payload", "_server", "exchange", "head_suspect")
+    It finds the end of each message itself and hands the parser one at a time, without trailers: what the parser would
+    do otherwise is among the facts above.
+    """
+
+    __slots__ = (
+        "_body",
+        "_chunks",
+        "_deaf",
+        "_head",
+        "_head_timer",
+        "_last",
+        "_left",
+        "_server",
+        "_unread",
+        "exchange",
+    )
 
     def __init__(self, server: Server, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
         super().__init__(server, **kwargs)
         self._server = server
         self._deaf = False
-        self._head_bytes = 0
+        self._head = bytearray()
         self._head_timer: asyncio.TimerHandle | None = None
-        self._last_payload: StreamReader | None = None
-        self.head_suspect = False
+        self._body: StreamReader | None = None
+        self._chunks: ChunkTracker | None = None
+        self._left = 0
+        self._last = False
+        self._unread = b""
         self.exchange: Exchange | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, and give the client its time for the first byte."""
         super().connection_made(transport)
-        self._head_timer = self._loop.call_later(self._server.head_timeout, self._head_late)
+        self._start_head_timer()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """End; aiohttp cancels the handler."""
         self._stop_head_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Take what came; nothing is meant by ``b""`` but that the parser may go on."""
         if self._deaf:
             return
-        in_body = self._last_payload is not None and not self._last_payload.is_eof()
-        heads = self._request_count
-        size = self._head_bytes + len(data)
-        super().data_received(data)
-        if self._request_count != heads:
-            self._stop_head_timer()
-            self._head_bytes = 0
-            if size > MAX_HEAD:
-                self.head_suspect = True
-            self._last_payload = self._messages[-1][1] if self._messages else None
-            if self._last_payload is EMPTY_PAYLOAD and not data.endswith(b"\r\n\r\n") and not self._upgraded:
-                self._begin_head(len(data) - data.rfind(b"\r\n\r\n") - 4)
-        elif not in_body and data and not self._buffer_paused:
-            self._begin_head(size)
+        if self._body is None and not self._head and not self._unread:
+            end = data.find(_BLANK_LINE)
+            if end >= 0 and end + 4 == len(data) <= MAX_LINE and _REQUEST_LINE.match(data):
+                self._take_message(data, plain=True)
+                return
+        if not data:
+            super().data_received(data)  # what the parser held back while it was paused
+        if self._unread:
+            data = self._unread + data
+        elif type(data) is not bytes:
+            data = bytes(data)
+        start = 0
+        while start < len(data) and not (
+            self._deaf or self._reading_paused or len(self._messages) >= self._max_msg_queue_size
+        ):
+            start = self._take_head(data, start) if self._body is None else self._take_body(self._body, data, start)
+        self._unread = b"" if self._deaf else data[start:]
 
     def handle_error(
         self,
@@ -152,38 +209,160 @@ class ClientConnection(RequestHandler):
         del request
         exchange = Exchange("-", "-")
         self._server.telemetry.opened()
-        write_error(self, exchange, _parser_error(status, exc, message), keep=False, with_body=True)
-        self._server.telemetry.closed(exchange)
-        return cast("web.StreamResponse", _CLOSE)
+        try:
+            write_error(
+                self, exchange, _parser_error(status, exc, message, self._server.bounds), keep=False, with_body=True
+            )
+        finally:
+            self._server.telemetry.closed(exchange)
+        return cast("web.StreamResponse", _Refused(self))
+
+    async def linger(self) -> None:
+        """Let the client read its answer before the connection closes (RFC 9112 section 9.6).
+
+        To close while it is still sending would reset the connection, and the reset could overtake the answer.
+        """
+        self._deaf = True
+        self._unread = b""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if transport.can_write_eof():
+            transport.write_eof()
+        self._resume_transport_reading()
+        await asyncio.sleep(self._server.bounds.linger)
+
+    @property
+    def serving(self) -> bool:
+        """Whether a request is being served or waits for that, or a refused client may still be reading why."""
+        waits = self._task_handler is None or (self._waiter is not None and not self._waiter.done())
+        return bool(self._messages) or not waits
+
+    @property
+    def unsent(self) -> bool:
+        """Whether the client has not yet taken all of what it was answered."""
+        return self.transport is not None and self.transport.get_write_buffer_size() > 0
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being served, waits or has begun to arrive."""
-        return self._current_request is None and not self._messages and not self._head_bytes
+        """Whether nothing is under way, not even the head of a request."""
+        return not (self.serving or self.unsent or self._head)
 
-    def _begin_head(self, size: int) -> None:
-        if size > MAX_HEAD:
-            self._refuse(431, LineTooLong(b"", MAX_HEAD))
-        elif size > 0:
-            if not self._head_bytes:
+    def _take_head(self, data: bytes, start: int) -> int:
+        """Take a head, or what is there of it; return where it ends in ``data``."""
+        head = self._head
+        held = len(head)
+        if held:
+            head += data[start : start + MAX_HEAD - held]
+            size = head.find(_BLANK_LINE, max(0, held - 3)) + 4
+        else:
+            while start < len(data) and data[start] in _CRLF:  # RFC 9112 section 2.2: empty lines before a request
+                start += 1
+            size = data.find(_BLANK_LINE, start, start + MAX_HEAD) + 4 - start
+            if size < 4:  # noqa: PLR2004 - the blank line's own length: it was not found
+                head += data[start : start + MAX_HEAD]
+        if size >= 4:  # noqa: PLR2004 - as above
+            stop = start + size - held
+            whole = head[:size] if held else data[start:stop]
+            head.clear()
+            self._take_message(data[start:stop], plain=_REQUEST_LINE.match(whole) is not None, line=whole.find(_CRLF))
+            return stop
+        if len(head) >= MAX_HEAD:
+            self._refuse(431, LineTooLong(b"", str(MAX_HEAD)))
+        elif head:
+            if not held:
+                self._start_head_timer()
+            if self._feed(data[start:]):
+                self._deaf = True
                 self._stop_head_timer()
-                self._head_timer = self._loop.call_later(self._server.head_timeout, self._head_late)
-            self._head_bytes = size
+        return len(data)
+
+    def _take_message(self, data: bytes, *, plain: bool, line: int = 0) -> None:
+        """Hand the parser the (rest of the) bytes of one head.
+
+        ``plain``: its first line is what we take for one; ``line``: that line's length in bytes.
+        """
+        if self._head_timer is not None:
+            self._stop_head_timer()
+        count = self._request_count
+        RequestHandler.data_received(self, data)
+        if self._request_count == count:
+            self._refuse(400, BadStatusLine())  # the parser waits for more, as after HTTP/2's preface
+            return
+        message, payload = self._messages[-1]
+        if isinstance(message, _ErrInfo):
+            self._deaf = True
+        elif line > MAX_LINE or not plain:
+            self._messages.pop()
+            self._refuse(400, LineTooLong(b"", str(MAX_LINE)) if plain else BadStatusLine())
+        elif payload is EMPTY_PAYLOAD or self._upgraded:
+            self._deaf = message.should_close or message.upgrade
+        else:
+            self._body = payload
+            self._last = message.should_close or message.upgrade
+            if message.chunked:
+                self._chunks = ChunkTracker(max_trailers=MAX_HEAD, max_fields=MAX_FIELDS)
+            else:
+                self._left = int(message.headers["Content-Length"])
+
+    def _take_body(self, body: StreamReader, data: bytes, start: int) -> int:
+        """Take a part of a body; return where it ends in ``data``."""
+        if self._chunks is None:
+            stop = min(start + self._left, len(data))
+            self._left -= stop - start
+            ended = not self._left
+            broken = self._feed(data[start:stop])
+        else:
+            try:
+                upto, stop = self._chunks.scan(data, start)
+            except ProtocolError:
+                ended, stop, broken = False, len(data), True
+            else:
+                ended = self._chunks.ended
+                # trailers stop here, as RFC 9110 section 6.5.1 allows
+                broken = self._feed(data[start:upto] + _CRLF if ended else data[start:upto])
+        if broken:
+            self._deaf = True
+            body.set_exception(web.RequestPayloadError("malformed body"))
+        elif ended:
+            self._body = self._chunks = None
+            self._deaf = self._last
+        return stop
+
+    def _feed(self, data: bytes) -> bool:
+        """Hand bytes to the parser; in a body, or in a part of a head, return whether it refused them."""
+        count = self._request_count
+        super().data_received(data)
+        if self._request_count == count:
+            return False
+        if self._body is not None:
+            self._messages.pop()
+        return True
 
     def _head_late(self) -> None:
         self._head_timer = None
-        if self._head_bytes:
+        if self._head:
             self._refuse(408, None)
         elif self._current_request is None:
             self.force_close()
+
+    def _process_keepalive(self) -> None:
+        if self._head:  # the head's own timer sees to it
+            self._keepalive_handle = None
+        else:
+            super()._process_keepalive()
 
     def _refuse(self, status: int, exc: BaseException | None) -> None:
         """Queue a refusal behind the requests that came before it, and read no more."""
         self._deaf = True
         self._stop_head_timer()
-        self._messages.append((_ErrInfo(status=status, exc=exc, message=""), EMPTY_PAYLOAD))
+        self._messages.append((_ErrInfo(status=status, exc=exc or TimeoutError(), message=""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _start_head_timer(self) -> None:
+        self._stop_head_timer()
+        self._head_timer = self._loop.call_later(self._server.bounds.head, self._head_late)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -191,33 +370,52 @@ class ClientConnection(RequestHandler):
             self._head_timer = None
 
 
-def _parser_error(status: int, exc: BaseException | None, message: str | None) -> ProxyError:
+def _parser_error(  # noqa: PLR0911 - a table: one return for each kind of error
+    status: int, exc: BaseException | None, message: str | None, bounds: Bounds
+) -> ProxyError:
+    text = message or ""
     if status == HTTPStatus.REQUEST_TIMEOUT:
-        return ProxyError("request-timeout", f"The head of this request was not complete {HEAD_TIMEOUT:g} seconds after its first byte.")
+        why = f"The head of this request was not complete {bounds.head:g} seconds after its first byte."
+        return ProxyError("request-timeout", why)
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return ProxyError("internal-error", "The proxy made a mistake with this request. Its log says more.", sent="unknown")
-    if isinstance(exc, LineTooLong) or (message or "").startswith("Too many"):
+        return ProxyError(
+            "internal-error", "The proxy made a mistake with this request. Its log says more.", sent="unknown"
+        )
+    if isinstance(exc, LineTooLong) or text.startswith("Too many"):
         return _head_too_large()
-    if isinstance(exc, BadHttpMethod):
-        return ProxyError("not-supported", "The method of this request is none that HTTP knows, so that it was not sent.")
+    if (isinstance(exc, BadHttpMethod) and "HTTPS" not in text) or "Invalid method" in text:
+        return ProxyError(
+            "not-supported", "The method of this request is none that HTTP knows, so that it was not sent."
+        )
+    if "nvalid `Transfer-Encoding`" in text:
+        return _not_chunked()
     if isinstance(exc, InvalidURLError):
-        return ProxyError("bad-target", "The address of this request is not valid. Correct it in the tool; nothing was sent.")
+        return ProxyError(
+            "bad-target", "The address of this request is not valid. Correct it in the tool; nothing was sent."
+        )
     return ProxyError(
-        "bad-request", "This is not a valid HTTP/1.1 request, so that nothing was sent. (Does the tool speak https to a clear-text port?)"
+        "bad-request",
+        "This is not a valid HTTP/1.1 request, so that nothing was sent. (Does the tool speak https to a clear-text "
+        "port?)",
     )
+
+
+def _not_chunked() -> ProxyError:
+    return ProxyError("not-supported", "Only the transfer encoding chunked is supported, so that nothing was sent.")
 
 
 def _head_too_large() -> ProxyError:
     return ProxyError(
         "head-too-large",
-        "The head of this request is too large: 64 KiB for the first line, 128 KiB and 128 fields in all. Nothing was sent.",
+        "The head of this request is too large: 64 KiB for the first line, 128 KiB and 128 fields in all. Nothing was "
+        "sent.",
     )
 
 
 def abort(connection: ClientConnection) -> None:
     """Break the client's connection so that it can't take what it got for a complete answer.
 
-    A plain close looks like a clean end where the body lasts until the connection closes, so that the connection is reset.
+    A plain close looks like a clean end where the body lasts until the connection closes, so that this one is reset.
     """
     transport = connection.transport
     if transport is None:
@@ -225,7 +423,9 @@ def abort(connection: ClientConnection) -> None:
     handle = transport.get_extra_info("socket")
     if handle is not None and handle.family != getattr(socket, "AF_UNIX", None):
         with contextlib.suppress(OSError):  # the peer may have closed already, which is what we want
-            handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0))
+            handle.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+            )
     transport.abort()
 
 
@@ -237,7 +437,9 @@ def write(connection: ClientConnection, data: bytes) -> None:
     transport.write(data)
 
 
-def write_error(connection: ClientConnection, exchange: Exchange, error: ProxyError, *, keep: bool, with_body: bool) -> None:
+def write_error(
+    connection: ClientConnection, exchange: Exchange, error: ProxyError, *, keep: bool, with_body: bool
+) -> None:
     """Write one of the proxy's own errors (part 8 of the contract)."""
     exchange.note_sent(error.sent)
     exchange.error = error.slug
@@ -258,12 +460,12 @@ def write_own(  # noqa: PLR0913 - the parts of one answer
     exchange: Exchange,
     status: int,
     fields: list[tuple[str, str]],
-    body: bytes,
+    body: bytes | None,
     *,
     keep: bool,
     with_body: bool,
 ) -> None:
-    """Write an answer of the proxy's own."""
+    """Write an answer of the proxy's own; ``body`` is None where it follows."""
     exchange.status = status
     exchange.head_sent = True
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
@@ -274,11 +476,11 @@ def write_own(  # noqa: PLR0913 - the parts of one answer
         ("X-Request-Id", exchange.id),
         ("Connection", "keep-alive" if keep else "close"),
     ]
-    if status != HTTPStatus.NO_CONTENT:
+    if body is not None and status != HTTPStatus.NO_CONTENT:
         fields.append(("Content-Length", str(len(body))))
     lines += [f"{name}: {value}" for name, value in fields]
     head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-    write(connection, head + body if with_body else head)
+    write(connection, head + body if body and with_body else head)
 
 
 class Server(web.Server):
@@ -294,9 +496,10 @@ class Server(web.Server):
         telemetry: Telemetry,
         base: BaseURL,
         scheme: str,
+        audit: AuditLog | None,
         replay_limit: int,
         read_timeout: float,
-        head_timeout: float = HEAD_TIMEOUT,
+        bounds: Bounds,
     ) -> None:
         """``scheme`` is what clients speak to us; sizes in bytes, times in seconds."""
         super().__init__(
@@ -307,8 +510,8 @@ class Server(web.Server):
             max_line_size=MAX_LINE,
             max_field_size=MAX_HEAD,
             max_headers=MAX_FIELDS,
-            lingering_time=_LINGER,
-            keepalive_timeout=IDLE_TIMEOUT,
+            lingering_time=0,  # our own linger() takes its place
+            keepalive_timeout=bounds.idle,
         )
         self._rules = rules
         self._gate = gate
@@ -317,19 +520,39 @@ class Server(web.Server):
         self.telemetry = telemetry
         self._base = base
         self._origin = f"{scheme}://".encode()
+        self._audit = audit
         self._replay_limit = replay_limit
         self._budget = ReplayBudget(_REPLAY_TOTAL)
         self._read_timeout = read_timeout
-        self.head_timeout = head_timeout
+        self.bounds = bounds
         self._detached: set[asyncio.Task[None]] = set()
         self.draining = False
         self.stopping = False
         self.quit = asyncio.Event()
 
-    def cancel_detached(self) -> None:
-        """End the writes that run on without their client: the drain is over."""
+    def busy(self) -> bool:
+        """Close the connections on which nothing is under way; return whether anything still is."""
+        connections = cast("list[ClientConnection]", self.connections)
+        for connection in connections:
+            if connection.idle:
+                connection.force_close()
+        return bool(self.telemetry.active) or any(each.serving or each.unsent for each in connections)
+
+    async def end(self) -> None:
+        """Give up what is still under way: each client is told so, or sees that its transfer is broken."""
+        self.stopping = True
+        for connection in cast("list[ClientConnection]", self.connections):
+            if connection.serving and connection._task_handler is not None:
+                connection._task_handler.cancel()
+            elif connection.unsent:
+                abort(connection)
         for task in self._detached:
             task.cancel()
+        if self._detached:
+            await asyncio.wait(self._detached, timeout=_PATIENCE)
+        await self.shutdown(_PATIENCE)
+        if self._audit is not None:
+            self._audit.close()
 
     def __call__(self) -> ClientConnection:
         """Make the protocol of one connection."""
@@ -339,7 +562,7 @@ class Server(web.Server):
         """Serve one request; whatever happens, exactly one answer or one broken connection comes of it."""
         connection = cast("ClientConnection", request.protocol)
         message = request._message  # noqa: SLF001 - the raw target, which no public property gives
-        exchange = connection.exchange = Exchange(message.method, message.path)
+        exchange = connection.exchange = Exchange(message.method, "-")
         self.telemetry.opened()
         body = self._body(request, message)
         detached = False
@@ -357,29 +580,19 @@ class Server(web.Server):
                 raise
             exchange.note_sent("unknown" if body.sent else "no")
             self._answer_error(connection, exchange, _shutting_down(), message, body)
-        except ProxyError as error:
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it must not leave the handler
+            error = _as_error(failure, exchange)
             if exchange.head_sent:
-                exchange.error = error.slug
                 abort(connection)
-            else:
+            elif connection.transport is not None:
                 keep = self._answer_error(connection, exchange, error, message, body)
-        except (ConnectionError, web.RequestPayloadError):
-            exchange.error = "client-left"
-            if not exchange.head_sent and connection.transport is not None:
-                error = ProxyError("bad-request", "The body of this request ended early or was not valid HTTP.", sent=exchange.sent)
-                self._answer_error(connection, exchange, error, message, body)
-        except Exception:
-            log.exception("internal error", id=exchange.id)
-            if exchange.head_sent:
-                abort(connection)
-            else:
-                msg = f"The proxy made a mistake with this request; its log says more under id {exchange.id}."
-                self._answer_error(connection, exchange, ProxyError("internal-error", msg, sent="unknown"), message, body)
         finally:
             if not detached:
-                body.close()
-                self.telemetry.closed(exchange)
-        return cast("web.StreamResponse", _KEEP if keep and not self.draining else _CLOSE)
+                self._close(exchange, body)
+        connection.exchange = None
+        if keep and not self.draining:
+            return cast("web.StreamResponse", _KEEP)
+        return cast("web.StreamResponse", _CLOSE if body.arrived else _Refused(connection))
 
     def _body(self, request: web.BaseRequest, message: RawRequestMessage) -> RequestBody:
         return RequestBody(
@@ -392,10 +605,18 @@ class Server(web.Server):
         )
 
     def _answer_error(
-        self, connection: ClientConnection, exchange: Exchange, error: ProxyError, message: RawRequestMessage, body: RequestBody
+        self,
+        connection: ClientConnection,
+        exchange: Exchange,
+        error: ProxyError,
+        message: RawRequestMessage,
+        body: RequestBody,
     ) -> bool:
         """Write the error; return whether the connection can serve another request."""
-        keep = not (message.should_close or message.upgrade or self.draining or "Expect" in message.headers) and body.arrived
+        keep = (
+            not (message.should_close or message.upgrade or self.draining or "Expect" in message.headers)
+            and body.arrived
+        )
         with contextlib.suppress(ConnectionResetError):  # the client left: the exchange is logged all the same
             write_error(connection, exchange, error, keep=keep, with_body=message.method != "HEAD")
         return keep
@@ -406,9 +627,6 @@ class Server(web.Server):
         """Judge the request and answer it; return whether the connection may stay open."""
         method = message.method
         head = RequestHead(message.raw_headers)
-        if connection.head_suspect:
-            connection.head_suspect = False
-            _check_size(message)
         _check_framing(message, head)
         exchange.cors = self._gate.cors(head)
         if self.draining:
@@ -425,6 +643,8 @@ class Server(web.Server):
             raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
         if target.own:
             answer = self._admin.answer(method, target.local)
+            if answer.stream is not None and method != "HEAD":
+                return await self._stream(connection, message, exchange, answer, answer.stream())
             return self._own(connection, exchange, answer, keep=keep and body.arrived, with_body=method != "HEAD")
         if b"expect" in head.judged and not body.arrived:
             self._continue(connection, message, head)
@@ -440,6 +660,7 @@ class Server(web.Server):
             admission.read_only,
             target.pass_through and not self._gate.is_ours(head.text(b"authorization"), now),
         )
+        exchange.caller = request.caller
         if method in READING:
             response = await self._forwarder.forward(request, exchange)
         else:
@@ -449,15 +670,45 @@ class Server(web.Server):
         finally:
             response.close()
 
+    async def test(self) -> dict[str, Any]:
+        """Read one customer as a tool would; return whether that went well (``ok``) and a ``text`` for people."""
+        target = self._rules.parse("GET", "/customers?limit=1")
+        exchange = Exchange("GET", target.sent)
+        exchange.caller = "test of the connection"
+        body = RequestBody(
+            EMPTY_PAYLOAD, present=False, chunked=False, limit=0, budget=self._budget, timeout=self._read_timeout
+        )
+        request = Request("GET", target, RequestHead([(b"Accept", b"application/json")]), body, exchange.caller)
+        self.telemetry.opened()
+        try:
+            response = await self._forwarder.forward(request, exchange)
+            exchange.head_at = time.perf_counter()
+            exchange.status = response.head.status
+            exchange.answered_by = "metquay"
+            response.close()
+        except ProxyError as error:
+            exchange.status = error.status
+            exchange.error = error.slug
+            return {"ok": False, "text": error.message}
+        finally:
+            self.telemetry.closed(exchange)
+        if exchange.status != HTTPStatus.OK:
+            why = "`metquay-proxy check` says more."
+            return {"ok": False, "text": f"Metquay answered, but not with customers (status {exchange.status}): {why}"}
+        return {"ok": True, "text": f"Metquay answered in {exchange.seconds * 1000:.0f} ms."}
+
     async def _write(self, request: Request, exchange: Exchange) -> Response:
         """Forward a write in a task of its own: it runs on without its client once its body was sent whole."""
+        exchange.audited = True
         task = asyncio.ensure_future(self._forwarder.forward(request, exchange))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if self.stopping or not request.body.sent:
                 task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                [result] = await asyncio.gather(task, return_exceptions=True)
+                if not isinstance(result, BaseException):
+                    result.close()
                 raise
             exchange.client_left = True
             finisher = asyncio.ensure_future(self._finish_detached(task, request, exchange))
@@ -474,7 +725,7 @@ class Server(web.Server):
             exchange.status = response.head.status
             exchange.answered_by = "metquay"
             response.close()
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError):
             exchange.note_sent("unknown")
         except ProxyError as error:
             exchange.note_sent(error.sent)
@@ -483,10 +734,27 @@ class Server(web.Server):
             exchange.note_sent("unknown")
             log.exception("internal error", id=exchange.id)
         finally:
-            request.body.close()
-            self.telemetry.closed(exchange)
+            self._close(exchange, request.body)
 
-    async def _relay(  # noqa: PLR0913 - both sides of one answer
+    def _close(self, exchange: Exchange, body: RequestBody) -> None:
+        """End an exchange: one log line, one metrics update, and one line of the audit log where it was a write."""
+        body.close()
+        self.telemetry.closed(exchange)
+        if self._audit is not None and exchange.audited:
+            self._audit.write(
+                {
+                    "time": datetime.fromtimestamp(exchange.ended, UTC).isoformat(timespec="milliseconds"),
+                    "client": exchange.client,
+                    "method": exchange.method,
+                    "path": masked(exchange.path),
+                    "status": exchange.status or None,
+                    "error": exchange.error,
+                    "sent": "yes" if exchange.answered_by == "metquay" else exchange.sent,
+                    "id": exchange.id,
+                }
+            )
+
+    async def _relay(  # noqa: C901, PLR0913 - the hot path of every answer: one function, both sides of it
         self,
         connection: ClientConnection,
         message: RawRequestMessage,
@@ -500,6 +768,7 @@ class Server(web.Server):
     ) -> bool:
         """Pass the answer on: head and what is there of the body in one write, then piece by piece."""
         head = response.head
+        exchange.head_at = time.perf_counter()
         exchange.status = head.status
         exchange.answered_by = "metquay"
         modern = message.version.minor == 1
@@ -542,12 +811,37 @@ class Server(web.Server):
             data = b""
             piece = await response.read()
 
-    def _own(self, connection: ClientConnection, exchange: Exchange, answer: Answer, *, keep: bool, with_body: bool) -> bool:
-        fields = [("Content-Type", answer.content_type), ("X-Content-Type-Options", "nosniff")]
-        write_own(connection, exchange, answer.status, fields, answer.body, keep=keep, with_body=with_body)
+    def _own(
+        self, connection: ClientConnection, exchange: Exchange, answer: Answer, *, keep: bool, with_body: bool
+    ) -> bool:
+        body = None if answer.stream is not None else answer.body
+        write_own(connection, exchange, answer.status, _fields(answer), body, keep=keep, with_body=with_body)
         if answer.quit:
             self.quit.set()
         return keep
+
+    async def _stream(
+        self,
+        connection: ClientConnection,
+        message: RawRequestMessage,
+        exchange: Exchange,
+        answer: Answer,
+        pieces: AsyncIterator[bytes],
+    ) -> bool:
+        """Send an answer of the proxy's own that comes piece by piece; the connection ends with it."""
+        chunked = message.version.minor == 1
+        fields = _fields(answer)
+        if chunked:
+            fields.append(("Transfer-Encoding", "chunked"))
+        write_own(connection, exchange, answer.status, fields, None, keep=False, with_body=False)
+        async with contextlib.aclosing(cast("AsyncGenerator[bytes]", pieces)):
+            async for piece in pieces:
+                write(connection, b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                if connection.writing_paused:
+                    await connection._drain_helper()  # noqa: SLF001 - aiohttp's own way to wait for the client
+        if chunked:
+            write(connection, _LAST_CHUNK)
+        return False
 
     def _preflight(self, connection: ClientConnection, exchange: Exchange, head: RequestHead, *, keep: bool) -> bool:
         fields = [
@@ -567,23 +861,24 @@ class Server(web.Server):
 
     async def _authenticate(self, admission: Admission, body: RequestBody, now: float) -> Answer:
         """Answer a login here, with a placeholder: SDKs that insist on logging in work with any keys."""
-        data = await body.all(_LOGIN_LIMIT)
+        secret = _secret_key(await body.all(_LOGIN_LIMIT))
         key = self._gate.key_of(admission.client)
-        placeholder = self._gate.placeholder(key, now) if key is not None else self._gate.login(_secret_key(data), now)
+        placeholder = self._gate.placeholder(key, now) if key is not None else self._gate.login(secret or "", now)
         if placeholder is None:
             msg = "This proxy takes its own client keys for a login: put one into secretKey (any accessKey will do)."
             raise ProxyError("client-key-required", msg)
+        if secret is None:
+            msg = 'A login is a JSON object with two texts, {"accessKey": "...", "secretKey": "..."}; here any will do.'
+            raise ProxyError("bad-request", msg)
         return _login_answer(placeholder)
 
 
-class _Detached(Exception):  # noqa: N818 - no error: the exchange goes on without its client
+def _fields(answer: Answer) -> list[tuple[str, str]]:
+    return [("Content-Type", answer.content_type), ("X-Content-Type-Options", "nosniff"), *answer.headers]
+
+
+class _Detached(Exception):
     """The exchange was handed to a task of its own."""
-
-
-def _check_size(message: RawRequestMessage) -> None:
-    size = len(message.method) + len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
-    if size > MAX_HEAD:
-        raise _head_too_large()
 
 
 def _check_framing(message: RawRequestMessage, head: RequestHead) -> None:
@@ -593,9 +888,14 @@ def _check_framing(message: RawRequestMessage, head: RequestHead) -> None:
         raise ProxyError("bad-request", "This proxy speaks HTTP/1.0 and HTTP/1.1 only, so that nothing was sent.")
     if b"transfer-encoding" in judged:
         if message.version.minor == 0:
-            raise ProxyError("bad-request", "An HTTP/1.0 request can't have a Transfer-Encoding, so that nothing was sent.")
+            raise ProxyError(
+                "bad-request", "An HTTP/1.0 request can't have a Transfer-Encoding, so that nothing was sent."
+            )
         if (judged[b"transfer-encoding"] or b"").lower() != b"chunked":
-            raise ProxyError("not-supported", "Only the transfer encoding chunked is supported, so that nothing was sent.")
+            raise _not_chunked()
+    length = judged.get(b"content-length")
+    if length is not None and len(length) > 1 and (len(length) > _MAX_LENGTH_DIGITS or length.startswith(b"0")):
+        raise ProxyError("bad-request", "The Content-Length of the request is absurd, so that nothing was sent.")
     if judged.get(b"host", b"" if message.version.minor == 0 else None) is None:
         raise ProxyError("bad-request", "The request must name its host exactly once (Host), so that nothing was sent.")
     if message.method == "CONNECT":
@@ -603,17 +903,44 @@ def _check_framing(message: RawRequestMessage, head: RequestHead) -> None:
         raise ProxyError("not-supported", msg)
 
 
+def _report_audit(why: str | None) -> None:
+    if why is None:
+        log.info("audit log is written again")
+    else:
+        log.error("audit log can't be written: lines are lost until that is mended", reason=why)
+
+
+def _as_error(failure: Exception, exchange: Exchange) -> ProxyError:
+    """Return what to tell a client about a failure, and note it."""
+    if isinstance(failure, ProxyError):
+        exchange.error = failure.slug
+        return failure
+    if isinstance(failure, (ConnectionError, web.RequestPayloadError)):
+        exchange.error = "client-left"
+        why = "The body of this request ended early or was not valid HTTP."
+        return ProxyError("bad-request", why, sent=exchange.sent)
+    exchange.error = "internal-error"
+    log.error("internal error", id=exchange.id, exc_info=failure)
+    why = f"The proxy made a mistake with this request; its log says more under id {exchange.id}."
+    return ProxyError("internal-error", why, sent="unknown")
+
+
 def _shutting_down() -> ProxyError:
-    return ProxyError("shutting-down", "The proxy is being stopped. Send the request again when it runs again.", retry_after=5)
+    return ProxyError(
+        "shutting-down", "The proxy is being stopped. Send the request again when it runs again.", retry_after=5
+    )
 
 
-def _secret_key(data: bytes) -> str:
+def _secret_key(data: bytes) -> str | None:
+    """Return the secret key of a login's body; None where that is not of the vendor's form."""
     try:
-        answer = json.loads(data)
+        login = json.loads(data)
     except (ValueError, RecursionError):
-        return ""
-    secret = answer.get("secretKey") if isinstance(answer, dict) else None
-    return secret if isinstance(secret, str) else ""
+        return None
+    match login:
+        case {"accessKey": str(), "secretKey": str() as secret}:
+            return secret
+    return None
 
 
 def _login_answer(placeholder: str) -> Answer:
@@ -624,32 +951,53 @@ def _login_answer(placeholder: str) -> Answer:
 class Proxy:
     """The running program: everything that was built from the settings, its listeners and its end."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its inputs, and the times that tests shorten
         self,
         settings: Settings,
         base: BaseURL,
         credentials: Callable[[], Credentials],
         *,
         clock: Callable[[], float] | None = None,
+        sleep: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep,
+        call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None = None,
+        bounds: Bounds = Bounds(),
+        max_idle: tuple[float, float] = (MAX_IDLE, MAX_IDLE_UNSAFE),
     ) -> None:
-        """Build everything; nothing is opened yet. ``credentials`` is asked at each login; ``clock`` counts seconds."""
+        """Build everything; nothing is opened yet. ``credentials`` is asked at each login.
+
+        ``bounds`` are for clients; ``max_idle`` (seconds) is for connections to Metquay that repeatable and other
+        requests reuse. ``clock`` counts the seconds of tokens, quota and waiting; ``sleep`` and ``call_later`` take
+        seconds of it.
+        """
         self.base = base
         self._settings = settings
         clock = clock or suspend_aware_clock()
-        self.telemetry = Telemetry()
+        self.telemetry = Telemetry(base.prefix)
         scheme = "https" if settings.tls_cert else "http"
         self._transport = Transport(
             base,
-            ssl_context=upstream_tls(settings.ca_bundle) if base.scheme == "https" else None,
+            ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
             outbound_proxy=_outbound_proxy(base, settings),
+            max_idle=max_idle,
+            clock=clock,
         )
         self.tokens = TokenCache(
-            Login(self._transport, base, credentials, clock), clock=clock, observer=self.telemetry.token_event
+            Login(self._transport, base, credentials, clock),
+            clock=clock,
+            sleep=sleep,
+            observer=self.telemetry.token_event,
         )
         rate = settings.rate_limit
-        self._line = None if rate is None else Line(Quota(rate.limit, rate.window), clock)
+        self._line = None if rate is None else Line(Quota(rate.limit, rate.window), clock, call_later)
+        self._admin = Admin(
+            ready=self.ready,
+            status=self.status,
+            allow_quit=settings.allow_quit,
+            telemetry=self.telemetry,
+            test=self.test,
+        )
         self._own_authorities: set[tuple[str, int]] = set()
         self.server = Server(
             rules=TargetRules(base.prefix, self._own_authorities, pass_through=settings.pass_through),
@@ -669,17 +1017,22 @@ class Proxy:
                 max_wait=settings.max_wait,
                 retries=settings.retries,
                 clock=clock,
+                replay_limit=settings.replay_limit,
+                sleep=sleep,
             ),
-            admin=Admin(ready=self.ready, status=self.status, allow_quit=settings.allow_quit),
+            admin=self._admin,
+            audit=None if settings.audit_log is None else AuditLog(settings.audit_log, _report_audit),
             telemetry=self.telemetry,
             base=base,
             scheme=scheme,
             replay_limit=settings.replay_limit,
             read_timeout=settings.read_timeout,
+            bounds=bounds,
         )
         self.scheme = scheme
         self._listeners: list[asyncio.AbstractServer] = []
         self._unix_paths: list[str] = []
+        self._hurried = False
         self.addresses: list[str] = []
 
     def ready(self) -> bool:
@@ -690,15 +1043,25 @@ class Proxy:
         """Return the figures for ``/-/status``; nothing secret among them."""
         token = self.tokens.state
         busy, idle = self._transport.connections
+        key = None if self._settings.sandbox else self._settings.access_key
         return {
             "version": __version__,
             "upstream": str(self.base),
             "ready": self.ready(),
+            "draining": self.server.draining,
+            "sandbox": self._settings.sandbox,
+            "read_only": self._settings.read_only,
+            "key": None if key is None else last_four(key.get_secret_value()),
             "token": dataclasses.asdict(token),
             "quota": None if self._line is None else self._line.snapshot()._asdict(),
             "requests": {"active": self.telemetry.active, "finished": self.telemetry.finished},
             "connections": {"busy": busy, "idle": idle},
+            "settings": [setting._asdict() for setting in self._settings.sources()],
         }
+
+    async def test(self) -> dict[str, Any]:
+        """Read one customer as a tool would; return whether that went well (``ok``) and a ``text`` for people."""
+        return await self.server.test()
 
     async def start(self) -> None:
         """Listen, then log in; raise ``OSError`` where an address can't be had."""
@@ -727,46 +1090,28 @@ class Proxy:
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
         server = self.server
         server.draining = True
+        self._admin.close()
         for listener in self._listeners:
             listener.close()
-        for connection in server.connections:
-            if cast("ClientConnection", connection).idle:
-                connection.close()
-        deadline = asyncio.get_running_loop().time() + timeout
-        while self.telemetry.active and asyncio.get_running_loop().time() < deadline:
+        while self._unix_paths:  # now, since another proxy may take the path while this one drains
+            with contextlib.suppress(FileNotFoundError):
+                pathlib.Path(self._unix_paths.pop()).unlink()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while server.busy() and not self._hurried and loop.time() < deadline:
             await asyncio.sleep(0.02)
-        server.stopping = True
-        for connection in server.connections:
-            if connection._task_handler is not None:  # noqa: SLF001 - aiohttp has no public way to end a handler
-                connection._task_handler.cancel()  # noqa: SLF001
-        server.cancel_detached()
-        await asyncio.sleep(0)
-        await server.shutdown(0.1)
+        await server.end()
         await self.tokens.close()
         self._transport.close()
-        for path in self._unix_paths:
-            with contextlib.suppress(FileNotFoundError):
-                pathlib.Path(path).unlink()
 
-
-def upstream_tls(ca_bundle: pathlib.Path | None) -> ssl.SSLContext:
-    """Return a context that verifies names and certificates by the operating system's store and ``ca_bundle``."""
-    context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.set_alpn_protocols(["http/1.1"])
-    if ca_bundle is not None:
-        context.load_verify_locations(ca_bundle)
-    return context
+    def hurry(self) -> None:
+        """End a drain now, as at its deadline."""
+        self._hurried = True
 
 
 def _outbound_proxy(base: BaseURL, settings: Settings) -> OutboundProxy | None:
-    """Return the corporate proxy on the way to ``base``: the setting's, else the system's; none to this machine itself."""
-    if base.scheme != "https":
-        return None
-    if settings.outbound_proxy is not None:
-        return settings.outbound_proxy
-    url = "" if proxy_bypass(base.host) else getproxies().get("https", "")
     try:
-        return parse_outbound_proxy(url) if url else None
+        return outbound_proxy(settings, base)
     except ValueError as error:
         log.warning("the system's proxy setting (HTTPS_PROXY) is ignored", reason=str(error))
         return None
@@ -775,17 +1120,21 @@ def _outbound_proxy(base: BaseURL, settings: Settings) -> OutboundProxy | None:
 def bind(address: Address) -> list[socket.socket]:
     """Return bound sockets for one address; raise ``OSError`` with a text for people.
 
-    ``localhost`` means both loopback addresses on one port: Windows spends seconds on a missing ``::1``. A family that the
-    machine lacks is skipped; a port that is taken on either is an error.
+    ``localhost`` means both loopback addresses on one port: Windows spends seconds on a missing ``::1``. A family that
+    the machine lacks is skipped; a port that is taken on either is an error.
     """
     if address.path:
         return [_bind_unix(address.path)]
-    if address.host != "localhost":
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        if ":" not in address.host and not address.host.replace(".", "").isdigit():
-            family = socket.getaddrinfo(address.host, None, type=socket.SOCK_STREAM)[0][0]
-        return [_bind_tcp(family, address.host, address.port)]
-    for attempt in range(10):
+    if address.host == "localhost":
+        return _bind_loopback(address)
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    if ":" not in address.host and not address.host.replace(".", "").isdigit():
+        family = socket.getaddrinfo(address.host, None, type=socket.SOCK_STREAM)[0][0]
+    return [_bind_tcp(family, address.host, address.port)]
+
+
+def _bind_loopback(address: Address) -> list[socket.socket]:
+    for attempt in range(_BIND_ATTEMPTS):
         sockets: list[socket.socket] = []
         port = address.port
         try:
@@ -800,7 +1149,7 @@ def bind(address: Address) -> list[socket.socket]:
         except OSError:
             for sock in sockets:
                 sock.close()
-            if address.port == 0 and attempt < 9:  # noqa: PLR2004 - the last attempt; a free port on one family may be taken on the other
+            if address.port == 0 and attempt < _BIND_ATTEMPTS - 1:
                 continue
             raise
         if sockets:
@@ -832,13 +1181,13 @@ def _bind_tcp(family: int, host: str, port: int) -> socket.socket:
 def _bind_unix(path: str) -> socket.socket:
     """Bind a socket that only this user may open; a stale one is replaced, a live one is not."""
     with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
+        if not stat.S_ISSOCK(pathlib.Path(path).stat().st_mode):
             raise FileExistsError(errno.EEXIST, "a file that is no socket is in the way", path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
                 probe.connect(path)
             except ConnectionRefusedError:
-                os.unlink(path)
+                pathlib.Path(path).unlink()
             else:
                 raise OSError(errno.EADDRINUSE, "another program listens there", path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -866,14 +1215,16 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         import uvloop  # noqa: PLC0415 - an optional extra
     except ImportError:
         return None
-    return uvloop.new_event_loop  # type: ignore[no-any-return]
+    return uvloop.new_event_loop
 
 
 async def _run(settings: Settings, *, sandbox: bool) -> int:
     for warning in settings.warnings:
         log.warning(warning)
     if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
-        log.warning("aiohttp's compiled parser is missing: its slower one in pure Python has had holes. Reinstall aiohttp.")
+        log.warning(
+            "aiohttp's compiled parser is missing: its slower one in pure Python has had holes. Reinstall aiohttp."
+        )
     simulator = None
     if sandbox:
         simulator = sandbox_module.Sandbox(rate_limit=settings.rate_limit)
@@ -882,20 +1233,20 @@ async def _run(settings: Settings, *, sandbox: bool) -> int:
         proxy = Proxy(settings, base, lambda: Credentials(sandbox_module.ACCESS_KEY, sandbox_module.SECRET_KEY))
     else:
         proxy = Proxy(settings, cast("BaseURL", settings.host), settings.credentials)
-    stop = asyncio.Event()
-    signals = _Signals(stop)
+    signals = _Signals(proxy.hurry)
     try:
         try:
             await proxy.start()
         except OSError as error:
             sys.stderr.write(f"metquay-proxy: cannot listen: {_why_not_listening(error)}\n")
+            await proxy.stop(0.0)
             return 1
         sys.stdout.write(_welcome(proxy, settings, sandbox=sandbox))
         sys.stdout.flush()
         log.info("listening", addresses=proxy.addresses, upstream=str(proxy.base))
         await signals.wait(proxy.server.quit)
         log.info("stopping", requests_in_flight=proxy.telemetry.active)
-        await signals.unless_repeated(proxy.stop(settings.drain_timeout))
+        await proxy.stop(settings.drain_timeout)
         log.info("stopped")
     finally:
         if simulator is not None:
@@ -906,11 +1257,15 @@ async def _run(settings: Settings, *, sandbox: bool) -> int:
 class _Signals:
     """SIGTERM and SIGINT (Windows: Ctrl-C and Ctrl-Break): the first ends the program in order, the second at once."""
 
-    def __init__(self, stop: asyncio.Event) -> None:
-        self._stop = stop
-        self._again = asyncio.Event()
+    def __init__(self, again: Callable[[], None]) -> None:
+        """``again`` is called for each signal after the first."""
+        self._stop = asyncio.Event()
+        self._again = again
         loop = asyncio.get_running_loop()
-        numbers = [signal.SIGINT, signal.SIGBREAK if sys.platform == "win32" else signal.SIGTERM]
+        if sys.platform == "win32":
+            numbers = [signal.SIGINT, signal.SIGBREAK]
+        else:
+            numbers = [signal.SIGINT, signal.SIGTERM]
         for number in numbers:
             try:
                 loop.add_signal_handler(number, self._received)
@@ -918,7 +1273,9 @@ class _Signals:
                 signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._received))
 
     def _received(self) -> None:
-        (self._again if self._stop.is_set() else self._stop).set()
+        if self._stop.is_set():
+            self._again()
+        self._stop.set()
 
     async def wait(self, other: asyncio.Event) -> None:
         """Return at the first signal, or when ``other`` is set."""
@@ -928,33 +1285,27 @@ class _Signals:
             wait.cancel()
         self._stop.set()
 
-    async def unless_repeated(self, ending: Coroutine[None, None, None]) -> None:
-        """Await ``ending``; a further signal cuts it short."""
-        task = asyncio.ensure_future(ending)
-        again = asyncio.ensure_future(self._again.wait())
-        await asyncio.wait([task, again], return_when=asyncio.FIRST_COMPLETED)
-        again.cancel()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
 
 def _welcome(proxy: Proxy, settings: Settings, *, sandbox: bool) -> str:
     where = ", ".join(proxy.addresses)
-    key = "" if sandbox or settings.access_key is None else f" with key {last_four(settings.access_key.get_secret_value())}"
+    key = (
+        ""
+        if sandbox or settings.access_key is None
+        else f" with key {last_four(settings.access_key.get_secret_value())}"
+    )
     whom = "the built-in sandbox (made-up data, no account needed)" if sandbox else f"{proxy.base.authority}{key}"
     page = next((address for address in proxy.addresses if not address.startswith("unix:")), None)
     lines = [f"metquay-proxy {__version__} listens on {where}", f"for {whom}"]
     if page is not None:
-        lines += [f"status page: {page}/-/status", f"try: curl '{page}/customers?limit=2'"]
+        lines += [f"status page: {page}/-/", f"try: curl '{page}/customers?limit=2'"]
     return "\n".join(lines) + "\n"
 
 
 def _why_not_listening(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return (
-            "the address of METQUAY_LISTEN is taken by another program (another metquay-proxy?). Stop that one, or choose "
-            "another port: --listen localhost:0 takes any free one."
+            "the address of METQUAY_LISTEN is taken by another program (another metquay-proxy?). Stop that one, or "
+            "choose another port: --listen localhost:0 takes any free one."
         )
     if error.errno in {errno.EACCES, errno.EPERM}:
         return "this user may not listen on the address of METQUAY_LISTEN. Choose a port above 1023."

@@ -1,33 +1,50 @@
 """The only HTTP client: a lean HTTP/1.1 transport to Metquay, the login, and the table of what can go wrong on the way.
 
-Owns connections, their pool, TLS, the way through a corporate proxy and the time-outs. Must not decide whether a request
-is repeated (the forwarder does) and must not change a byte of it (``rewrite`` did).
+Owns connections, their pool, TLS, the way through a corporate proxy and the time-outs. Must not decide whether a
+request is repeated (the forwarder does) and must not change a byte of it (``rewrite`` did).
 
 Facts: RFC 9112 section 9.3 (a server may close an idle connection at any moment; a client that reuses it can't know
-whether its request was read) and 9.5. Prism closes idle connections after 5 s, Tomcat after 20 s. RFC 9110 section 9.3.6
-(CONNECT). RFC 9112 section 6.3: bytes that nobody asked for belong to no answer, so that such a connection is thrown away.
+whether its request was read) and 9.5. Prism closes idle connections after 5 s, Tomcat after 20 s. RFC 9110 section
+9.3.6 (CONNECT). RFC 9112 section 6.3: bytes that nobody asked for belong to no answer, so that such a connection is
+thrown away. Section 9.8: over TLS an answer that lasts until the connection closes is whole only where the peer said
+so.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import errno
+import functools
 import json
 import select
 import socket
 import ssl
+import sys
+import threading
 from collections import deque
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, cast
 
-from metquay_proxy.auth import AccessToken, Credentials, LoginFailed, parse_login
+import truststore
+from aiohappyeyeballs import start_connection
+
+from metquay_proxy.auth import AccessToken, Credentials, LoginFailed, UpstreamDistrusted, parse_login
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError, Sent
 from metquay_proxy.http1 import ProtocolError, ResponseHead, ResponseReader
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from aiohappyeyeballs import AddrInfoType
 
     from metquay_proxy.rewrite import BaseURL
 
@@ -38,6 +55,12 @@ MAX_IDLE_UNSAFE: Final = 2.0
 _MAX_IDLE_CONNECTIONS: Final = 512
 _HIGH_WATER: Final = 256 * 1024
 _LOGIN_BODY_LIMIT: Final = 64 * 1024
+_HEAD_START: Final = 0.25
+"""Seconds that one address of a host is ahead of the next one (RFC 8305 section 5)."""
+_LOOK_UP_SHARED: Final = 1.0
+"""Seconds after which a look-up that has no answer yet is no longer shared: the network may be back."""
+_SUCCESS: Final = range(200, 300)
+"""Any of these opens a tunnel (RFC 9110 section 9.3.6)."""
 _REPEATABLE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 
 
@@ -69,7 +92,9 @@ class UpstreamFailure(ProxyError):
     reused connection before any byte of an answer, as happens when the server closes an idle one.
     """
 
-    def __init__(self, slug: str, message: str, *, sent: Sent = "no", repeatable: bool = False, stale: bool = False) -> None:
+    def __init__(
+        self, slug: str, message: str, *, sent: Sent = "no", repeatable: bool = False, stale: bool = False
+    ) -> None:
         super().__init__(slug, message, sent=sent)
         self.repeatable = repeatable
         self.stale = stale
@@ -78,7 +103,7 @@ class UpstreamFailure(ProxyError):
 class Response:
     """One answer that is arriving: first its head, then its body as a stream of pieces."""
 
-    __slots__ = ("_body", "_connection", "_error", "_paused", "_size", "_waiter", "reader", "upload")
+    __slots__ = ("_body", "_connection", "_error", "_size", "_waiter", "paused", "reader", "upload")
 
     def __init__(self, connection: Connection, method: str) -> None:
         self.reader = ResponseReader(method)
@@ -86,7 +111,7 @@ class Response:
         self._connection = connection
         self._body: deque[bytes] = deque()
         self._size = 0
-        self._paused = False
+        self.paused = False
         self._error: ProxyError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -119,10 +144,15 @@ class Response:
             return b""
         piece = self._body.popleft()
         self._size -= len(piece)
-        if self._paused and self._size < _HIGH_WATER:
-            self._paused = False
-            self._connection.resume_reading()
+        if self._size < _HIGH_WATER:
+            self.let_go()
         return piece
+
+    def let_go(self) -> None:
+        """Stop slowing the connection down: it has nothing more to do with this answer."""
+        if self.paused:
+            self.paused = False
+            self._connection.resume_reading()
 
     def close(self) -> None:
         """Give the answer up; a connection in mid-answer can't be used again."""
@@ -136,8 +166,8 @@ class Response:
         if piece:
             self._body.append(piece)
             self._size += len(piece)
-            if self._size >= _HIGH_WATER and not self._paused and not self.reader.complete:
-                self._paused = True
+            if self._size >= _HIGH_WATER and not self.paused and not self.reader.complete:
+                self.paused = True
                 self._connection.pause_reading()
         self._wake()
 
@@ -171,6 +201,10 @@ class Connection(asyncio.Protocol):
         self._drained: asyncio.Future[None] | None = None
         self._writing_paused = False
         self._poll: Callable[[], bool] | None = None
+        self._unsent: Callable[[], int] = int
+        self._unsent_before = 0
+        self._tls: ssl.SSLObject | None = None
+        self._truncated = False
         self.response: Response | None = None
         self.body: RequestBody | None = None
         self.used = False
@@ -178,11 +212,17 @@ class Connection(asyncio.Protocol):
         self.active_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin: the connection is open, over TLS where that is asked for."""
         self._transport = cast("asyncio.Transport", transport)
+        self._tls = transport.get_extra_info("ssl_object")
+        self._truncated = self._tls is not None  # until the peer has said otherwise (RFC 9112 section 9.8)
         handle = transport.get_extra_info("socket")
-        self._poll = None if handle is None else _poller(handle.fileno())
+        if handle is not None:
+            self._poll = _poller(handle.fileno())
+            self._unsent = _outgoing(handle.fileno())
 
     def data_received(self, data: bytes) -> None:
+        """Take a piece of the answer, or close where nobody waits for one."""
         response = self.response
         if response is None:
             self.abort()
@@ -191,21 +231,31 @@ class Connection(asyncio.Protocol):
         try:
             response.feed(data)
         except ProtocolError as error:
-            message = f"Metquay's answer was not valid HTTP ({error}), so that it was not passed on. Try again; if it stays, tell your administrator."
+            message = (
+                f"Metquay's answer was not valid HTTP ({error}), so that it was not passed on. "
+                "Try again; if it stays, tell your administrator."
+            )
             self._fail(UpstreamFailure("upstream-protocol", message, sent=self._sent()))
             return
         if response.reader.complete:
             self._finish(response)
 
     def eof_received(self) -> bool:
+        """Note whether the peer ended in order; over TLS it says so (RFC 8446 section 6.1)."""
+        if self._tls is not None:
+            with contextlib.suppress(ssl.SSLError):  # it wants more: the alert that TLS ends with has not come
+                self._truncated = self._tls.read(1) != b""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End: an answer that lasts until the connection closes is whole now, any other is broken."""
         self._transport = None
         self._owner.forget(self)
         response = self.response
         if response is not None:
             self.response = None
+            if self._truncated:
+                exc = ConnectionResetError()
             if exc is None:
                 try:
                     response.reader.eof()
@@ -219,9 +269,11 @@ class Connection(asyncio.Protocol):
             self._drained.set_result(None)
 
     def pause_writing(self) -> None:
+        """Note that the upstream is slower than the client."""
         self._writing_paused = True
 
     def resume_writing(self) -> None:
+        """Note that it takes bytes again."""
         self._writing_paused = False
         self.active_at = self._loop.time()
         if self._drained is not None and not self._drained.done():
@@ -241,18 +293,32 @@ class Connection(asyncio.Protocol):
     @property
     def stalled(self) -> bool:
         """Whether it waits for the client rather than for the upstream."""
-        return self.waits_for_client or (self.response is not None and self.response._paused)  # noqa: SLF001 - its own half
+        return self.waits_for_client or (self.response is not None and self.response.paused)
 
     def usable(self) -> bool:
         """Whether it is open and silent: neither closed by the peer nor holding bytes that belong to no request."""
         return self._transport is not None and not self._transport.is_closing() and not (self._poll and self._poll())
 
+    def moved(self, now: float) -> bool:
+        """Whether bytes of the request left since this was last asked, which is no silence."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        unsent = self._transport.get_write_buffer_size() + self._unsent()
+        moved = unsent != self._unsent_before
+        if moved:
+            self._unsent_before = unsent
+            self.active_at = now
+        return moved
+
     def begin(self, method: str, head: bytes, body: RequestBody) -> Response:
         """Send one request; a body that is not there yet follows by a task of its own."""
+        if self._transport is None or self._transport.is_closing():
+            message = "Metquay closed the connection before the request could be sent. Try again."
+            raise UpstreamFailure("upstream-closed", message, repeatable=True)
         self.response = response = Response(self, method)
         self.body = body
         self.active_at = self._loop.time()
-        transport = cast("asyncio.Transport", self._transport)
+        transport = self._transport
         data = body.whole()
         if data is None:
             transport.write(head)
@@ -283,6 +349,7 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, response: Response) -> None:
         self.response = None
+        response.let_go()
         reader = response.reader
         if self.body is not None and self.body.sent and response.head.keep_alive and not reader.surplus:
             self.used = True
@@ -307,7 +374,9 @@ class Connection(asyncio.Protocol):
 
     def _closed(self, response: Response) -> UpstreamFailure:
         if response.reader.head is not None:
-            return UpstreamFailure("upstream-closed", "Metquay broke the connection in the middle of its answer.", sent="yes")
+            return UpstreamFailure(
+                "upstream-closed", "Metquay broke the connection in the middle of its answer.", sent="yes"
+            )
         message = (
             "Metquay closed the connection without an answer. "
             "A read can simply be repeated; before you repeat a change, look whether it was made."
@@ -347,7 +416,9 @@ class ClientBroke(ProxyError):
     """The client's own body ended early or was malformed; nothing complete was sent upstream."""
 
     def __init__(self, cause: Exception) -> None:
-        super().__init__("bad-request", "The body of this request ended early or was not valid HTTP; nothing was sent to Metquay.")
+        super().__init__(
+            "bad-request", "The body of this request ended early or was not valid HTTP; nothing was sent to Metquay."
+        )
         self.__cause__ = cause
 
 
@@ -367,10 +438,17 @@ def _poller(fd: int) -> Callable[[], bool]:
     return lambda: bool(select.select([fd], [], [], 0)[0])
 
 
+def _outgoing(fd: int) -> Callable[[], int]:
+    """Return what counts the bytes that the kernel has not yet brought to the peer, where it can be asked."""
+    if sys.platform != "linux":
+        return int
+    return lambda: int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
 class Transport:
     """Sends one request and returns one response, on a pooled or new connection to one upstream."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - where to, and every time-out
         self,
         base: BaseURL,
         *,
@@ -378,18 +456,28 @@ class Transport:
         connect_timeout: float,
         read_timeout: float,
         outbound_proxy: OutboundProxy | None = None,
+        max_idle: tuple[float, float] = (MAX_IDLE, MAX_IDLE_UNSAFE),
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        """Time-outs are in seconds; ``read_timeout`` is silence between bytes, in either direction."""
+        """Time-outs are in seconds; ``read_timeout`` is silence between bytes, in either direction.
+
+        ``clock`` tells how long a connection has idled, and should count the time in which the machine is suspended.
+
+        ``max_idle``: how long a connection may have idled before it is reused, by requests that may be repeated and by
+        others.
+        """
         self.loop = asyncio.get_running_loop()
-        # uvloop takes no such argument; it tries one address after the other
-        self._eyeballs = {"happy_eyeballs_delay": 0.25} if isinstance(self.loop, asyncio.BaseEventLoop) else {}
+        self._clock = clock or self.loop.time
         self._base = base
         self._ssl = ssl_context
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
         self._proxy = outbound_proxy
+        self._max_idle, self._max_idle_unsafe = max_idle
         self._idle: list[tuple[float, Connection]] = []
         self._busy: set[Connection] = set()
+        self._opening: set[asyncio.Task[Connection]] = set()
+        self._looking: tuple[float, asyncio.Future[Sequence[AddrInfoType]]] | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._tick = max(0.01, min(1.0, read_timeout / 10))
 
@@ -404,13 +492,15 @@ class Transport:
         ``fresh``: on a new connection, because a pooled one has just failed.
         """
         body.sent = False
-        connection = None if fresh else self._take(MAX_IDLE if method in _REPEATABLE_METHODS else MAX_IDLE_UNSAFE)
+        connection = (
+            None if fresh else self._take(self._max_idle if method in _REPEATABLE_METHODS else self._max_idle_unsafe)
+        )
         if connection is None:
             connection = await self._connect()
+        response = connection.begin(method, head, body)
         self._busy.add(connection)
         if self._watchdog is None:
             self._watchdog = self.loop.call_later(self._tick, self._watch)
-        response = connection.begin(method, head, body)
         try:
             await response.started()
         except BaseException:
@@ -428,7 +518,7 @@ class Transport:
         if len(self._idle) >= _MAX_IDLE_CONNECTIONS:
             connection.abort()
             return
-        self._idle.append((self.loop.time(), connection))
+        self._idle.append((self._clock(), connection))
         if self._watchdog is None:
             self._watchdog = self.loop.call_later(self._tick, self._watch)
 
@@ -443,12 +533,14 @@ class Transport:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None
+        for task in self._opening:
+            task.cancel()
         for connection in [*self._busy, *(connection for _, connection in self._idle)]:
             connection.abort()
         self._idle.clear()
 
     def _take(self, max_idle: float) -> Connection | None:
-        oldest = self.loop.time() - max_idle
+        oldest = self._clock() - max_idle
         while self._idle:
             since, connection = self._idle[-1]
             if since < oldest:
@@ -462,15 +554,31 @@ class Transport:
     def _watch(self) -> None:
         now = self.loop.time()
         for connection in tuple(self._busy):
-            if not connection.stalled and now - connection.active_at > self._read_timeout:
+            if not (connection.stalled or connection.moved(now)) and now - connection.active_at > self._read_timeout:
                 connection.time_out(self._read_timeout)
-        expired = [connection for since, connection in self._idle if now - since > MAX_IDLE]
-        self._idle = [pair for pair in self._idle if now - pair[0] <= MAX_IDLE]
+        oldest = self._clock() - self._max_idle
+        expired = [connection for since, connection in self._idle if since < oldest]
+        self._idle = [pair for pair in self._idle if pair[0] >= oldest]
         for connection in expired:
             connection.abort()
         self._watchdog = self.loop.call_later(self._tick, self._watch) if self._busy or self._idle else None
 
     async def _connect(self) -> Connection:
+        """Return a new connection. One whose request is given up meanwhile is opened all the same, for the next one."""
+        task = self.loop.create_task(self._open())
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._opened)
+            raise
+
+    def _opened(self, task: asyncio.Task[Connection]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self.put_back(task.result())
+
+    async def _open(self) -> Connection:
         base = self._base
         try:
             async with asyncio.timeout(self._connect_timeout):
@@ -478,11 +586,9 @@ class Transport:
                     return await self._connect_through(self._proxy)
                 _, connection = await self.loop.create_connection(
                     lambda: Connection(self),
-                    base.host,
-                    base.port,
+                    sock=await self._reach(base.host, base.port),
                     ssl=self._ssl,
                     server_hostname=base.host if self._ssl else None,
-                    **self._eyeballs,
                 )
                 return connection
         except TimeoutError:
@@ -494,19 +600,46 @@ class Transport:
         except OSError as error:
             raise _connect_failure(error, base, self._proxy) from None
 
+    async def _reach(self, host: str, port: int) -> socket.socket:
+        """Return a socket that is connected to whichever address of a host answers first; raise ``OSError``."""
+        return await start_connection(await self._look_up(host, port), happy_eyeballs_delay=_HEAD_START)
+
+    async def _look_up(self, host: str, port: int) -> Sequence[AddrInfoType]:
+        """Return a host's addresses; raise ``socket.gaierror``. Who asks while another asks shares its answer.
+
+        Nothing can cut a look-up short: in one of the loop's own threads it would keep the program from ending.
+        """
+        with contextlib.suppress(socket.gaierror):
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        now = self.loop.time()
+        if self._looking is None or self._looking[1].done() or now - self._looking[0] > _LOOK_UP_SHARED:
+            found: asyncio.Future[Sequence[AddrInfoType]] = self.loop.create_future()
+            found.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to see it
+            self._looking = now, found
+            threading.Thread(target=_look_up, args=(self.loop, found, host, port), daemon=True).start()
+        return await asyncio.shield(self._looking[1])
+
     async def _connect_through(self, proxy: OutboundProxy) -> Connection:
         authority = f"[{self._base.host}]" if ":" in self._base.host else self._base.host
         authority = f"{authority}:{self._base.port}"
         head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
         if proxy.authorization is not None:
             head += f"Proxy-Authorization: {proxy.authorization}\r\n"
-        transport, tunnel = await self.loop.create_connection(_Tunnel, proxy.host, proxy.port)
+        sock = await self._reach(proxy.host, proxy.port)
+        transport, tunnel = await self.loop.create_connection(_Tunnel, sock=sock)
         try:
             transport.write(head.encode("ascii") + b"\r\n")
             status = await tunnel.status
-            if not 200 <= status < 300:  # noqa: PLR2004 - RFC 9110 9.3.6: any 2xx opens the tunnel
-                cure = "It wants a user name and password: put them into METQUAY_OUTBOUND_PROXY." if status == 407 else "Ask whoever runs it to allow this address."  # noqa: PLR2004 - proxy authentication required
-                message = f"The corporate proxy {proxy.host}:{proxy.port} refused the way to {authority} (status {status}). {cure}"
+            if status not in _SUCCESS:
+                cure = (
+                    "It wants a user name and password: put them into METQUAY_OUTBOUND_PROXY."
+                    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
+                    else "Ask whoever runs it to allow this address."
+                )
+                message = (
+                    f"The corporate proxy {proxy.host}:{proxy.port} refused the way to {authority} (status {status}). "
+                    f"{cure}"
+                )
                 raise UpstreamFailure("upstream-unreachable", message, repeatable=status not in {403, 407})
             connection = Connection(self)
             context = cast("ssl.SSLContext", self._ssl)
@@ -516,6 +649,17 @@ class Transport:
             raise
         connection.connection_made(cast("asyncio.Transport", secured))
         return connection
+
+
+def _look_up(
+    loop: asyncio.AbstractEventLoop, found: asyncio.Future[Sequence[AddrInfoType]], host: str, port: int
+) -> None:
+    try:
+        settle = functools.partial(found.set_result, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must reach who waits in the loop
+        settle = functools.partial(found.set_exception, error)
+    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        loop.call_soon_threadsafe(settle)
 
 
 class _Tunnel(asyncio.Protocol):
@@ -536,24 +680,27 @@ class _Tunnel(asyncio.Protocol):
         if self._reader.head is not None:
             self.status.set_result(self._reader.head.status)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None, /) -> None:
         if not self.status.done():
             self.status.set_exception(ConnectionResetError("the corporate proxy closed the connection"))
 
 
 def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None) -> UpstreamFailure:
-    place = base.authority if proxy is None else f"{base.authority} (through the corporate proxy {proxy.host}:{proxy.port})"
+    place = (
+        base.authority if proxy is None else f"{base.authority} (through the corporate proxy {proxy.host}:{proxy.port})"
+    )
     if isinstance(error, ssl.SSLCertVerificationError):
         why = error.verify_message or "it can't be verified"
         message = (
-            f"The certificate of {place} was not accepted: {why}. Nothing was sent. If your company inspects TLS or Metquay "
-            "runs on a server of your own, put the issuing CA's certificate (PEM) into METQUAY_CA_BUNDLE."
+            f"The certificate of {place} was not accepted: {why}. Nothing was sent. If your company inspects TLS or "
+            "Metquay runs on a server of your own, put the issuing CA's certificate (PEM) into METQUAY_CA_BUNDLE."
         )
         return UpstreamFailure("upstream-tls", message)
     if isinstance(error, ssl.SSLError):
         message = (
-            f"No secure connection to {place} could be made ({error.reason or 'TLS failed'}). Nothing was sent. Check that the "
-            "address is right and speaks TLS on that port; an intercepting firewall needs its CA in METQUAY_CA_BUNDLE."
+            f"No secure connection to {place} could be made ({error.reason or 'TLS failed'}). Nothing was sent. Check "
+            "that the address is right and speaks TLS on that port; an intercepting firewall needs its CA in "
+            "METQUAY_CA_BUNDLE."
         )
         return UpstreamFailure("upstream-tls", message, repeatable=True)
     if isinstance(error, socket.gaierror):
@@ -568,10 +715,21 @@ def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None)
     return UpstreamFailure("upstream-unreachable", message, repeatable=True)
 
 
+def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
+    """Return a context that verifies names and certificates by the operating system's store and ``ca_bundle``."""
+    context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["http/1.1"])
+    if ca_bundle is not None:
+        context.load_verify_locations(ca_bundle)
+    return context
+
+
 class Login:
     """The source of tokens: one ``POST {base}/authenticate``, with the keys read anew each time."""
 
-    def __init__(self, transport: Transport, base: BaseURL, credentials: Callable[[], Credentials], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, transport: Transport, base: BaseURL, credentials: Callable[[], Credentials], clock: Callable[[], float]
+    ) -> None:
         """``credentials`` may read files and raise ``OSError`` or ``ValueError``; ``clock`` is the token cache's."""
         self._transport = transport
         self._base = base
@@ -594,12 +752,15 @@ class Login:
         try:
             status, answer = await self._exchange(head.encode("ascii"), data)
         except ProxyError as error:
-            raise LoginFailed(error.message) from None
+            failure = UpstreamDistrusted if error.slug == "upstream-tls" else LoginFailed
+            raise failure(error.message) from None
         return parse_login(status, answer, began)
 
     async def _exchange(self, head: bytes, data: bytes) -> tuple[int, bytes]:
         # the keys' own bytes are never kept for a replay: the body is a stream that has already ended
-        body = RequestBody(_Ready(data), present=True, chunked=False, limit=len(data), budget=ReplayBudget(len(data)), timeout=1.0)
+        body = RequestBody(
+            _Ready(data), present=True, chunked=False, limit=len(data), budget=ReplayBudget(len(data)), timeout=1.0
+        )
         response = await self._transport.send("POST", head, body)
         answer = b""
         try:

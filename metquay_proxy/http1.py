@@ -1,0 +1,407 @@
+"""The strict reader of HTTP/1 answers, and of a request's chunks: heads and framing, as bytes in and bytes out.
+
+Owns the judgement of what an upstream sent: which bytes are the head, which the body, whether the answer ended and
+whether its connection may be used again. Must not do I/O, know asyncio or rewrite anything: fields are handed on in
+their order, case and bytes. A doubtful answer is refused, never repaired, since whoever reads it next may repair it
+another way (RFC 9112 sections 11.1 and 11.2).
+
+Facts, RFC 9112 unless said otherwise:
+
+* 2.2: lines end with CRLF. A recipient *may* take a bare LF, and must not let a bare CR pass: both are refused here,
+  and so is an empty line before the status line, which only a server is asked to ignore.
+* 2.3, 4: the version is case-sensitive; three digits of status; the reason may be empty, and its space be missing.
+* 5.1, 5.2: no space before the colon; a proxy answers a folded line with 502. RFC 9110 5.1, 5.5, 5.6.2: names are
+  tokens; CR, LF and NUL in a value are dangerous, and the other controls, but for HTAB, invalid.
+* 6.1: Transfer-Encoding overrides Content-Length, may be an attack beside it, and is a fault in HTTP/1.0.
+* 6.3: no body follows HEAD, 1xx, 204 and 304, whatever their fields say, nor a 2xx to CONNECT, whose framing fields
+  must be ignored (also RFC 9110 9.3.6); an invalid Content-Length is answered with 502, and a list of equal values may
+  be; with neither field the body lasts until the connection closes.
+* 7.1: sizes are hexadecimal of any length, so that a reader must bound them; unknown extensions are ignored, in
+  reasonable number; trailer fields may be dropped. RFC 9110 5.6.3: bad whitespace is parsed and dropped.
+* 8: an answer that closes before its length, or before its last chunk, is incomplete.
+* 9.3, 9.6: what persists and what closes. RFC 9110 15.2: any number of interim answers may come before the final one,
+  but HTTP/1.0 has none, and 101 is only for who asked for an upgrade, which this proxy never does.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
+# Quantifiers are possessive throughout: with backtracking a hostile line costs quadratic time.
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?+(?=\r\n)")
+_FIELD: Final = re.compile(rb"\r\n(" + _TOKEN + rb"):[ \t]*+(" + _TEXT + rb")(?=\r\n)")
+_TIDY_FIELD: Final = re.compile(_FIELD.pattern + rb"(?<![ \t])")
+_QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
+_VALUE: Final = rb"[ \t]*+=[ \t]*+(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
+_EXTENSION: Final = rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:" + _VALUE + rb")?+"
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15}+)(?:" + _EXTENSION + rb")*+\r\n")
+_FOUL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
+
+_START: Final = b"HTTP/1."
+_CRLF: Final = b"\r\n"
+_BLANK_LINE: Final = b"\r\n\r\n"
+_LAST_CHUNK: Final = b"0\r\n\r\n"
+_MAX_CHUNK_LINE: Final = 4096
+_MAX_LENGTH_DIGITS: Final = 18
+_SWITCHING_PROTOCOLS: Final = 101
+_SUCCESS: Final = range(200, 300)
+_BODILESS: Final = frozenset({204, 304})
+
+
+class ProtocolError(Exception):
+    """The upstream broke HTTP. The text is safe to show: of the answer it holds 16 bytes of the status line at most."""
+
+
+class ClosedBeforeHead(ProtocolError):
+    """The upstream closed before the first byte of an answer, as it does to a connection that idled too long."""
+
+
+@dataclass(slots=True, repr=False)  # no repr, since field values can be secrets
+class ResponseHead:
+    """A final answer's head, and what it says about the body.
+
+    ``names`` are the names of ``headers``, lower-cased, in the same order, so that ``frozenset.isdisjoint(names)``
+    finds out whether any of a set occurs. ``length`` is in bytes: None when chunked or until close, 0 without a body.
+    ``no_body`` (HEAD, 204, 304, a 2xx to CONNECT): the framing fields are no statement about this body.
+    ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus bytes.
+    """
+
+    status: int
+    reason: bytes
+    minor: int
+    headers: list[tuple[bytes, bytes]]
+    names: list[bytes]
+    length: int | None
+    chunked: bool
+    until_close: bool
+    keep_alive: bool
+    no_body: bool
+
+
+class ResponseReader:
+    """Reads the one answer to a request of ``method`` from pieces of any size, in time linear in their bytes.
+
+    ``head`` is None until the final head is whole. ``started``: some byte of an answer arrived. ``complete``: the
+    answer ended cleanly. ``surplus``: bytes came after its end, so that the connection must never be used again.
+    """
+
+    __slots__ = (
+        "_broken",
+        "_buffer",
+        "_interim",
+        "_left",
+        "_max_fields",
+        "_max_head",
+        "_method",
+        "_trailers",
+        "complete",
+        "head",
+        "started",
+        "surplus",
+    )
+
+    def __init__(
+        self, method: bytes | str, *, max_head: int = 131072, max_fields: int = 256, max_interim: int = 32
+    ) -> None:
+        """Set the bounds.
+
+        ``max_head`` is for each head, and for the trailers, in bytes with the blank line; ``max_fields`` for the fields
+        of each; ``max_interim`` for the 1xx answers before the final one.
+        """
+        self.head: ResponseHead | None = None
+        self.started = False
+        self.complete = False
+        self.surplus = False
+        self._method = method.encode() if isinstance(method, str) else method
+        self._max_head = max_head
+        self._max_fields = max_fields
+        self._interim = max_interim
+        self._buffer: bytearray | None = None
+        self._left = 0
+        self._trailers = False
+        self._broken = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next piece, and return the bytes of the decoded body that it holds, maybe none.
+
+        Bytes after the answer's end are ignored, and set ``surplus``. Raises ProtocolError for anything that breaks
+        HTTP, and for every piece after that.
+        """
+        if not data:
+            return b""
+        self.started = True
+        if self.complete:
+            self.surplus = True
+            return b""
+        if self._broken:
+            _refuse("the upstream's answer was refused already")
+        self._broken = True  # stays so if the next line raises
+        body = self._read_heads(data) if self.head is None else self._read_body(self.head, data, 0)
+        self._broken = False
+        return body
+
+    def eof(self) -> None:
+        """Note that the upstream closed, which completes a body that lasts until then.
+
+        Raises ClosedBeforeHead when no byte of an answer had come, and ProtocolError when the answer was incomplete.
+        """
+        if self.complete:
+            return
+        if not self.started:
+            text = "the upstream closed the connection before it answered"
+            raise ClosedBeforeHead(text)
+        if self.head is None:
+            _refuse("the upstream closed the connection before the end of its answer's head")
+        if self._broken or not self.head.until_close:
+            _refuse("the upstream closed the connection before the end of its answer's body")
+        self.complete = True
+
+    def _read_heads(self, data: bytes) -> bytes:
+        start = 0
+        while True:
+            block, start = self._take(data, start, _BLANK_LINE, self._max_head, "head")
+            if not block:
+                begun = bytes((self._buffer or b"")[:16])
+                if not begun.startswith(_START[: len(begun)]):
+                    _refuse(f"the upstream's answer is not HTTP/1: it begins with {begun!r}")
+                return b""
+            head = _parse_head(block, self._method, self._max_fields)
+            if head is not None:
+                self.head = head
+                self._left = head.length or 0
+                return self._read_body(head, data, start)
+            if not self._interim:
+                _refuse("the upstream sent too many interim answers")
+            self._interim -= 1
+
+    def _read_body(self, head: ResponseHead, data: bytes, start: int) -> bytes:
+        if head.chunked:
+            return self._read_chunks(data, start)
+        if head.until_close:
+            return data[start:]
+        left = self._left - (len(data) - start)
+        if left > 0:
+            self._left = left
+            return data[start:]
+        self.complete = True
+        if left == 0:
+            return data[start:]
+        self.surplus = True
+        return data[start:left]
+
+    def _read_chunks(self, data: bytes, start: int) -> bytes:
+        pieces = []
+        end = len(data)
+        left = self._left  # of the chunk's data and of the CRLF after it
+        while start < end:
+            if left > len(_CRLF):
+                piece = data[start : start + left - len(_CRLF)]
+                pieces.append(piece)
+                start += len(piece)
+                left -= len(piece)
+            elif left:
+                if data[start] != _CRLF[-left]:
+                    _refuse("the upstream's chunk does not end where its size says")
+                start += 1
+                left -= 1
+            elif self._trailers:
+                block, start = self._take(data, start, _BLANK_LINE, self._max_head, "trailer section")
+                if block:
+                    _parse_fields(block, 0, self._max_fields)
+                    self.complete = True
+                    self.surplus = start < end
+                    break
+            elif data.startswith(_LAST_CHUNK, start) and self._buffer is None:
+                self.complete = True
+                self.surplus = start + len(_LAST_CHUNK) < end
+                break
+            else:
+                size, start = self._read_size(data, start)
+                left = size + len(_CRLF) if size else 0
+        self._left = left
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _read_size(self, data: bytes, start: int) -> tuple[int, int]:
+        """Return the next chunk's size in bytes, and where its line ends in ``data``; 0 also while it is not whole."""
+        line = _CHUNK_LINE.match(data, start, start + _MAX_CHUNK_LINE) if self._buffer is None else None
+        if line is not None:
+            start = line.end()
+        else:
+            text, start = self._take(data, start, _CRLF, _MAX_CHUNK_LINE, "chunk line")
+            if not text:
+                return 0, start
+            line = _CHUNK_LINE.match(text)
+            if line is None:
+                _refuse("a chunk size of the upstream's answer is malformed")
+        size = int(line[1], 16)
+        if not size:
+            self._trailers = True
+            # Trailers then look like fields after a status line, and none of them like a blank line.
+            self._buffer = bytearray(_CRLF)
+        return size, start
+
+    def _take(self, data: bytes, start: int, mark: bytes, bound: int, what: str) -> tuple[bytes, int]:
+        """Return the text that ends with ``mark``, and where that is in ``data``; ``b""`` while it is not whole."""
+        buffer = self._buffer
+        if buffer is None:
+            end = data.find(mark, start, start + bound)
+            if end >= 0:
+                end += len(mark)
+                return data[start:end], end
+            buffer = self._buffer = bytearray()
+        held = len(buffer)
+        buffer += data[start : start + bound - held]
+        end = buffer.find(mark, max(0, held - len(mark) + 1))
+        if end >= 0:
+            end += len(mark)
+            self._buffer = None
+            return bytes(buffer[:end]), start + end - held
+        if len(buffer) >= bound:
+            _refuse(f"the {what} of the upstream's answer is longer than {bound} bytes")
+        # Else a line that ends wrongly would be waited for until a time-out.
+        if _FOUL.search(buffer, max(0, held - 1)):
+            _refuse(f"the {what} of the upstream's answer holds a control character, or a line that ends without CRLF")
+        return b"", len(data)
+
+
+class ChunkTracker:
+    """Follows a chunked request body without decoding it, to find out where it ends.
+
+    ``ended`` becomes true with the last byte of the body.
+    """
+
+    __slots__ = ("_left", "_line", "_max_fields", "_max_trailers", "_trailers", "ended")
+
+    def __init__(self, *, max_trailers: int, max_fields: int) -> None:
+        """``max_trailers`` bounds the trailer section in bytes, ``max_fields`` its fields."""
+        self.ended = False
+        self._left = 0  # of the chunk's data and of the CRLF after it
+        self._line = b""
+        self._trailers = False
+        self._max_trailers = max_trailers
+        self._max_fields = max_fields
+
+    def scan(self, data: bytes, start: int) -> tuple[int, int]:
+        """Follow the body from ``start``; return where its chunks end in ``data``, and where the scan ended.
+
+        Between the two lie trailer fields and the CRLF that ends them. Takes time linear in ``data``. Raises
+        ProtocolError.
+        """
+        upto = start
+        while start < len(data) and not self.ended:
+            if self._left:
+                size = min(self._left, len(data) - start)
+                self._left -= size
+                start = upto = start + size
+                continue
+            end = data.find(b"\n", start, start + self._max_trailers) + 1
+            if not end or self._line:
+                self._line += data[start : end or len(data)]
+                line = self._line
+            else:
+                line = data[start:end]
+            if len(line) > (self._max_trailers if self._trailers else _MAX_CHUNK_LINE):
+                _refuse("a chunk line or the trailers of the request are too long")
+            start = end or len(data)
+            if not self._trailers:
+                upto = start
+            if end:
+                self._line = b""
+                self._take_line(line)
+        return upto, start
+
+    def _take_line(self, line: bytes) -> None:
+        if not self._trailers:
+            size = _CHUNK_LINE.fullmatch(line)
+            if size is None:
+                _refuse("a chunk size of the request is malformed")
+            self._left = int(size[1], 16)
+            self._trailers = not self._left
+            if self._left:
+                self._left += len(_CRLF)
+        elif line == _CRLF:
+            self.ended = True
+        else:
+            self._max_fields -= 1
+            self._max_trailers -= len(line)
+            field = _FIELD.match(_CRLF + line)
+            if self._max_fields < 0 or field is None or field.end() != len(line):
+                _refuse("the request has malformed trailers, or too many")
+
+
+def _refuse(why: str) -> NoReturn:
+    raise ProtocolError(why)
+
+
+def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | None:
+    """Parse the text of one head up to its blank line; None for an interim one."""
+    line = _STATUS_LINE.match(block)
+    if line is None:
+        _refuse(f"the status line of the upstream's answer is malformed: it begins with {block[:16]!r}")
+    headers = _parse_fields(block, line.end(), max_fields)
+    minor, status = int(line[1]), int(line[2])
+    if status < _SUCCESS.start:
+        if status == _SWITCHING_PROTOCOLS:
+            _refuse("the upstream switched protocols, which nobody asked for")
+        if not minor:
+            _refuse("the upstream sent an interim answer, which HTTP/1.0 does not know")
+        return None
+    names = [name.lower() for name, _ in headers]
+    tunnel = method == b"CONNECT" and status in _SUCCESS
+    length, chunked = (None, False) if tunnel else _parse_framing(headers, names, minor)
+    no_body = tunnel or method == b"HEAD" or status in _BODILESS
+    if no_body:
+        length, chunked = 0, False
+    until_close = length is None and not chunked
+    keep_alive = not until_close and _persists(headers, names, minor)
+    return ResponseHead(
+        status, line[3] or b"", minor, headers, names, length, chunked, until_close, keep_alive, no_body
+    )
+
+
+def _parse_fields(block: bytes, start: int, max_fields: int) -> list[tuple[bytes, bytes]]:
+    """Parse the fields from the CRLF at ``start`` to the blank line that ends ``block``."""
+    count = block.count(b"\n", start) - 2
+    if count > max_fields:
+        _refuse(f"the upstream's answer has more than {max_fields} header fields")
+    fields: list[tuple[bytes, bytes]] = _TIDY_FIELD.findall(block, start)
+    # Each match begins with a CRLF and ends before the next: as many as line feeds means that every line is a field.
+    if len(fields) == count:
+        return fields
+    fields = [(name, value.rstrip(b" \t")) for name, value in _FIELD.findall(block, start)]
+    if len(fields) != count:
+        _refuse("a header field of the upstream's answer is malformed")
+    return fields
+
+
+def _parse_framing(headers: list[tuple[bytes, bytes]], names: list[bytes], minor: int) -> tuple[int | None, bool]:
+    """Return the body's length in bytes, None when no field says it, and whether the body is chunked."""
+    lengths = names.count(b"content-length")
+    codings = names.count(b"transfer-encoding")
+    if lengths + codings > 1:
+        _refuse("the upstream's answer says more than once how long its body is")
+    if lengths:
+        value = headers[names.index(b"content-length")][1]
+        if not value.isdigit() or len(value) > _MAX_LENGTH_DIGITS:
+            _refuse("the Content-Length of the upstream's answer is not a number")
+        return int(value), False
+    if codings:
+        if headers[names.index(b"transfer-encoding")][1].lower() != b"chunked":
+            _refuse("the upstream's answer has a Transfer-Encoding other than chunked")
+        if not minor:
+            _refuse("the upstream's answer has a Transfer-Encoding, which HTTP/1.0 does not know")
+    return None, codings == 1
+
+
+def _persists(headers: list[tuple[bytes, bytes]], names: list[bytes], minor: int) -> bool:
+    if b"connection" not in names:
+        return minor == 1
+    value = headers[names.index(b"connection")][1]
+    if names.count(b"connection") > 1:
+        value = b",".join(headers[index][1] for index, name in enumerate(names) if name == b"connection")
+    options = {*map(bytes.strip, value.lower().split(b","))}
+    return b"close" not in options and (minor == 1 or b"keep-alive" in options)

@@ -1,0 +1,284 @@
+"""Random bytes from both sides through the running proxy: no crash, no hang, no request upstream with two readings.
+
+The oracle is a reader of requests by the letter of RFC 9112, written for this test alone: whatever the upstream saw
+must be among what it read, in order, with the same method and body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz_seeds import ANSWERS, REQUESTS
+from tests.wire import BLANK, OK, Bench, Broken, Peer, eventually, get, running
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from contextlib import AbstractAsyncContextManager
+
+FRAGMENTS = [
+    b"GET /x HTTP/1.1\r\n",
+    b"POST /x HTTP/1.1\r\n",
+    b"PUT /y HTTP/1.0\r\n",
+    b"OPTIONS * HTTP/1.1\r\n",
+    b"Host: a\r\n",
+    b"Host: a\r\n\r\n",
+    b"\r\n",
+    b"\r\n\r\n",
+    b"\n",
+    b"\r",
+    b" ",
+    b"\t",
+    b"\x00",
+    b":",
+    b"Content-Length: 3\r\n",
+    b"Content-Length: 0\r\n",
+    b"Content-Length: +3\r\n",
+    b"Content-Length : 3\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Transfer-Encoding: gzip, chunked\r\n",
+    b"transfer-encoding:\tCHUNKED\r\n",
+    b"Transfer-Encoding\x0b: chunked\r\n",
+    b"Connection: close\r\n",
+    b"Connection: keep-alive, host\r\n",
+    b"Connection: Upgrade\r\nUpgrade: h2c\r\n",
+    b"Expect: 100-continue\r\n",
+    b"X: a\r\n b\r\n",
+    b"abc",
+    b"3\r\nabc\r\n",
+    b"0\r\n\r\n",
+    b"0\r\nX: y\r\n\r\n",
+    b"3;a=b\r\nabc\r\n",
+    b"0x3\r\nabc\r\n",
+    b"3 \r\nabc\r\n",
+    b"ffffffffffffffff\r\n",
+    b"HTTP/1.1",
+]
+ANSWER_FRAGMENTS = [
+    b"HTTP/1.1 200 OK\r\n",
+    b"HTTP/1.0 200 OK\r\n",
+    b"HTTP/1.1 204 No Content\r\n",
+    b"HTTP/1.1 304 \r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\n",
+    b"HTTP/1.1 101 Switching\r\n",
+    b"Set-Cookie: poison\r\n",
+    b"Content-Length: 6\r\n\r\npoison",
+    *FRAGMENTS[4:],
+]
+
+
+WHOLE = [
+    b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET /y?z HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc",
+    b"PUT /x HTTP/1.1\r\nHost: a\r\nX: y\r\nContent-Length: 0\r\n\r\n",
+    b"POST /x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nA;x=y\r\n0123456789\r\n0\r\n\r\n",
+    b"POST /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\nHost: a\r\n\r\n0\r\nX: y\r\n\r\n",
+    b"DELETE /x HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n0",
+]
+WHOLE_ANSWERS = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;a\r\nabc\r\n0\r\nX: y\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\nX: y\r\n\r\nabc",
+    b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n",
+]
+
+
+def broken(whole: list[bytes], fragments: list[bytes]) -> st.SearchStrategy[list[bytes]]:
+    """Return segments of whole messages, in which a few places were damaged."""
+    piece = st.sampled_from(fragments) | st.binary(max_size=3)
+    place = st.floats(0, 1)
+    damage = st.lists(st.tuples(place, st.integers(0, 12), piece), max_size=2)
+
+    def make(messages: list[bytes], damages: list[tuple[float, int, bytes]], cuts: list[float]) -> list[bytes]:
+        data = b"".join(messages)
+        for where, lost, new in damages:
+            start = int(where * len(data))
+            data = data[:start] + new + data[start + lost :]
+        ends = sorted({int(cut * len(data)) for cut in cuts} | {0, len(data)})
+        return [data[start:end] for start, end in itertools.pairwise(ends)]
+
+    return st.builds(
+        make, st.lists(st.sampled_from(whole), min_size=1, max_size=4), damage, st.lists(place, max_size=3)
+    )
+
+
+def readings(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Return method and body of each complete request in ``data``, up to the first fault."""
+    found = []
+    with contextlib.suppress(ValueError):
+        while True:
+            data = data.lstrip(b"\r\n")
+            head, blank, data = data.partition(BLANK)
+            line, *fields = head.split(b"\r\n")
+            first = re.fullmatch(rb"([A-Z-]+) [\x21-\x7e]+ HTTP/1\.[01]", line)
+            if not blank or first is None:
+                return found
+            length, coded = read_framing(fields)
+            if coded:
+                body, data = read_chunks(data)
+            else:
+                body, data = data[:length], data[length:]
+                if len(body) < length:
+                    return found
+            found.append((first[1], body))
+    return found
+
+
+def read_framing(fields: list[bytes]) -> tuple[int, bool]:
+    """Return a request's length, and whether it is chunked; raise ``ValueError``."""
+    framing = []
+    for text in fields:
+        match = re.fullmatch(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*", text)
+        if match is None:
+            raise ValueError(text)
+        if match[1].lower() in {b"content-length", b"transfer-encoding"}:
+            framing.append((match[1].lower(), match[2].lower()))
+    if not framing:
+        return 0, False
+    (name, value), *more = framing
+    if more or not (value.isdigit() if name == b"content-length" else value == b"chunked"):
+        raise ValueError(framing)
+    return (int(value), False) if name == b"content-length" else (0, True)
+
+
+def read_chunks(data: bytes) -> tuple[bytes, bytes]:
+    """Return a chunked body and what follows it; raise ``ValueError``."""
+    body = b""
+    while True:
+        line, end, data = data.partition(b"\r\n")
+        if not end or not re.fullmatch(rb"[0-9A-Fa-f]+(;.*)?", line, re.DOTALL):
+            raise ValueError(line)
+        size = int(line.partition(b";")[0], 16)
+        if not size:
+            break
+        if data[size : size + 2] != b"\r\n":
+            raise ValueError(data)
+        body += data[:size]
+        data = data[size + 2 :]
+    while True:
+        line, end, data = data.partition(b"\r\n")
+        if not end:
+            raise ValueError(line)
+        if not line:
+            return body, data
+
+
+async def try_request(bench: Bench, segments: list[bytes]) -> None:
+    """Send the segments and look what became of them."""
+    upstream = bench.upstream
+    upstream.plays(OK)
+    upstream.requests.clear()
+    client = await bench.client()
+    for segment in segments:
+        with contextlib.suppress(ConnectionError):
+            client.writer.write(segment)
+            for _ in range(3):
+                await asyncio.sleep(0)
+    for _ in range(5):
+        await asyncio.sleep(0)
+        await eventually(
+            lambda: (
+                not any(
+                    each._messages or each._current_request for each in bench.proxy.server.connections if not each._body
+                )
+            )
+        )  # type: ignore[attr-defined]
+    got = bytes(client.reader._buffer)  # type: ignore[attr-defined]
+    client.writer.transport.abort()
+    await eventually(lambda: not bench.proxy.server.connections)
+    assert re.match(rb"HTTP/1\.1 [1-5]|$", got)
+    assert b"HTTP/1.1 500" not in got
+    expected = iter(readings(b"".join(segments)))
+    for request in upstream.requests:
+        seen = (request.line.split()[0], request.body)
+        assert seen in expected, (segments, request.head)
+    assert [] == upstream.faults == bench.crashes
+
+
+async def try_answer(bench: Bench, data: bytes) -> None:
+    """Let the upstream answer with the bytes and look what became of them."""
+
+    async def play(peer: Peer) -> None:
+        peer.writer.write(data)
+        await asyncio.sleep(0)
+        peer.close()
+
+    bench.upstream.plays(play)
+    client = await bench.client()
+    await client.send(get())
+    with contextlib.suppress(Broken):
+        await client.answer()
+    client.writer.transport.abort()
+    await bench.healthy()
+    await eventually(lambda: not bench.proxy.server.connections)
+    assert [] == bench.upstream.faults == bench.crashes
+
+
+def through(
+    attempt: Callable[[Bench, Any], Coroutine[Any, Any, None]],
+    strategy: st.SearchStrategy[Any],
+    seeds: list[Any],
+    examples: int,
+) -> None:
+    """Try the seeds, then as many examples, all through one proxy."""
+    manager = running(retries="0")
+    with asyncio.Runner() as runner:
+        bench = runner.run(enter(manager))
+
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=True,
+            database=None,
+        )
+        @given(strategy)
+        def each(value: Any) -> None:  # noqa: ANN401 - of the strategy
+            runner.run(attempt(bench, value))
+
+        try:
+            for seed in seeds:
+                runner.run(attempt(bench, seed))
+            each()
+        finally:
+            runner.run(leave(manager))
+
+
+async def enter(manager: AbstractAsyncContextManager[Bench]) -> Bench:
+    """Open a bench that outlives one run of the loop."""
+    return await manager.__aenter__()
+
+
+async def leave(manager: AbstractAsyncContextManager[Bench]) -> None:
+    """Close it."""
+    await manager.__aexit__(None, None, None)
+
+
+def test_random_requests() -> None:
+    """Whatever a client sends, the upstream sees whole, plain requests that were in it, or nothing."""
+    through(try_request, broken(WHOLE, FRAGMENTS), REQUESTS, 200)
+
+
+def test_random_answers() -> None:
+    """Whatever the upstream answers, the client gets a strict answer or a broken one, and the next client its own."""
+    through(try_answer, broken(WHOLE_ANSWERS, ANSWER_FRAGMENTS).map(b"".join), ANSWERS, 100)
+
+
+@pytest.mark.slow
+def test_many_random_requests() -> None:
+    """The same for longer."""
+    through(try_request, broken(WHOLE, FRAGMENTS), REQUESTS, 3000)
+
+
+@pytest.mark.slow
+def test_many_random_answers() -> None:
+    """The same for longer."""
+    through(try_answer, broken(WHOLE_ANSWERS, ANSWER_FRAGMENTS).map(b"".join), ANSWERS, 1200)

@@ -1,0 +1,356 @@
+"""The client's side as a whole: listeners, the drain, and what happens when the proxy itself makes a mistake."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import stat
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from aiohttp import web
+
+from metquay_proxy.address import Address
+from metquay_proxy.errors import ProxyError
+from metquay_proxy.server import bind
+from tests.wire import BLANK, OK, Broken, Client, answered, chunked, eventually, get, head, post, rule, running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.wire import Bench
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short name: a unix socket's path holds about a hundred bytes."""
+    with tempfile.TemporaryDirectory(prefix="mp") as name:
+        yield Path(name)
+
+
+class TestFlags:
+    @rule("aiohttp")
+    async def test_live(self, bench: Bench) -> None:
+        """The flags are in force on a live connection: aiohttp's server drops all of them at one misspelling."""
+        client = await bench.client()
+        await client.send(get("/-/live"))
+        await client.answer()
+        [connection] = bench.proxy.server.connections
+        assert (64 * 1024, 128 * 1024, 128) == (
+            connection.max_line_size,
+            connection.max_field_size,
+            connection.max_headers,
+        )
+        assert (120.0, 0.0, None) == (
+            connection._keepalive_timeout,
+            connection._lingering_time,
+            connection.access_logger,
+        )
+        assert bench.proxy.server.handler_cancellation
+
+    @rule("aiohttp")
+    async def test_compiled_parser(self, bench: Bench) -> None:
+        """The parser is the compiled one, which knows what the pure one does not refuse."""
+        client = await bench.client()
+        await client.send(get("/-/live"))
+        await client.answer()
+        assert "aiohttp._http_parser" == type(bench.proxy.server.connections[0]._parser).__module__
+
+    @rule("aiohttp")
+    async def test_no_decompression(self, bench: Bench) -> None:
+        """Request bodies are not unpacked."""
+        assert b"\x1f\x8b\x00" == (await bench.forwarded(post(b"\x1f\x8b\x00", "Content-Encoding: gzip"))).body
+
+
+class TestMistakes:
+    @rule("contract 8")
+    async def test_before_the_head(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A mistake of ours before an answer is a JSON 500 with an unknown outcome that gives nothing away."""
+
+        async def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(bench.proxy.server._forwarder, "forward", fail)
+        client = await bench.client()
+        await client.send(get())
+        answer = await client.answer()
+        assert (500, "internal-error", b"unknown") == (
+            answer.status,
+            answer.slug,
+            answer.value(b"X-Metquay-Proxy-Sent"),
+        )
+        assert b"Zero" not in answer.body
+        assert 0 == bench.proxy.telemetry.active
+
+    @rule("contract 8")
+    @pytest.mark.parametrize("version", ["1.1", "1.0"])
+    async def test_after_the_head(self, bench: Bench, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+        """A mistake of ours in mid-answer breaks the transfer: no second answer inside the first."""
+        client = await bench.client()
+        await client.send(head(f"GET /x HTTP/{version}"))
+        peer = await bench.upstream.peer()
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        await client.until(b"a")
+
+        def fail(*_: object) -> bytes:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("metquay_proxy.upstream.Response.read_nowait", fail)
+        await peer.send(b"1\r\nb\r\n")
+        with pytest.raises(Broken) as caught:
+            await client.to_the_end()
+        assert 1 == caught.value.got.count(b"HTTP/1")
+
+    @rule("contract 8")
+    @pytest.mark.parametrize("error", [TimeoutError(), web.HTTPNotFound(), ConnectionError()])
+    async def test_odd_errors(self, bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        """Errors for which aiohttp has answers of its own get ours."""
+
+        async def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(bench.proxy.server._forwarder, "forward", fail)
+        answer = await bench.ask(get())
+        assert answer.slug in {"internal-error", "bad-request"}
+
+    @rule("contract 8")
+    async def test_an_error_that_cannot_be_written(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A mistake while an error is being written ends the connection, and nothing but it."""
+
+        async def fail(*_: object) -> None:
+            raise ProxyError("bad-request", "x", headers=(("X", "\u2603"),))
+
+        monkeypatch.setattr(bench.proxy.server._forwarder, "forward", fail)
+        client = await bench.client()
+        await client.send(get())
+        await client.gone()
+        monkeypatch.undo()
+        await bench.healthy()
+
+
+class TestDrain:
+    @rule("contract 9")
+    async def test_upload_goes_on(self, bench: Bench) -> None:
+        """An upload whose second half comes after the stop is finished, and its answer closes the connection."""
+        client = await bench.client()
+        await client.send(head("POST /x HTTP/1.1", "Content-Length: 6"), b"abc", pause=0.01)
+        peer = await bench.upstream.peer()
+        await peer.begun()
+        assert b"abc" == await peer.exactly(3)
+        stopping = asyncio.ensure_future(bench.proxy.stop(5))
+        await eventually(lambda: bench.proxy.server.draining)
+        await client.send(b"def")
+        assert b"def" == await peer.exactly(3)
+        await peer.send(OK)
+        answer = await client.answer()
+        assert (200, b"close") == (answer.status, answer.value(b"Connection"))
+        await client.ended()
+        await stopping
+
+    @rule("contract 9")
+    async def test_idle_connections_end(self, bench: Bench) -> None:
+        """Idle connections are closed at once, new ones refused, a busy one asked to go after its answer."""
+        idle, busy = await bench.client(), await bench.client()
+        bench.upstream.plays(OK)
+        await idle.send(get())
+        await idle.answer()
+        bench.upstream.answers.clear()
+        await busy.send(get())
+        await bench.upstream.seen(2)
+        stopping = asyncio.ensure_future(bench.proxy.stop(5))
+        await idle.ended()
+        with pytest.raises(ConnectionError):
+            await bench.client()
+        await bench.upstream.peers[-1].send(OK)
+        assert b"close" == (await busy.answer()).value(b"Connection")
+        await stopping
+
+    @rule("contract 9")
+    async def test_late_requests(self, bench: Bench) -> None:
+        """A request that arrives during the drain is told to come again."""
+        client = await bench.client()
+        await client.send(b"GET /x HTTP/1.1\r\nHost: loc")
+        await eventually(lambda: any(each._head for each in bench.proxy.server.connections))  # type: ignore[attr-defined]
+        other = await bench.client()
+        await other.send(get())
+        peer = await bench.upstream.peer()
+        stopping = asyncio.ensure_future(bench.proxy.stop(5))
+        await eventually(lambda: bench.proxy.server.draining)
+        await client.send(b"alhost\r\n\r\n")
+        answer = await client.answer()
+        assert (503, "shutting-down") == (answer.status, answer.slug)
+        assert answer.value(b"Retry-After") is not None
+        await peer.send(OK)
+        await other.answer()
+        await stopping
+
+    @rule("contract 9")
+    @pytest.mark.parametrize(("request_", "sent"), [(get(), b"no"), (post(b"abc"), b"unknown")])
+    async def test_the_deadline(self, bench: Bench, request_: bytes, sent: bytes) -> None:
+        """What is not answered at the deadline gets 503 that says whether it may have been executed."""
+        client = await bench.client()
+        await client.send(request_)
+        peer = await bench.upstream.peer()
+        await peer.request()
+        await bench.proxy.stop(0.05)
+        answer = await client.answer()
+        assert (503, "shutting-down") == (answer.status, answer.slug)
+        assert answer.value(b"X-Metquay-Proxy-Sent") in {sent, b"unknown"}
+        await peer.gone()
+
+    @rule("contract 9")
+    @pytest.mark.parametrize("version", ["1.1", "1.0"])
+    async def test_mid_answer_at_the_deadline(self, bench: Bench, version: str) -> None:
+        """An answer that is cut by the deadline is a broken transfer."""
+        client = await bench.client()
+        await client.send(head(f"GET /x HTTP/{version}"))
+        peer = await bench.upstream.peer()
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        await client.until(b"a")
+        await bench.proxy.stop(0.05)
+        with pytest.raises(Broken):
+            await client.to_the_end()
+
+    @rule("contract 9")
+    async def test_detached_writes_are_waited_for(self, bench: Bench) -> None:
+        """A write that runs on without its client is waited for, and its connection stays open until then."""
+        client = await bench.client()
+        await client.send(post(b"abc"))
+        peer = await bench.upstream.peer()
+        await peer.request()
+        client.close()
+        await eventually(lambda: bench.proxy.server._detached)
+        stopping = asyncio.ensure_future(bench.proxy.stop(5))
+        await peer.silent(0.05)
+        assert not stopping.done()
+        await peer.send(OK)
+        await stopping
+
+    @rule("contract 9")
+    async def test_a_partial_head_does_not_hold(self, bench: Bench) -> None:
+        """A client that has begun a head and says no more does not hold up the end."""
+        client = await bench.client()
+        await client.send(b"GET /x HTTP/1.1\r\n")
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(bench.proxy.stop(5), 4)
+        await client.gone()
+
+
+class TestListeners:
+    async def test_localhost(self) -> None:
+        """``localhost`` means both loopback addresses on one port, which is free on both."""
+        sockets = bind(Address("localhost", 0))
+        try:
+            assert 1 == len({sock.getsockname()[1] for sock in sockets})
+            assert {"127.0.0.1", "::1"} >= {sock.getsockname()[0] for sock in sockets}
+        finally:
+            for sock in sockets:
+                sock.close()
+
+    @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+    async def test_taken(self, host: str) -> None:
+        """A port that is taken on either address is an error, and leaves nothing open."""
+        with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+            bind(Address(host, taken.getsockname()[1]))
+
+    async def test_unix(self, folder: Path) -> None:
+        """A unix socket serves its owner only, and is removed at the end."""
+        path = folder / "proxy.sock"
+        async with running(listen=f"127.0.0.1:0,unix:{path}") as bench:
+            assert 0o600 == stat.S_IMODE(path.stat().st_mode)
+            client = Client(*await asyncio.open_unix_connection(path))
+            bench.clients.append(client)
+            bench.upstream.plays(answered(b"Location: " + bench.upstream.url.encode() + b"/y", body=b"a"))
+            await client.send(get(host=b"localhost"))
+            answer = await client.answer()
+            assert (b"a", b"http://localhost/api/v1/y") == (answer.body, answer.value(b"Location"))
+        assert not path.exists()
+
+    async def test_unix_broken_answer(self, folder: Path) -> None:
+        """On a unix socket, which knows no reset, a broken answer with a length or chunks is still broken."""
+        path = folder / "proxy.sock"
+        async with running(listen=f"127.0.0.1:0,unix:{path}") as bench:
+            client = Client(*await asyncio.open_unix_connection(path))
+            bench.clients.append(client)
+            await client.send(get())
+            peer = await bench.upstream.peer()
+            await peer.request()
+            await peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc")
+            peer.close()
+            with pytest.raises(Broken):
+                await client.answer()
+
+    async def test_unix_in_the_way(self, folder: Path) -> None:
+        """A stale socket is replaced; a live one, or a file, is an error."""
+        path = folder / "proxy.sock"
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(path))
+        [sock] = bind(Address("", 0, str(path)))
+        with pytest.raises(OSError, match="another program"):
+            bind(Address("", 0, str(path)))
+        sock.close()
+        path.unlink()
+        path.write_text("")
+        with pytest.raises(FileExistsError):
+            bind(Address("", 0, str(path)))
+
+    @rule("contract 2", client_tls=True)
+    async def test_tls(self, bench: Bench) -> None:
+        """With a certificate the proxy serves TLS, and rewrites Location to https."""
+        location = bench.upstream.url.encode() + b"/y"
+        answer = await bench.ask(get(host=b"localhost:5"), answered(b"Location: " + location, body=b"a"))
+        assert (b"a", b"https://localhost:5/api/v1/y") == (answer.body, answer.value(b"Location"))
+
+    @rule("contract 2", client_tls=True)
+    async def test_clear_text_to_tls(self, bench: Bench) -> None:
+        """Clear text spoken to the TLS port breaks nothing."""
+        reader, writer = await asyncio.open_connection(bench.host, bench.port)
+        writer.write(get())
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await reader.readuntil(BLANK)
+        writer.close()
+        bench.crashes.clear()
+        await bench.healthy()
+
+
+class TestOwnPages:
+    @rule("contract 7")
+    async def test_pages_keep_the_connection(self, bench: Bench) -> None:
+        """The proxy's own pages are answered on one connection like any other request, and never forwarded."""
+        client = await bench.client()
+        for target, status in (
+            ("/-/live", 200),
+            ("/-/ready", 200),
+            ("/-/status", 200),
+            ("/-/none", 404),
+            ("/-/quit", 404),
+        ):
+            await client.send(get(target))
+            answer = await client.answer()
+            assert (status, b"no-store") == (answer.status, answer.value(b"Cache-Control"))
+        assert [] == bench.upstream.peers
+
+    @rule("contract 3")
+    @pytest.mark.parametrize("target", ["/authenticate", "/api/v1/authenticate"])
+    async def test_login(self, bench: Bench, target: str) -> None:
+        """A login is answered here with a placeholder, and its body is read."""
+        client = await bench.client()
+        body = b'{"accessKey": "a", "secretKey": "b"}'
+        for data in (post(body, target=target), chunked(body).replace(b"/x", target.encode())):
+            await client.send(data)
+            answer = await client.answer()
+            assert (200, b"application/json") == (answer.status, answer.value(b"Content-Type"))
+            assert b"accessToken" in answer.body
+        assert [] == bench.upstream.peers
+
+    @rule("contract 8")
+    async def test_login_bounded(self, bench: Bench) -> None:
+        """A login's body is bounded."""
+        client = await bench.client()
+        await client.send(head("POST /authenticate HTTP/1.1", "Content-Length: 10000000") + bytes(200_000))
+        answer = await client.answer()
+        assert (413, b"close") == (answer.status, answer.value(b"Connection"))
