@@ -22,19 +22,21 @@ async def test_each_write_leaves_one_line(tmp_path: Path) -> None:
     path = tmp_path / "audit.log"
     sandbox = Sandbox(rate_limit=None)
     await sandbox.start()
-    async with running(sandbox.url, audit_log=str(path), client_keys=KEYS, rate_limit="off") as (_, url):
-        async with aiohttp.ClientSession(headers={"X-Proxy-Key": "workbook-key-0123456789"}) as session:
+    async with (
+        running(sandbox.url, audit_log=str(path), client_keys=KEYS, rate_limit="off") as (_, url),
+        aiohttp.ClientSession(headers={"X-Proxy-Key": "workbook-key-0123456789"}) as session,
+    ):
 
-            async def ask(method: str, target: str, body: str | None = None) -> int:
-                async with session.request(method, url + target, data=body) as response:
-                    return response.status
+        async def ask(method: str, target: str, body: str | None = None) -> int:
+            async with session.request(method, url + target, data=body) as response:
+                return response.status
 
-            assert 200 == await ask("GET", "/customers?limit=1")
-            assert 201 == await ask("POST", "/customers?x=hidden", '{"companyName": "Private Ltd"}')
-            assert 404 == await ask("DELETE", "/customers/1")
-            assert 200 == await ask("GET", "/-/status")
-            sandbox.faults = Faults(lose_answer=1.0)
-            assert 502 == await ask("POST", "/customers", '{"companyName": "Lost Ltd"}')
+        assert 200 == await ask("GET", "/customers?limit=1")
+        assert 201 == await ask("POST", "/customers?x=hidden", '{"companyName": "Private Ltd"}')
+        assert 404 == await ask("DELETE", "/customers/1")
+        assert 200 == await ask("GET", "/-/status")
+        sandbox.faults = Faults(lose_answer=1.0)
+        assert 502 == await ask("POST", "/customers", '{"companyName": "Lost Ltd"}')
     await sandbox.stop()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [
