@@ -28,10 +28,12 @@ LABEL org.opencontainers.image.title="metquay-proxy" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=build /opt/metquay-proxy /opt/metquay-proxy
-# MALLOC_TOP_PAD_ in bytes: glibc then gives memory back in large pieces instead of after every TLS record.
+# In bytes. With the first, glibc gives memory back in large pieces instead of after every TLS record; but to set it switches off
+# glibc's own choice of what it maps anew for each large read, so that the second must say it.
 ENV PATH=/opt/metquay-proxy/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     MALLOC_TOP_PAD_=2097152 \
+    MALLOC_MMAP_THRESHOLD_=4194304 \
     METQUAY_LISTEN=0.0.0.0:6387
 EXPOSE 6387
 # A number, so that Kubernetes can check runAsNonRoot. It owns no file and needs none that it can write.

@@ -26,6 +26,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 import truststore
@@ -42,7 +43,6 @@ if sys.platform == "linux":
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from aiohappyeyeballs import AddrInfoType
 
@@ -53,6 +53,12 @@ MAX_IDLE: Final = 4.0
 MAX_IDLE_UNSAFE: Final = 2.0
 """The same for requests that must not be repeated."""
 _MAX_IDLE_CONNECTIONS: Final = 512
+_CA_FILES: Final = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+    "/etc/ssl/ca-bundle.pem",
+)
 _HIGH_WATER: Final = 256 * 1024
 _LOGIN_BODY_LIMIT: Final = 64 * 1024
 _HEAD_START: Final = 0.25
@@ -717,7 +723,16 @@ def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None)
 
 def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
     """Return a context that verifies names and certificates by the operating system's store and ``ca_bundle``."""
-    context = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if sys.platform in {"win32", "darwin"}:
+        context: ssl.SSLContext = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    else:
+        # truststore would read the whole store again at each connection, 50 ms in which nobody else is served
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_default_certs()
+        paths = ssl.get_default_verify_paths()
+        known = [Path(file) for file in _CA_FILES if Path(file).is_file()]
+        if paths.cafile is None and paths.capath is None and known:  # an OpenSSL that was built for another system
+            context.load_verify_locations(known[0])
     context.set_alpn_protocols(["http/1.1"])
     if ca_bundle is not None:
         context.load_verify_locations(ca_bundle)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import ssl
+import sys
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -13,6 +14,7 @@ import pytest
 import trustme
 
 from metquay_proxy.sandbox import Sandbox
+from metquay_proxy.upstream import tls_context
 from tests.running import running
 
 if TYPE_CHECKING:
@@ -47,6 +49,15 @@ async def tls_sandbox(cert: trustme.LeafCert) -> AsyncIterator[Sandbox]:
         yield sandbox
     finally:
         await sandbox.stop()
+
+
+@pytest.mark.skipif(sys.platform in {"win32", "darwin"}, reason="the store is the system's own there")
+def test_the_store_is_read_once() -> None:
+    """The context holds the store itself: truststore's would read it anew at each connection, and block for that time."""
+    context = tls_context(None)
+    assert ssl.SSLContext is type(context)
+    assert ssl.CERT_REQUIRED is context.verify_mode
+    assert context.check_hostname
 
 
 async def ask(url: str) -> tuple[int, str | None, str]:

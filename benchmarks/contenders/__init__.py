@@ -1,0 +1,1 @@
+"""What the contenders run: configurations with @NAMES@ to be filled in, and scripts."""

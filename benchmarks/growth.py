@@ -1,0 +1,99 @@
+"""What many clients and many named keys cost: the proxy at 10 to 10,000 clients and 1 to 100 keys, nginx beside it.
+
+Facts: clients may be open and silent while 16 others work, or all at work at once; the second costs the proxy a
+connection to the upstream for each. Open files bound both.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from benchmarks.compare import say
+from benchmarks.peers import CONTENDERS, NGINX, OURS, Contender, ours, serving
+from benchmarks.rig import Failed, Program, Wrk, first_answer, load, open_clients
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from benchmarks.peers import Cache, Command, Upstream
+
+CLIENTS: Final = (10, 16, 100, 1000, 10000)
+KEYS: Final = (1, 10, 100)
+WORKING: Final = 16
+_SPARE_FILES: Final = 500
+_SETTLE: Final = 0.5
+
+
+class Row(NamedTuple):
+    """One measurement; latencies in microseconds."""
+
+    contender: str
+    kind: str
+    """``open``: so many clients beside 16 that work; ``working``: so many that work; ``keys``."""
+    number: int
+    cpu: float
+    rate: float
+    p50: float
+    p99: float
+    memory: float
+
+
+def growth(  # noqa: PLR0913 - with what, where and how much
+    cache: Cache, wrk: Wrk, folder: Path, *, rounds: int, seconds: int, most: int
+) -> list[Row]:
+    """Measure with up to ``most`` clients, each case in a process of its own; return medians of the rounds."""
+    seen: dict[tuple[str, str, int], list[tuple[float, ...]]] = defaultdict(list)
+    with serving(cache, folder / "upstream") as upstream:
+        for number in range(rounds):
+            for contender, kind, count, headers in _cases(most):
+                say(f"growth, round {number + 1} of {rounds}: {contender.name}, {count} {kind}")
+                try:
+                    figures = _measure(contender.prepare(cache), wrk, upstream, folder, kind, count, seconds, headers)
+                except Failed as error:
+                    say(f"{contender.name}: {error}")
+                else:
+                    seen[contender.name, kind, count].append(figures)
+    return [Row(*case, *map(statistics.median, zip(*figures, strict=True))) for case, figures in seen.items()]
+
+
+def _cases(most: int) -> Iterator[tuple[Contender, str, int, tuple[str, ...]]]:
+    """Yield (contender, kind, count, headers that each client sends)."""
+    named = {contender.name: contender for contender in CONTENDERS}
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
+    for kind, largest in (("open", files), ("working", files // 2)):
+        for count in CLIENTS:
+            if count <= min(most, largest):
+                yield from ((named[name], kind, count, ()) for name in (OURS, NGINX))
+    for count in KEYS:
+        texts = [f"tool-{number}:key-of-tool-number-{number:04}" for number in range(count)]
+        contender = Contender(OURS, ours(CLIENT_KEYS=",".join(texts)))
+        yield contender, "keys", count, (f"X-Proxy-Key: {texts[-1].partition(':')[2]}",)
+
+
+def _measure(  # noqa: PLR0913 - one case: who, where, how many, how long
+    command: Callable[..., Command],
+    wrk: Wrk,
+    upstream: Upstream,
+    folder: Path,
+    kind: str,
+    count: int,
+    seconds: int,
+    headers: tuple[str, ...],
+) -> tuple[float, float, float, float, float]:
+    place = upstream.place(folder / "contender", "http")
+    door = replace(place.door, headers=(*place.door.headers, *headers))
+    words, environment = command(place)
+    with Program(words, folder=place.folder, environment=environment) as program:
+        first_answer(program, door)
+        working = count if kind == "working" else WORKING
+        with open_clients(door, max(0, count - working) if kind == "open" else 0):
+            load(wrk, door, program, connections=working, seconds=1)
+            time.sleep(_SETTLE)
+            seen = load(wrk, door, program, connections=working, seconds=seconds)
+            return seen.cpu, seen.rate, seen.p50, seen.p99, program.memory()
