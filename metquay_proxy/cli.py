@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import os
 import sys
 
@@ -147,6 +148,7 @@ def _refuse(error: SettingsError) -> int:
 
 
 def _serve(arguments: Sequence[str]) -> int:
+    gc.disable()  # loading makes no garbage; the server enables it once it listens
     from metquay_proxy.settings import SettingsError  # noqa: PLC0415 - slow
 
     parser, secrets = _settings_parser("serve", _overview())

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import gc
 import json
 import os
 import pathlib
@@ -43,7 +44,6 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from metquay_proxy import __version__
-from metquay_proxy import sandbox as sandbox_module
 from metquay_proxy.address import Address
 from metquay_proxy.admin import Admin, Answer
 from metquay_proxy.audit import AuditLog
@@ -77,6 +77,8 @@ _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
 """Seconds for the last answers of a drain to be written."""
+_TURN: Final = 0.02
+"""Seconds from one look at what a drain waits for to the next."""
 _BACKLOG: Final = 1024
 _BIND_ATTEMPTS: Final = 10  # a port that is free on one family may be taken on the other
 _CRLF: Final = b"\r\n"
@@ -542,8 +544,8 @@ class Server(web.Server):
         """Give up what is still under way: each client is told so, or sees that its transfer is broken."""
         self.stopping = True
         for connection in cast("list[ClientConnection]", self.connections):
-            if connection.serving and connection._task_handler is not None:
-                connection._task_handler.cancel()
+            if connection.serving and connection._task_handler is not None:  # noqa: SLF001 - aiohttp has no public way
+                connection._task_handler.cancel()  # noqa: SLF001 - as above
             elif connection.unsent:
                 abort(connection)
         for task in self._detached:
@@ -1086,20 +1088,20 @@ class Proxy:
         self.addresses = list(dict.fromkeys(self.addresses))
         self.tokens.start()
 
-    async def stop(self, timeout: float) -> None:
+    async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 - it does not cut itself short, it lets others end
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
-        server = self.server
+        server, loop = self.server, asyncio.get_running_loop()
+        deadline = loop.time() + timeout
         server.draining = True
         self._admin.close()
+        await asyncio.sleep(_TURN)  # who came before is let in, and told
         for listener in self._listeners:
             listener.close()
         while self._unix_paths:  # now, since another proxy may take the path while this one drains
             with contextlib.suppress(FileNotFoundError):
-                pathlib.Path(self._unix_paths.pop()).unlink()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
-        while server.busy() and not self._hurried and loop.time() < deadline:
-            await asyncio.sleep(0.02)
+                pathlib.Path(self._unix_paths.pop()).unlink()  # noqa: ASYNC240 - one call, and nobody new is served
+        while server.busy() and not self._hurried and loop.time() < deadline:  # noqa: ASYNC110 - three ends, once
+            await asyncio.sleep(_TURN)
         await server.end()
         await self.tokens.close()
         self._transport.close()
@@ -1227,6 +1229,8 @@ async def _run(settings: Settings, *, sandbox: bool) -> int:
         )
     simulator = None
     if sandbox:
+        from metquay_proxy import sandbox as sandbox_module  # noqa: PLC0415 - of no use otherwise
+
         simulator = sandbox_module.Sandbox(rate_limit=settings.rate_limit)
         await simulator.start()
         base = BaseURL.parse(simulator.url)
@@ -1244,6 +1248,8 @@ async def _run(settings: Settings, *, sandbox: bool) -> int:
         sys.stdout.write(_welcome(proxy, settings, sandbox=sandbox))
         sys.stdout.flush()
         log.info("listening", addresses=proxy.addresses, upstream=str(proxy.base))
+        gc.freeze()  # what the program consists of never becomes garbage: collections need not look at it again
+        gc.enable()
         await signals.wait(proxy.server.quit)
         log.info("stopping", requests_in_flight=proxy.telemetry.active)
         await proxy.stop(settings.drain_timeout)

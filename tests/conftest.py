@@ -1,4 +1,4 @@
-"""What pytest must know before it loads the tests: the wire bench, and which event loop to test with."""
+"""What pytest must know before it loads the tests: the wire bench, which event loop to test with, what may block it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from blockbuster import blockbuster_ctx
 
 pytest.register_assert_rewrite("tests.wire")
 
@@ -14,7 +15,26 @@ from tests.wire import bench  # noqa: E402, F401 - a fixture; its asserts are re
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+MAY_BLOCK = {
+    "audit.py": {"write"},  # one append, so that no line waits in memory while the program is killed
+    "check.py": {"probed"},  # a command that serves nobody
+    "server.py": {"bind", "stop", "_as_error"},  # nobody is served yet, or any more; a traceback quotes the source
+    "settings.py": {"load", "validate"},  # done before there is a loop, but for tests
+    "upstream.py": {"tls_context", "token"},  # the certificates at the start; two small files of keys at each login
+}
+"""The functions of each module under which a call may block the event loop."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_blocks_the_loop() -> Iterator[None]:
+    with blockbuster_ctx("metquay_proxy") as found:
+        for call in found.functions.values():
+            for name, functions in MAY_BLOCK.items():
+                call.can_block_in(f"metquay_proxy/{name}", functions)
+        yield
+
 
 if os.environ.get("WIRE_LOOP") == "uvloop":
 

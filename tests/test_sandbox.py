@@ -39,7 +39,7 @@ class Client:
         assert 200 == status
         self.session.headers["Authorization"] = f"Bearer {body['accessToken']}"
 
-    async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any]:
+    async def call(self, method: str, path: str, **options: Any) -> tuple[int, Any]:  # noqa: ANN401 - aiohttp's options
         """Status and body of one request below the base: parsed JSON, text of a page, or None for no body."""
         async with self.session.request(method, self.sandbox.url + path, **options) as answer:
             body = await answer.read()
@@ -47,7 +47,7 @@ class Client:
                 return answer.status, json.loads(body)
             return answer.status, body.decode() or None
 
-    async def control(self, method: str, page: str, **options: Any) -> tuple[int, Any]:
+    async def control(self, method: str, page: str, **options: Any) -> tuple[int, Any]:  # noqa: ANN401 - aiohttp's options
         """The same for a page of the simulator's own."""
         root = self.sandbox.url.removesuffix("/api/v1")
         async with self.session.request(method, f"{root}{page}", **options) as answer:
@@ -74,7 +74,7 @@ async def opened() -> AsyncIterator[Callable[..., Any]]:
     """Opens clients for sandboxes with the given properties."""
     clients: list[Client] = []
 
-    async def opener(*, login: bool = True, **properties: Any) -> Client:
+    async def opener(*, login: bool = True, **properties: Any) -> Client:  # noqa: ANN401 - the sandbox's properties
         clock, slept = FakeTime(), list[float]()
 
         async def sleep(seconds: float) -> None:
@@ -122,7 +122,7 @@ class TestLogin:
 
     async def test_the_keys_may_be_ones_own(self, opened: Callable[..., Any]) -> None:
         """Other keys can be set, and the usual ones are then wrong."""
-        client = await opened(login=False, access_key="a", secret_key="b")
+        client = await opened(login=False, access_key="a", secret_key="b")  # noqa: S106 - a test's key
         assert 400 == (await client.call("POST", "/authenticate", json=KEYS))[0]
         assert 200 == (await client.call("POST", "/authenticate", json={"accessKey": "a", "secretKey": "b"}))[0]
 
@@ -179,7 +179,7 @@ class TestQuota:
     async def test_retry_after_is_a_question_of_faults(
         self,
         opened: Callable[..., Any],
-        on: bool,
+        on: bool,  # noqa: FBT001 - a parameter
         expected: str | None,
     ) -> None:
         """Off as with the vendor, who documents no such header; where on, it says what the text says."""

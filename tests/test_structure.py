@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from itertools import chain
 from pathlib import Path
 
 import pytest
+from blockbuster import BlockingError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import metquay_proxy
+from metquay_proxy import settings
+from tests.conftest import MAY_BLOCK
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -25,6 +32,33 @@ WITHOUT_OWN_TESTS = {
     "__init__": "holds the version alone",
     "__main__": "one call of cli.main, run by test_cli",
 }
+OF_SEVERAL_MODULES = {
+    "audit_of_writes": "which requests the server writes into the audit log",
+    "browser_attacks": "the gate, as a browser meets it",
+    "deploy": "the files in deploy/ and .github/",
+    "deploy_metrics": "the dashboard and the alerts in deploy/",
+    "faults": "the whole proxy while Metquay or the network is out of order",
+    "fuzz": "the whole proxy, against random bytes from both sides",
+    "life_cycle": "the whole proxy, from start to end",
+    "main_job": "the whole proxy, on a working day",
+    "memory": "the whole proxy: what it keeps",
+    "openapi": "the simulator and the proxy, judged by the vendor's description",
+    "page": "page.html, in a browser",
+    "quota_line": "forwarder and quota together, on simulated time",
+    "readme": "README.md",
+    "secrets": "the whole proxy: what it must not write",
+    "skip_gate": "tests/skip_gate.py",
+    "soak": "the whole proxy, in a bad week",
+    "structure": "the repository",
+    "trust": "certificates and corporate proxies, on the way through the whole proxy",
+    "work_per_request": "the whole proxy: what a request costs",
+}
+"""What a test file holds that is not named after a module; those named wire_* hold rules of the wire (RULES.md)."""
+
+TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "metquay_proxy", "tests"}
+
+CODE_LINES = 5500
+"""Lines of code in the package, rounded up to the next 50: it grows on purpose or not at all."""
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".git").exists(), reason="a source archive holds only a part of the repository"
@@ -57,6 +91,65 @@ def pins(lock: str) -> dict[str, set[str]]:
 def test_each_module_has_its_own_test_file(module: str) -> None:
     """A module is tested by the file that is named after it."""
     assert (ROOT / "tests" / f"test_{module}.py").is_file()
+
+
+def test_each_test_file_has_its_module() -> None:
+    """A test file is named after the module that it tests, or says why not."""
+    names = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(OF_SEVERAL_MODULES) == {name for name in names - set(MODULES) if not name.startswith("wire_")}
+
+
+def test_the_top_level_holds_few_folders() -> None:
+    """What the repository is about can be seen at once."""
+    assert TOP_LEVEL == {name.split("/")[0] for name in committed_texts() if "/" in name}
+
+
+def code_lines(text: str) -> int:
+    """Count the lines that hold more than blanks, comments and docstrings."""
+    said = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in said:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines.difference_update(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_the_package_does_not_grow_unnoticed() -> None:
+    """More code than before is a decision; less lowers the bound. The simulator is no part of it."""
+    paths = (ROOT / "metquay_proxy").glob("*.py")
+    total = sum(code_lines(path.read_text(encoding="utf-8")) for path in paths if not path.stem.startswith("sandbox"))
+    assert CODE_LINES - 100 < total <= CODE_LINES
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, '"""What it is\nfor."""\n\n# why\n'),
+        (3, "def call(\n    x,\n): ...  # why\n"),
+        (3, 'def call():\n    """Do."""\n\n    return """\n    """\n'),
+        (2, 'x = 1\n"""What x is."""\ny = 2\n'),
+    ],
+)
+def test_lines_of_code_are_counted(count: int, text: str) -> None:
+    """Neither comments nor docstrings count, and every line of a statement does."""
+    assert count == code_lines(text)
+
+
+async def test_a_call_that_blocks_the_loop_is_an_error(tmp_path: Path) -> None:
+    """The detector in conftest.py is on."""
+    (tmp_path / "key").write_text("text")
+    with pytest.raises(BlockingError):
+        settings._read(tmp_path / "key")
+
+
+def test_what_may_block_exists() -> None:
+    """An exception whose function is gone is gone too."""
+    for name, functions in MAY_BLOCK.items():
+        found = re.findall(r"^ *(?:async )?def (\w+)", (ROOT / "metquay_proxy" / name).read_text("utf-8"), re.MULTILINE)
+        assert set() == functions - set(found)
 
 
 def test_each_module_has_a_layer() -> None:
@@ -159,3 +252,12 @@ def test_the_version_stands_in_one_place() -> None:
         if not name.endswith((".lock", "CHANGELOG.md"))
         and re.search(rf"(?<![\w.]){re.escape(metquay_proxy.__version__)}(?![\w.])", text)
     ]
+
+
+def test_the_changelog_goes_with_the_version() -> None:
+    """Its newest entries are of the version that is here, or not released yet."""
+    first, *released = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert "Unreleased" == first
+    versions = [Version(name) for name in released]
+    assert sorted(versions, reverse=True) == versions
+    assert all(version <= Version(metquay_proxy.__version__) for version in versions)

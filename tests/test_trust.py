@@ -53,7 +53,7 @@ async def tls_sandbox(cert: trustme.LeafCert) -> AsyncIterator[Sandbox]:
 
 @pytest.mark.skipif(sys.platform in {"win32", "darwin"}, reason="the store is the system's own there")
 def test_the_store_is_read_once() -> None:
-    """The context holds the store itself: truststore's would read it anew at each connection, and block for that time."""
+    """The context holds the store itself: truststore's would read it anew at each connection, and block meanwhile."""
     context = tls_context(None)
     assert ssl.SSLContext is type(context)
     assert ssl.CERT_REQUIRED is context.verify_mode
