@@ -558,13 +558,11 @@ async def test_the_books_agree(tmp_path: Path) -> None:
     assert after.descriptors <= before.descriptors
     assert after.threads == before.threads
     assert after.memory < before.memory + 16 * 1024
-    assert {"request", "listening", "stopping", "stopped"} <= {line["event"] for line in log}
-    assert {"info", "warning"} >= {line["level"] for line in log}
     logins = sum(line["event"].startswith("token ") for line in log)
     assert logins <= seconds + 1
     assert logins - 1 <= sandbox.logins + sandbox.refused_logins <= logins + 20
-    requests = sum(line["event"] == "request" for line in log)
-    assert len(log) == requests + logins + 3
+    others = [line for line in log if line["event"] != "request" and not line["event"].startswith("token ")]
+    assert ["listening", "stopping", "stopped"] == [line["event"] for line in others], others
     told = Counter(
         "made" if line["status"] == 201 else line["sent"]
         for line in map(json.loads, audit.read_text().splitlines())

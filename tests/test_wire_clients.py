@@ -12,7 +12,6 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import requests
 
 from tests.wire import Bench, Peer, answered, running
 
@@ -76,6 +75,7 @@ async def blocking(work: Callable[[], Any]) -> Any:  # noqa: ANN401 - of whateve
 
 async def test_requests(echoing: Bench) -> None:
     """The requests library: sessions, JSON, streams, compression, HEAD, errors."""
+    requests = pytest.importorskip("requests", reason="requests is not installed")
 
     def work() -> None:
         with requests.Session() as session:
@@ -100,6 +100,7 @@ async def test_requests(echoing: Bench) -> None:
 
 async def test_requests_sees_broken_transfers() -> None:
     """The requests library sees a broken transfer as one."""
+    requests = pytest.importorskip("requests", reason="requests is not installed")
     async with running() as bench:
         for data in (CUT, CUT_CHUNKS):
 
