@@ -21,7 +21,7 @@ import pytest
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from tests import running as program
 from tests.running import Process, process
-from tests.wire import OK, Broken, Client, Upstream, answered, eventually, get, head, post
+from tests.wire import OK, Broken, Client, Upstream, answered, certified, eventually, get, head, post
 from tests.wire import running as benched
 
 if TYPE_CHECKING:
@@ -324,6 +324,24 @@ async def test_a_refusal_that_is_being_read() -> None:
         await client.send(bytes(1_000_000))
         assert "read-only" == (await client.answer()).slug
         client.close()
+        await ending.at_once()
+
+
+async def test_over_tls(tmp_path: Path) -> None:
+    """TLS clients are drained too: an upload completes, and one that does not say goodbye holds nothing up."""
+    async with benched(**certified(tmp_path, client_tls=True)) as bench:
+        mute, client = await bench.client(), await bench.client()
+        await client.send(head("PUT /x HTTP/1.1", "Content-Length: 6"), b"abc")
+        peer = await bench.upstream.peer()
+        await served(bench, mute)
+        mute.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        ending = Ending(bench, 5)
+        await asyncio.sleep(0.05)
+        await client.send(b"def")
+        assert b"abcdef" == (await peer.request()).body
+        await peer.send(OK)
+        assert b"ok" == (await client.answer()).body
+        await client.ended()
         await ending.at_once()
 
 
