@@ -237,7 +237,9 @@ class ClientConnection(RequestHandler):
     @property
     def serving(self) -> bool:
         """Whether a request is being served or waits for that, or a refused client may still be reading why."""
-        waits = self._task_handler is None or (self._waiter is not None and not self._waiter.done())
+        if self._task_handler is None or self._task_handler.done():
+            return False
+        waits = self._waiter is not None and not self._waiter.done()
         return bool(self._messages) or not waits
 
     @property

@@ -503,7 +503,11 @@ class Transport:
         )
         if connection is None:
             connection = await self._connect()
-        response = connection.begin(method, head, body)
+        try:
+            response = connection.begin(method, head, body)
+        except BaseException:  # the client left with its body unread: nothing was sent, and nobody owns the connection
+            connection.abort()
+            raise
         self._busy.add(connection)
         if self._watchdog is None:
             self._watchdog = self.loop.call_later(self._tick, self._watch)

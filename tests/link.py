@@ -81,10 +81,15 @@ class Link:
         self.strand()
         for writer in self._writers:
             handle = writer.get_extra_info("socket")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):  # it is closed, of which uvloop tells by None
                 handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         self._writers.clear()
+
+    @property
+    def open(self) -> int:
+        """How many connections are open, on both sides together."""
+        return sum(not writer.is_closing() for writer in self._writers)
 
     async def stop(self) -> None:
         """Close everything."""

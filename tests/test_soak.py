@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -315,6 +315,8 @@ class Chaos:
     """Seconds of each phase."""
     times: dict[str, float] = field(default_factory=dict)
     """Seconds from the end of an outage to the first success after it."""
+    used: set[str] = field(default_factory=set)
+    """The knobs of the simulator that were turned."""
 
     @property
     def phases(self) -> dict[str, Callable[[], Awaitable[None]]]:
@@ -356,6 +358,11 @@ class Chaos:
             self.sandbox.faults = Faults()
             self.sandbox.rate_limit = None
             print(f"{name}: {self.tools.books.statuses.total() - before}")  # noqa: T201 - for the note
+        assert {knob.name for knob in fields(Faults)} == self.used
+
+    def _fault(self, **faults: Any) -> None:  # noqa: ANN401 - of the simulator
+        self.used |= faults.keys()
+        self.sandbox.faults = Faults(**faults)
 
     async def served(self, name: str) -> None:
         """Wait for the first success from now on."""
@@ -367,14 +374,14 @@ class Chaos:
 
     def _faults(self, **faults: Any) -> Callable[[], Awaitable[None]]:  # noqa: ANN401 - of the simulator
         async def phase() -> None:
-            self.sandbox.faults = Faults(**faults)
+            self._fault(**faults)
             await asyncio.sleep(self.length)
 
         return phase
 
     def _quota(self, *, retry_after: bool) -> Callable[[], Awaitable[None]]:
         async def phase() -> None:
-            self.sandbox.faults = Faults(retry_after=retry_after)
+            self._fault(retry_after=retry_after)
             self.sandbox.rate_limit = (30, 1.0)
             await asyncio.sleep(self.length)
 
@@ -382,11 +389,11 @@ class Chaos:
 
     async def _expiring(self) -> None:
         for _ in range(3):
-            self.sandbox.faults = Faults(expire_tokens=True)
+            self._fault(expire_tokens=True)
             await asyncio.sleep(self.length / 3)
 
     async def _login_outage(self) -> None:
-        self.sandbox.faults = Faults(login_outage=True, expire_tokens=True)
+        self._fault(login_outage=True, expire_tokens=True)
         await asyncio.sleep(self.length)
         self.sandbox.faults = Faults()
         await self.served("login_outage")
@@ -425,7 +432,7 @@ class Chaos:
     async def _restarting(self) -> None:
         for _ in range(3):
             await self.sandbox.stop()
-            self.sandbox.faults = Faults(expire_tokens=True)
+            self._fault(expire_tokens=True)
             await asyncio.sleep(0.2)
             await self.sandbox.start(port=self.sandbox.port)
             await self.served("restart")
