@@ -149,6 +149,9 @@ def _refuse(error: SettingsError) -> int:
 
 def _serve(arguments: Sequence[str]) -> int:
     gc.disable()  # loading makes no garbage; the server enables it once it listens
+    import signal  # noqa: PLC0415 - the other commands can do without
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: process 1 would miss it
     from metquay_proxy.settings import SettingsError  # noqa: PLC0415 - slow
 
     parser, secrets = _settings_parser("serve", _overview())

@@ -630,3 +630,33 @@ async def test_process_1(tmp_path: Path) -> None:
         _, log = await asyncio.wait_for(first.communicate(), 20)
         assert 0 == first.returncode
         assert not TROUBLE.search(log.decode())
+
+
+EARLY_SIGNAL = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == os.environ["WHERE"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@posix_only
+@pytest.mark.parametrize("where", ["metquay_proxy.settings", "metquay_proxy.server", "metquay_proxy.sandbox"])
+def test_while_it_loads(tmp_path: Path, where: str) -> None:
+    """A signal that comes while the program still loads its parts ends it with 0, and without a word."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY_SIGNAL)
+    variables = environment("http://127.0.0.1:9") | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "WHERE": where}
+    run = subprocess.run(
+        [sys.executable, "-m", "metquay_proxy", "serve", "--sandbox"],
+        cwd=tmp_path,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (0, "", "") == (run.returncode, run.stdout, run.stderr)

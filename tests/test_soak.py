@@ -507,7 +507,7 @@ async def at_rest(command: Process) -> Footprint:
                 if status["requests"]["active"] == 1 and status["connections"] == {"busy": 0, "idle": 0}:
                     break
                 await asyncio.sleep(0.1)
-        await asyncio.sleep(3)  # longer than a refused client may linger (Bounds.linger), also on a busy machine
+        await asyncio.sleep(0.2)
     return Footprint.of(command.popen.pid)
 
 
