@@ -50,9 +50,10 @@ from metquay_proxy.audit import AuditLog
 from metquay_proxy.auth import Credentials, TokenCache, suspend_aware_clock
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
-from metquay_proxy.forwarder import READING, Forwarder, Line, Request
+from metquay_proxy.forwarder import READING, Forwarder, Request
 from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
 from metquay_proxy.http1 import ChunkTracker, ProtocolError
+from metquay_proxy.line import Line
 from metquay_proxy.quota import Quota
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
 from metquay_proxy.settings import last_four, outbound_proxy

@@ -22,7 +22,7 @@ from metquay_proxy.sandbox import Faults, Sandbox
 from metquay_proxy.settings import load
 from tests.link import Link
 from tests.running import FastTime, process, running
-from tests.test_quota_line import SocketTime
+from tests.test_line import SocketTime
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -17,9 +17,10 @@ from aiohttp.streams import StreamReader
 from metquay_proxy.auth import AccessToken, LoginFailed, TokenCache
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
-from metquay_proxy.forwarder import Forwarder, Line, Request
+from metquay_proxy.forwarder import Forwarder, Request
 from metquay_proxy.http1 import ResponseHead
 from metquay_proxy.idempotency import MAX_ANSWER
+from metquay_proxy.line import Line
 from metquay_proxy.quota import Quota
 from metquay_proxy.rewrite import BaseURL, RequestHead
 from metquay_proxy.sandbox import Faults, Sandbox
