@@ -40,11 +40,12 @@ class RedisServer:
     def start(self) -> None:
         """Start it (again), and wait until it answers."""
         words = ["--port", str(self.port), "--unixsocket", str(self.path), "--save", "", "--dir", str(self.folder)]
-        self._popen = subprocess.Popen(  # noqa: S603 - a test's own
-            ["redis-server", "--bind", "127.0.0.1", "--daemonize", "no", *words, *self._options],  # noqa: S607 - Debian's
-            stdout=(self.folder / "redis.log").open("a"),
-            stderr=subprocess.STDOUT,
-        )
+        with (self.folder / "redis.log").open("a") as log:
+            self._popen = subprocess.Popen(  # noqa: S603 - a test's own
+                ["redis-server", "--bind", "127.0.0.1", "--daemonize", "no", *words, *self._options],  # noqa: S607 - Debian's
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         until = time.monotonic() + 10
         while time.monotonic() < until:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
