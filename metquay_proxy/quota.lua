@@ -78,8 +78,13 @@ local limit = call.limit - math.ceil(silent * call.limit / replicas)
 local burst = math.max(1, math.floor(limit * call.burst))
 local in_flight, coming = redis.call('ZCARD', flight), redis.call('ZCARD', back)
 
+local listed
 local function comes_back(rank)
-  return tonumber(redis.call('ZRANGE', back, rank, rank, 'WITHSCORES')[2])
+  if coming > CELLS then
+    return tonumber(redis.call('ZRANGE', back, rank, rank, 'WITHSCORES')[2])
+  end
+  listed = listed or redis.call('ZRANGE', back, 0, -1, 'WITHSCORES')
+  return tonumber(listed[2 * rank + 2])
 end
 
 for _, seconds in ipairs(call.closing) do

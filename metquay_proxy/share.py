@@ -34,6 +34,8 @@ LATE: Final = 0.2
 """Seconds after which a call is too old to be carried out."""
 UNKNOWN: Final = 10
 """How many replicas are supposed to be there by one that never heard of any."""
+_TELLING: Final = 1 / 100
+"""Part of the window after which an answer is told at the latest: until then its slot seems to come back later."""
 _REMEMBERED: Final = 1000
 """Slots that were given back while the others could not be told; what is left out comes back by itself, later."""
 OTHERS: Final = "other replicas"
@@ -119,7 +121,7 @@ class Share(Quota):
         if bool(self._waiting) != self._in_line or self._returned or self._closing:
             return now
         at = min(self._beat_at, self._turn_at) if self._in_line else self._beat_at
-        return min(at, self._news[0][1] + self._rate.window * CATCH_UP) if self._news else at
+        return min(at, self._news[0][1] + self._rate.window * _TELLING) if self._news else at
 
     def report(self, now: float, fresh: str, *, leaving: bool = False) -> dict[str, Any]:
         """Return the call to be made now: what became of this replica's requests, and how many wait.
