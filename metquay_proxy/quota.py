@@ -201,9 +201,7 @@ class Quota:
         """
         now = self._advance(now)
         ticket = Ticket(caller, now + max_wait)
-        if not self._waiting and (
-            (self._used < self._burst and self._closed_until <= now) or next(self._schedule(now)) <= now
-        ):
+        if self._free(now):
             self._grant(ticket, now, now)
             return ticket
         if self._waiting >= self._max_waiting or self._nth(now, self._place(caller)) > ticket.deadline:
@@ -211,6 +209,15 @@ class Quota:
         self._deadline = min(self._deadline, ticket.deadline)
         self._queues.setdefault(caller, deque()).append(ticket)
         self._waiting += 1
+        return ticket
+
+    def take(self, now: float, caller: str) -> Ticket | None:
+        """Take a slot if it may be sent at once; None where ``ask`` would give a place in the queue, or refuse."""
+        now = self._advance(now)
+        if not self._free(now):
+            return None
+        ticket = Ticket(caller, now)
+        self._grant(ticket, now, now)
         return ticket
 
     def poll(self, now: float) -> float | None:
@@ -313,6 +320,11 @@ class Quota:
         while cells and cells[0].end <= now:
             self._release(cells.popleft().callers)
         return now
+
+    def _free(self, now: float) -> bool:
+        if self._waiting:
+            return False
+        return (self._used < self._burst and self._closed_until <= now) or next(self._schedule(now)) <= now
 
     def _grant(self, ticket: Ticket, now: float, due: float) -> None:
         ticket.state = "granted"
