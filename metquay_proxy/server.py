@@ -194,13 +194,8 @@ class ClientConnection(RequestHandler):
             if len(self._unread) > MAX_HEAD:
                 self._pause_transport_reading()
             return
-        if self._body is None and not self._head and not self._unread:
-            if self._sent_at_once(data):
-                return
-            end = data.find(_BLANK_LINE)
-            if end >= 0 and end + 4 == len(data) <= MAX_LINE and _REQUEST_LINE.match(data):
-                self._take_message(data, plain=True)
-                return
+        if self._body is None and not self._head and not self._unread and self._taken_whole(data):
+            return
         if not data:
             super().data_received(data)  # what the parser held back while it was paused
         if self._unread:
@@ -251,14 +246,19 @@ class ClientConnection(RequestHandler):
         self._resume_transport_reading()
         await asyncio.sleep(self._server.bounds.linger)
 
-    def _sent_at_once(self, data: bytes) -> bool:
-        if self._current_request is not None or self._messages or self._force_close or len(data) > MAX_LINE:
+    def _taken_whole(self, data: bytes) -> bool:
+        """Take what is one whole head and nothing else; return whether it was."""
+        if len(data) > MAX_LINE or type(data) is not bytes:
             return False
-        self.lane = self._server.send_at_once(self, data)
-        if self.lane is None:
+        if self._current_request is None and not self._messages and not self._force_close:
+            self.lane = self._server.send_at_once(self, data)
+            if self.lane is not None:
+                self._stop_head_timer()
+                return True
+        end = data.find(_BLANK_LINE)
+        if end < 0 or end + 4 != len(data) or not _REQUEST_LINE.match(data):
             return False
-        if self._head_timer is not None:
-            self._stop_head_timer()
+        self._take_message(data, plain=True)
         return True
 
     def take_over(self, data: bytes) -> None:
