@@ -655,15 +655,17 @@ class Server(web.Server):
         self.stopping = False
         self.quit = asyncio.Event()
 
-    def busy(self) -> bool:
-        """Close the connections on which nothing is under way; return whether anything still is.
-
-        What was sent at once goes on in tasks, which can be told of the end.
-        """
-        connections = cast("list[ClientConnection]", self.connections)
-        for connection in connections:
+    def drain(self) -> None:
+        """Begin the end; what was sent at once goes on in tasks, which can be told of it."""
+        self.draining = True
+        for connection in cast("list[ClientConnection]", self.connections):
             if connection.lane is not None and not connection.lane.left:
                 connection.lane.leave()
+
+    def busy(self) -> bool:
+        """Close the connections on which nothing is under way; return whether anything still is."""
+        connections = cast("list[ClientConnection]", self.connections)
+        for connection in connections:
             if connection.idle:
                 connection.force_close()
         return bool(self.telemetry.active) or any(each.serving or each.unsent for each in connections)
@@ -1315,7 +1317,7 @@ class Proxy:
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
         server, loop = self.server, asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        server.draining = True
+        server.drain()
         self._admin.close()
         await asyncio.sleep(_TURN)  # who came before is let in, and told
         for listener in self._listeners:
