@@ -70,11 +70,28 @@ class Response(Protocol):
         """Give up what has not arrived."""
 
 
+class BegunResponse(Response, Protocol):
+    """An answer whose head may not have arrived yet."""
+
+    notify: Callable[[], None] | None
+    """Called once, at the next news of it."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has arrived."""
+
+    async def started(self) -> None:
+        """Wait for the head; raise ``ProxyError``."""
+
+
 class Transport(Protocol):
     """The seam to the network: sends one request, returns one response."""
 
     async def send(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
         """Send; raise ``ProxyError``, with ``repeatable`` and ``stale`` where it knows more."""
+
+    def begin(self, method: str, head: bytes, body: RequestBody) -> BegunResponse | None:
+        """Send at once what may be repeated, on a connection that is there; None where there is none."""
 
 
 @dataclass(slots=True)
@@ -88,6 +105,16 @@ class Request:
     caller: str
     read_only: bool = False
     keep_authorization: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Begun:
+    """A first attempt that was sent without waiting for anything; ``at`` is a reading of ``time.perf_counter``."""
+
+    token: AccessToken
+    ticket: Ticket | None
+    response: BegunResponse
+    at: float
 
 
 @dataclass(slots=True)
@@ -133,8 +160,57 @@ class Forwarder:
         self._jitter = jitter
         self._writes: dict[str, _Writes] = {}
 
-    def forward(self, request: Request, exchange: Exchange) -> Coroutine[Any, Any, Response]:
+    def begin(self, request: Request, exchange: Exchange) -> Begun | None:
+        """Send the first attempt of a read if nothing needs to be waited for; None where something does.
+
+        Whoever gets one looks at the answer when it comes: ``passes`` says whether it is to be passed on as it is. If
+        it is not, or does not come, the exchange goes on with ``forward``.
+        """
+        token = self._tokens.current()
+        if token is None:
+            return None
+        line, ticket = self._line, None
+        if line is not None:
+            ticket = line.take(request.caller)
+            if ticket is None:
+                return None
+        began = time.perf_counter()
+        response = None
+        try:
+            response = self._transport.begin(request.method, self._outbound(request, token), request.body)
+        finally:
+            if line is not None and ticket is not None:
+                if response is None:
+                    line.give_back(ticket)
+                else:
+                    line.sent(ticket)
+        if response is None:
+            return None
+        exchange.attempts = 1
+        return Begun(token, ticket, response, began)
+
+    def passes(self, begun: Begun, exchange: Exchange) -> bool:
+        """Whether an attempt brought a whole answer that is no reason for another one; it is counted if so."""
+        response = begun.response
+        if not response.whole or response.head.status >= _UNAUTHORIZED:
+            return False
+        exchange.upstream = time.perf_counter() - begun.at
+        self.leave(begun)
+        return True
+
+    def leave(self, begun: Begun) -> None:
+        """Say that an attempt has ended."""
+        if self._line is not None and begun.ticket is not None:
+            self._line.answered(begun.ticket)
+
+    def forward(
+        self, request: Request, exchange: Exchange, begun: Begun | None = None
+    ) -> Coroutine[Any, Any, Response]:
         """Return Metquay's answer; raise ``ProxyError`` where there is none to pass on."""
+        if begun is not None:
+            spent = time.perf_counter() - exchange.began
+            attempts = _Attempts(request, exchange, self._clock() + self._max_wait - spent, None, begun=begun)
+            return self._forward(attempts)
         if request.target.pass_through:
             exchange.attempts = 1
             return self._send(request, None, None, fresh=False)
@@ -206,6 +282,9 @@ class Forwarder:
 
     async def _attempt(self, attempts: _Attempts) -> Response | None:
         """Wait for token and quota, and send once; None where another attempt is to follow."""
+        if attempts.begun is not None:
+            begun, attempts.begun = attempts.begun, None
+            return await self._outcome(attempts, begun.token, self._started(begun), begun.at)
         token = self._tokens.current() or await self._token(attempts)
         ticket = None
         if self._line is not None:
@@ -217,9 +296,15 @@ class Forwarder:
                 self._line.give_back(ticket)
             return attempts.end(attempts.ended)
         attempts.begin()
-        began = time.perf_counter()
+        sending = self._send(attempts.request, token, ticket, fresh=attempts.fresh)
+        return await self._outcome(attempts, token, sending, time.perf_counter())
+
+    async def _outcome(
+        self, attempts: _Attempts, token: AccessToken, sending: Coroutine[Any, Any, Response], began: float
+    ) -> Response | None:
+        """Return what an attempt brought; None where another one is to follow."""
         try:
-            response = await self._send(attempts.request, token, ticket, fresh=attempts.fresh)
+            response = await sending
         except ProxyError as failure:
             if self._repeats_after_failure(attempts, failure):
                 return None
@@ -242,19 +327,32 @@ class Forwarder:
         if line is not None and ticket is not None:
             line.sent(ticket)
         try:
-            head = request.head.outbound(
-                request.method,
-                request.target.sent,
-                host=self._host,
-                authorization=None if token is None else token.authorization,
-                chunked=request.body.chunked,
-                read_only=request.read_only,
-                keep_authorization=request.keep_authorization,
-            )
+            head = self._outbound(request, token)
             return await self._transport.send(request.method, head, request.body, fresh=fresh)
         finally:
             if line is not None and ticket is not None:
                 line.answered(ticket)
+
+    async def _started(self, begun: Begun) -> Response:
+        try:
+            await begun.response.started()
+        except BaseException:
+            begun.response.close()
+            raise
+        finally:
+            self.leave(begun)
+        return begun.response
+
+    def _outbound(self, request: Request, token: AccessToken | None) -> bytes:
+        return request.head.outbound(
+            request.method,
+            request.target.sent,
+            host=self._host,
+            authorization=None if token is None else token.authorization,
+            chunked=request.body.chunked,
+            read_only=request.read_only,
+            keep_authorization=request.keep_authorization,
+        )
 
     async def _token(self, attempts: _Attempts) -> AccessToken:
         return await self._waiting(attempts, self._tokens.get(attempts.deadline - self._clock()))
@@ -367,6 +465,7 @@ class _Attempts:
     wait: float = 0.0
     fresh: bool = False
     rejected: bool = False
+    begun: Begun | None = None
     ended: Response | ProxyError | None = None
 
     @property

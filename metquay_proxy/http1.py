@@ -32,6 +32,7 @@ from typing import Final, NoReturn
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
 # Quantifiers are possessive throughout: with backtracking a hostile line costs quadratic time.
+_PLAIN_LINE: Final = re.compile(rb"(GET|HEAD) (/[\x21-\x7e]*+) HTTP/1\.1(?=\r\n)")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?+(?=\r\n)")
 _FIELD: Final = re.compile(rb"\r\n(" + _TOKEN + rb"):[ \t]*+(" + _TEXT + rb")(?=\r\n)")
 _TIDY_FIELD: Final = re.compile(_FIELD.pattern + rb"(?<![ \t])")
@@ -331,6 +332,22 @@ class ChunkTracker:
             field = _FIELD.match(_CRLF + line)
             if self._max_fields < 0 or field is None or field.end() != len(line):
                 _refuse("the request has malformed trailers, or too many")
+
+
+def read_plain(data: bytes, max_fields: int) -> tuple[bytes, bytes, list[tuple[bytes, bytes]]] | None:
+    """Return method, target and fields where ``data`` is the head of one HTTP/1.1 GET or HEAD, in its tidiest form.
+
+    None for everything else, whatever that is: this reader judges nothing, and what the fields mean is not its affair.
+    """
+    line = _PLAIN_LINE.match(data)
+    if line is None or not data.endswith(_BLANK_LINE):
+        return None
+    start = line.end()
+    fields: list[tuple[bytes, bytes]] = _TIDY_FIELD.findall(data, start)
+    # As many as line feeds means that every line is a field, and that the blank line is the only one.
+    if not 0 < len(fields) == data.count(b"\n", start) - 2 <= max_fields:
+        return None
+    return line[1], line[2], fields
 
 
 def _refuse(why: str) -> NoReturn:

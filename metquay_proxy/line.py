@@ -34,6 +34,10 @@ class Line:
         """Return a ticket, granted or waiting; raise ``QuotaExceeded`` where its turn would come too late."""
         return self._quota.ask(self._clock(), caller, max_wait)
 
+    def take(self, caller: str) -> Ticket | None:
+        """Return a ticket that is granted now; None where there is something to wait for."""
+        return self._quota.take(self._clock(), caller)
+
     async def wait(self, ticket: Ticket) -> None:
         """Wait until the ticket is granted; raise ``QuotaExceeded`` where that came to be too late."""
         turn = asyncio.get_running_loop().create_future()

@@ -205,9 +205,7 @@ class Quota:
         """
         now = self._advance(now)
         ticket = Ticket(caller, now + max_wait)
-        if not self._waiting and (
-            (self._used < self._burst and self._closed_until <= now) or next(self._schedule(now)) <= now
-        ):
+        if self._free(now):
             self._grant(ticket, now, now)
             return ticket
         self._join(ticket, now)
@@ -221,6 +219,15 @@ class Quota:
         self._deadline = min(self._deadline, ticket.deadline)
         self._queues.setdefault(caller, deque()).append(ticket)
         self._waiting += 1
+
+    def take(self, now: float, caller: str) -> Ticket | None:
+        """Take a slot if it may be sent at once; None where ``ask`` would give a place in the queue, or refuse."""
+        now = self._advance(now)
+        if not self._free(now):
+            return None
+        ticket = Ticket(caller, now)
+        self._grant(ticket, now, now)
+        return ticket
 
     def poll(self, now: float) -> float | None:
         """Settle whatever can be settled, and return when to call again; None if nothing waits."""
@@ -307,6 +314,11 @@ class Quota:
         while cells and cells[0].end <= now:
             self._release(cells.popleft().callers)
         return now
+
+    def _free(self, now: float) -> bool:
+        if self._waiting:
+            return False
+        return (self._used < self._burst and self._closed_until <= now) or next(self._schedule(now)) <= now
 
     def _grant(self, ticket: Ticket, now: float, due: float) -> None:
         ticket.state = "granted"

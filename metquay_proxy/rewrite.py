@@ -46,6 +46,13 @@ _JUDGED: Final = _DROPPED | {
     b"content-length",
     b"user-agent",
     b"idempotency-key",
+    # that these come but once, aiohttp's parser sees to
+    b"content-location",
+    b"content-range",
+    b"content-type",
+    b"etag",
+    b"max-forwards",
+    b"server",
 }
 _NAMES_NO_FIELD: Final = frozenset({b"", b"close", b"keep-alive"})
 _CONTENT_LENGTH: Final = frozenset({b"content-length"})

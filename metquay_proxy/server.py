@@ -52,12 +52,12 @@ from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.forwarder import READING, Forwarder, Request
 from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
-from metquay_proxy.http1 import ChunkTracker, ProtocolError
+from metquay_proxy.http1 import ChunkTracker, ProtocolError, read_plain
 from metquay_proxy.line import Line
 from metquay_proxy.quota import Quota
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
 from metquay_proxy.settings import last_four, outbound_proxy
-from metquay_proxy.target import Target, TargetRules
+from metquay_proxy.target import TargetRules
 from metquay_proxy.telemetry import Exchange, Telemetry, configure_logging, masked
 from metquay_proxy.upstream import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context
 
@@ -67,7 +67,8 @@ if TYPE_CHECKING:
     from aiohttp.http_parser import RawRequestMessage
     from aiohttp.streams import StreamReader
 
-    from metquay_proxy.forwarder import Response
+    from metquay_proxy.forwarder import Begun, Response
+    from metquay_proxy.http1 import ResponseHead
     from metquay_proxy.settings import RedisAddress, Settings
     from metquay_proxy.shared import Shared
     from metquay_proxy.upstream import OutboundProxy
@@ -88,6 +89,10 @@ _BLANK_LINE: Final = b"\r\n\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 _REQUEST_LINE: Final = re.compile(rb"[A-Z-]++ [\x21-\x7e]++ HTTP/1\.[01]\r\n")
 _MAX_LENGTH_DIGITS: Final = 18
+_NOT_PLAIN: Final = frozenset(
+    {b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"origin", b"http2-settings"}
+)
+_PERSISTENCE: Final[dict[bytes | None, bool]] = {b"keep-alive": True, b"Keep-Alive": True, b"close": False}
 
 log = structlog.get_logger("metquay_proxy")
 
@@ -152,6 +157,7 @@ class ClientConnection(RequestHandler):
         "_server",
         "_unread",
         "exchange",
+        "lane",
     )
 
     def __init__(self, server: Server, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
@@ -166,6 +172,7 @@ class ClientConnection(RequestHandler):
         self._last = False
         self._unread = b""
         self.exchange: Exchange | None = None
+        self.lane: Lane | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, and give the client its time for the first byte."""
@@ -175,17 +182,21 @@ class ClientConnection(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """End; aiohttp cancels the handler."""
         self._stop_head_timer()
+        if self.lane is not None:
+            self.lane.drop()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Take what came; nothing is meant by ``b""`` but that the parser may go on."""
         if self._deaf:
             return
-        if self._body is None and not self._head and not self._unread:
-            end = data.find(_BLANK_LINE)
-            if end >= 0 and end + 4 == len(data) <= MAX_LINE and _REQUEST_LINE.match(data):
-                self._take_message(data, plain=True)
-                return
+        if self.lane is not None and not self.lane.left:
+            self._unread += data
+            if len(self._unread) > MAX_HEAD:
+                self._pause_transport_reading()
+            return
+        if self._body is None and not self._head and not self._unread and self._taken_whole(data):
+            return
         if not data:
             super().data_received(data)  # what the parser held back while it was paused
         if self._unread:
@@ -236,9 +247,52 @@ class ClientConnection(RequestHandler):
         self._resume_transport_reading()
         await asyncio.sleep(self._server.bounds.linger)
 
+    def _taken_whole(self, data: bytes) -> bool:
+        """Take what is one whole head and nothing else; return whether it was."""
+        if len(data) > MAX_LINE or type(data) is not bytes:
+            return False
+        if self._current_request is None and not self._messages and not self._force_close:
+            self.lane = self._server.send_at_once(self, data)
+            if self.lane is not None:
+                self._stop_head_timer()
+                return True
+        end = data.find(_BLANK_LINE)
+        if end < 0 or end + 4 != len(data) or not _REQUEST_LINE.match(data):
+            return False
+        self._take_message(data, plain=True)
+        return True
+
+    def take_over(self, data: bytes) -> None:
+        """Let aiohttp's server go on with a request that was sent at once; ``data`` is its head."""
+        self._take_message(data, plain=True)
+        self._go_on()
+
+    def served_at_once(self, *, keep: bool) -> None:
+        """Be ready for the next request, or close."""
+        self.lane = None
+        transport = self.transport
+        if transport is None:
+            return
+        if not keep:
+            transport.close()
+            return
+        self._next_keepalive_close_time = self._loop.time() + self._server.bounds.idle
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
+        if self._unread:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        data, self._unread = self._unread, b""
+        if data:
+            self._resume_transport_reading()
+            self.data_received(data)
+
     @property
     def serving(self) -> bool:
         """Whether a request is being served or waits for that, or a refused client may still be reading why."""
+        if self.lane is not None:
+            return True
         if self._task_handler is None or self._task_handler.done():
             return False
         waits = self._waiter is not None and not self._waiter.done()
@@ -353,7 +407,7 @@ class ClientConnection(RequestHandler):
             self.force_close()
 
     def _process_keepalive(self) -> None:
-        if self._head:  # the head's own timer sees to it
+        if self._head or self.lane is not None:  # the head's own timer sees to it, or what comes after the answer
             self._keepalive_handle = None
         else:
             super()._process_keepalive()
@@ -374,6 +428,72 @@ class ClientConnection(RequestHandler):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+class Lane:
+    """A plain read that went to Metquay in the moment in which it came, without a task of its own.
+
+    Nothing is decided here. A whole answer that is to be passed on is written in the moment in which it comes, too;
+    whatever else happens, the request leaves the lane for ``Server.handle``, which takes it up where it is.
+    """
+
+    __slots__ = ("_connection", "_data", "_server", "begun", "exchange", "keep", "left", "request")
+
+    def __init__(  # noqa: PLR0913 - one request, and where it is
+        self,
+        server: Server,
+        connection: ClientConnection,
+        data: bytes,
+        request: Request,
+        exchange: Exchange,
+        begun: Begun,
+        *,
+        keep: bool,
+    ) -> None:
+        self._server = server
+        self._connection = connection
+        self._data = data
+        self.request = request
+        self.exchange = exchange
+        self.begun = begun
+        self.keep = keep
+        self.left = False
+        begun.response.notify = self._news
+
+    def leave(self) -> None:
+        """Go on in a task."""
+        self.left = True
+        self.begun.response.notify = None
+        self._connection.take_over(self._data)
+
+    def drop(self) -> None:
+        """End, because the client has left."""
+        self._connection.lane = None
+        self.begun.response.notify = None
+        self.begun.response.close()
+        self._server.drop_at_once(self)
+
+    def _news(self) -> None:
+        connection = self._connection
+        transport = connection.transport
+        if transport is None or transport.is_closing():
+            return  # the connection's loss, which comes next, ends it
+        if connection.writing_paused or self._server.draining:
+            self.leave()
+            return
+        try:
+            data = self._server.answer_at_once(self)
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it must not reach the other connection's protocol
+            _as_error(failure, self.exchange)
+            abort(connection)
+            return
+        if data is None:
+            self.leave()
+            return
+        self.exchange.head_sent = True
+        transport.write(data)
+        self._server.telemetry.closed(self.exchange)
+        connection.served_at_once(keep=self.keep)
 
 
 def _parser_error(  # noqa: PLR0911 - a table: one return for each kind of error
@@ -536,6 +656,13 @@ class Server(web.Server):
         self.stopping = False
         self.quit = asyncio.Event()
 
+    def drain(self) -> None:
+        """Begin the end; what was sent at once goes on in tasks, which can be told of it."""
+        self.draining = True
+        for connection in cast("list[ClientConnection]", self.connections):
+            if connection.lane is not None and not connection.lane.left:
+                connection.lane.leave()
+
     def busy(self) -> bool:
         """Close the connections on which nothing is under way; return whether anything still is."""
         connections = cast("list[ClientConnection]", self.connections)
@@ -568,13 +695,17 @@ class Server(web.Server):
         """Serve one request; whatever happens, exactly one answer or one broken connection comes of it."""
         connection = cast("ClientConnection", request.protocol)
         message = request._message  # noqa: SLF001 - the raw target, which no public property gives
-        exchange = connection.exchange = Exchange(message.method, "-")
-        self.telemetry.opened()
-        body = self._body(request, message)
+        lane, connection.lane = connection.lane, None
+        exchange = connection.exchange = self._open(message) if lane is None else lane.exchange
+        body = self._body(request, message) if lane is None else lane.request.body
         detached = False
         keep = False
         try:
-            keep = await self._serve(connection, message, exchange, body)
+            keep = await (
+                self._serve(connection, message, exchange, body)
+                if lane is None
+                else self._forward(connection, message, lane.request, exchange, lane.begun, keep=lane.keep)
+            )
         except _Detached:
             detached = True
             raise asyncio.CancelledError from None
@@ -599,6 +730,68 @@ class Server(web.Server):
         if keep and not self.draining:
             return cast("web.StreamResponse", _KEEP)
         return cast("web.StreamResponse", _CLOSE if body.arrived else _Refused(connection))
+
+    def send_at_once(self, connection: ClientConnection, data: bytes) -> Lane | None:
+        """Send a plain read that nothing speaks against and that need not wait; None for every other request.
+
+        ``handle`` judges those anew, and tells their tools what speaks against them.
+        """
+        if self.draining or connection.writing_paused:
+            return None
+        plain = read_plain(data, MAX_FIELDS)
+        if plain is None:
+            return None
+        method, target, head = plain[0].decode(), plain[1].decode(), RequestHead(plain[2])
+        keep = _persists(head)
+        return None if keep is None else self._send_at_once(connection, data, method, target, head, keep=keep)
+
+    def _send_at_once(  # noqa: PLR0913 - the parts of one request
+        self, connection: ClientConnection, data: bytes, method: str, raw_target: str, head: RequestHead, *, keep: bool
+    ) -> Lane | None:
+        try:
+            target = self._rules.parse(method, raw_target)
+            admission = self._gate.check(method, target, head, time.time())
+        except ProxyError:
+            return None
+        if target.own or target.pass_through:
+            return None
+        exchange = Exchange(method, target.sent)
+        exchange.client = admission.client
+        exchange.caller = admission.client or head.text(b"user-agent") or ""
+        request = Request(method, target, head, self._no_body(), exchange.caller, admission.read_only)
+        begun = self._forwarder.begin(request, exchange)
+        if begun is None:
+            return None
+        self.telemetry.opened()
+        return Lane(self, connection, data, request, exchange, begun, keep=keep)
+
+    def answer_at_once(self, lane: Lane) -> bytes | None:
+        """Return the answer's bytes for the client; None where it is no plain one, or not all there."""
+        exchange = lane.exchange
+        if not self._forwarder.passes(lane.begun, exchange):
+            return None
+        response = lane.begun.response
+        chunked = response.head.length is None
+        head = self._answer_head(lane.request, exchange, response.head, keep=lane.keep, chunked=chunked, modern=True)
+        body = response.read_nowait()
+        if not chunked:
+            return head + body
+        return b"%b%x\r\n%b\r\n%b" % (head, len(body), body, _LAST_CHUNK) if body else head + _LAST_CHUNK
+
+    def drop_at_once(self, lane: Lane) -> None:
+        """End an exchange whose client has left."""
+        self._forwarder.leave(lane.begun)
+        lane.exchange.error = lane.exchange.error or "client-left"
+        self.telemetry.closed(lane.exchange)
+
+    def _open(self, message: RawRequestMessage) -> Exchange:
+        self.telemetry.opened()
+        return Exchange(message.method, "-")
+
+    def _no_body(self) -> RequestBody:
+        return RequestBody(
+            EMPTY_PAYLOAD, present=False, chunked=False, limit=0, budget=self._budget, timeout=self._read_timeout
+        )
 
     def _body(self, request: web.BaseRequest, message: RawRequestMessage) -> RequestBody:
         return RequestBody(
@@ -667,12 +860,25 @@ class Server(web.Server):
             target.pass_through and not self._gate.is_ours(head.text(b"authorization"), now),
         )
         exchange.caller = request.caller
-        if method in READING:
-            response = await self._forwarder.forward(request, exchange)
+        return await self._forward(connection, message, request, exchange, None, keep=keep)
+
+    async def _forward(  # noqa: PLR0913 - one exchange, and whether the connection stays
+        self,
+        connection: ClientConnection,
+        message: RawRequestMessage,
+        request: Request,
+        exchange: Exchange,
+        begun: Begun | None,
+        *,
+        keep: bool,
+    ) -> bool:
+        if request.method in READING:
+            response = await self._forwarder.forward(request, exchange, begun)
         else:
             response = await self._write(request, exchange)
         try:
-            return await self._relay(connection, message, head, target, exchange, body, response, keep=keep)
+            modern = message.version.minor == 1
+            return await self._relay(connection, request, exchange, response, keep=keep, modern=modern)
         finally:
             response.close()
 
@@ -681,10 +887,8 @@ class Server(web.Server):
         target = self._rules.parse("GET", "/customers?limit=1")
         exchange = Exchange("GET", target.sent)
         exchange.caller = "test of the connection"
-        body = RequestBody(
-            EMPTY_PAYLOAD, present=False, chunked=False, limit=0, budget=self._budget, timeout=self._read_timeout
-        )
-        request = Request("GET", target, RequestHead([(b"Accept", b"application/json")]), body, exchange.caller)
+        head = RequestHead([(b"Accept", b"application/json")])
+        request = Request("GET", target, head, self._no_body(), exchange.caller)
         self.telemetry.opened()
         try:
             response = await self._forwarder.forward(request, exchange)
@@ -760,46 +964,22 @@ class Server(web.Server):
                 }
             )
 
-    async def _relay(  # noqa: C901, PLR0913 - the hot path of every answer: one function, both sides of it
+    async def _relay(  # noqa: PLR0913 - both sides of one exchange
         self,
         connection: ClientConnection,
-        message: RawRequestMessage,
-        request_head: RequestHead,
-        target: Target,
+        request: Request,
         exchange: Exchange,
-        body: RequestBody,
         response: Response,
         *,
         keep: bool,
+        modern: bool,
     ) -> bool:
         """Pass the answer on: head and what is there of the body in one write, then piece by piece."""
         head = response.head
-        exchange.head_at = time.perf_counter()
-        exchange.status = head.status
-        exchange.answered_by = "metquay"
-        modern = message.version.minor == 1
         chunked = head.length is None and modern
-        if (head.length is None and not modern) or self.draining or not body.arrived:
+        if (head.length is None and not modern) or self.draining or not request.body.arrived:
             keep = False
-        added = b"Transfer-Encoding: chunked\r\n" if chunked else b""
-        if not keep:
-            added += b"Connection: close\r\n"
-        elif not modern:
-            added += b"Connection: keep-alive\r\n"
-        if exchange.cors:
-            added += "".join(f"{name}: {value}\r\n" for name, value in exchange.cors).encode("latin-1")
-        if exchange.note is not None:
-            added += b"X-Metquay-Proxy-Note: %b\r\n" % exchange.note.encode()
-        host = request_head.judged.get(b"host")
-        data = inbound(
-            head,
-            base=self._base,
-            origin=None if target.absolute or host is None else self._origin + host,
-            request_id=exchange.id.encode(),
-            added=added,
-            hide_challenge=exchange.hide_challenge,
-            cors=bool(exchange.cors),
-        )
+        data = self._answer_head(request, exchange, head, keep=keep, chunked=chunked, modern=modern)
         piece = response.read_nowait()
         while True:
             if piece:
@@ -816,6 +996,40 @@ class Server(web.Server):
                 await connection._drain_helper()  # noqa: SLF001 - aiohttp's own way to wait for the client
             data = b""
             piece = await response.read()
+
+    def _answer_head(  # noqa: PLR0913 - what the head of an answer depends on
+        self,
+        request: Request,
+        exchange: Exchange,
+        head: ResponseHead,
+        *,
+        keep: bool,
+        chunked: bool,
+        modern: bool,
+    ) -> bytes:
+        """Return the head of Metquay's answer as the client gets it, and note that it is there."""
+        exchange.head_at = time.perf_counter()
+        exchange.status = head.status
+        exchange.answered_by = "metquay"
+        added = b"Transfer-Encoding: chunked\r\n" if chunked else b""
+        if not keep:
+            added += b"Connection: close\r\n"
+        elif not modern:
+            added += b"Connection: keep-alive\r\n"
+        if exchange.cors:
+            added += "".join(f"{name}: {value}\r\n" for name, value in exchange.cors).encode("latin-1")
+        if exchange.note is not None:
+            added += b"X-Metquay-Proxy-Note: %b\r\n" % exchange.note.encode()
+        host = request.head.judged.get(b"host")
+        return inbound(
+            head,
+            base=self._base,
+            origin=None if request.target.absolute or host is None else self._origin + host,
+            request_id=exchange.id.encode(),
+            added=added,
+            hide_challenge=exchange.hide_challenge,
+            cors=bool(exchange.cors),
+        )
 
     def _own(
         self, connection: ClientConnection, exchange: Exchange, answer: Answer, *, keep: bool, with_body: bool
@@ -885,6 +1099,14 @@ def _fields(answer: Answer) -> list[tuple[str, str]]:
 
 class _Detached(Exception):
     """The exchange was handed to a task of its own."""
+
+
+def _persists(head: RequestHead) -> bool | None:
+    """Return whether a connection stays after a plain request; None where the request is not plain after all."""
+    judged = head.judged
+    if b"host" not in judged or None in judged.values() or not _NOT_PLAIN.isdisjoint(judged):
+        return None
+    return _PERSISTENCE.get(judged.get(b"connection", b"keep-alive"))
 
 
 def _check_framing(message: RawRequestMessage, head: RequestHead) -> None:
@@ -1103,7 +1325,7 @@ class Proxy:
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
         server, loop = self.server, asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        server.draining = True
+        server.drain()
         self._admin.close()
         await asyncio.sleep(_TURN)  # who came before is let in, and told
         for listener in self._listeners:

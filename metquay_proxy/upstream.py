@@ -109,11 +109,13 @@ class UpstreamFailure(ProxyError):
 class Response:
     """One answer that is arriving: first its head, then its body as a stream of pieces."""
 
-    __slots__ = ("_body", "_connection", "_error", "_size", "_waiter", "paused", "reader", "upload")
+    __slots__ = ("_body", "_connection", "_error", "_size", "_waiter", "notify", "paused", "reader", "upload")
 
     def __init__(self, connection: Connection, method: str) -> None:
         self.reader = ResponseReader(method)
         self.upload: asyncio.Task[None] | None = None
+        self.notify: Callable[[], None] | None = None
+        """Called once, at the next news, in place of waking who waits."""
         self._connection = connection
         self._body: deque[bytes] = deque()
         self._size = 0
@@ -130,6 +132,11 @@ class Response:
     def ended(self) -> bool:
         """Whether the whole body was read."""
         return self.reader.complete and not self._body
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has arrived, read or not."""
+        return self.reader.complete
 
     async def started(self) -> None:
         """Wait for the head; raise ``UpstreamFailure``."""
@@ -175,13 +182,12 @@ class Response:
             if self._size >= _HIGH_WATER and not self.paused and not self.reader.complete:
                 self.paused = True
                 self._connection.pause_reading()
-        self._wake()
 
     def fail(self, error: ProxyError) -> None:
         """End the answer with an error, the first of which counts."""
         if self._error is None and not self.reader.complete:
             self._error = error
-        self._wake()
+        self.wake()
 
     async def _wait(self) -> None:
         if self._error is not None:
@@ -189,7 +195,12 @@ class Response:
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Tell whoever waits that there is news."""
+        notify, self.notify = self.notify, None
+        if notify is not None:
+            notify()
+            return
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -245,6 +256,7 @@ class Connection(asyncio.Protocol):
             return
         if response.reader.complete:
             self._finish(response)
+        response.wake()
 
     def eof_received(self) -> bool:
         """Note whether the peer ended in order; over TLS it says so (RFC 8446 section 6.1)."""
@@ -270,7 +282,7 @@ class Connection(asyncio.Protocol):
             if exc is not None:
                 response.fail(self._closed(response))
             else:
-                response.feed(b"")
+                response.wake()
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
@@ -504,18 +516,27 @@ class Transport:
         if connection is None:
             connection = await self._connect()
         try:
-            response = connection.begin(method, head, body)
+            response = self._begin(connection, method, head, body)
         except BaseException:  # the client left with its body unread: nothing was sent, and nobody owns the connection
             connection.abort()
             raise
-        self._busy.add(connection)
-        if self._watchdog is None:
-            self._watchdog = self.loop.call_later(self._tick, self._watch)
         try:
             await response.started()
         except BaseException:
             response.close()
             raise
+        return response
+
+    def begin(self, method: str, head: bytes, body: RequestBody) -> Response | None:
+        """Send a request that may be repeated, if a pooled connection is there; its answer has yet to start."""
+        connection = self._take(self._max_idle)
+        return None if connection is None else self._begin(connection, method, head, body)
+
+    def _begin(self, connection: Connection, method: str, head: bytes, body: RequestBody) -> Response:
+        response = connection.begin(method, head, body)
+        self._busy.add(connection)
+        if self._watchdog is None:
+            self._watchdog = self.loop.call_later(self._tick, self._watch)
         return response
 
     async def warm(self) -> None:

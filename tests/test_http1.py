@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metquay_proxy import http1
-from metquay_proxy.http1 import ChunkTracker, ClosedBeforeHead, ProtocolError, ResponseHead, ResponseReader
+from metquay_proxy.http1 import ChunkTracker, ClosedBeforeHead, ProtocolError, ResponseHead, ResponseReader, read_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -844,3 +844,50 @@ class TestChunkTracker:
         whole = data + b"\r\nnext"
         ends = sorted({min(cut, len(whole)) for cut in cuts} | {0, len(whole)})
         assert (data, b"next", True) == track(*[whole[a:b] for a, b in pairwise(ends)])
+
+
+class TestPlainRequest:
+    """What one whole GET or HEAD in its tidiest form is taken for; everything else is somebody else's."""
+
+    FIELDS = b"Host: x\r\nX-Empty:\r\nX: a  b\xff\r\n\r\n"
+
+    @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+    def test_taken(self, method: bytes) -> None:
+        """Method, target and fields are there, byte for byte."""
+        assert (method, b"/a%2F?b", [(b"Host", b"x"), (b"X-Empty", b""), (b"X", b"a  b\xff")]) == read_plain(
+            method + b" /a%2F?b HTTP/1.1\r\n" + self.FIELDS, 3
+        )
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"\r\n",
+            b"POST /a HTTP/1.1\r\n" + FIELDS,
+            b"get /a HTTP/1.1\r\n" + FIELDS,
+            b"GET a HTTP/1.1\r\n" + FIELDS,
+            b"GET http://x/ HTTP/1.1\r\n" + FIELDS,
+            b"GET  /a HTTP/1.1\r\n" + FIELDS,
+            b"GET /\xe9 HTTP/1.1\r\n" + FIELDS,
+            b"GET /a HTTP/1.0\r\n" + FIELDS,
+            b"GET /a HTTP/1.1\n" + FIELDS,
+            b"\r\nGET /a HTTP/1.1\r\n" + FIELDS,
+            b"GET /a HTTP/1.1\r\n\r\n",
+            b"GET /a HTTP/1.1\r\n" + FIELDS[:-2],
+            b"GET /a HTTP/1.1\r\n" + FIELDS + b"x",
+            b"GET /a HTTP/1.1\r\n" + FIELDS + FIELDS,
+            b"GET /a HTTP/1.1\r\n" + FIELDS + b"GET /b HTTP/1.1\r\n" + FIELDS,
+            b"GET /a HTTP/1.1\r\nHost : x\r\n\r\n",
+            b"GET /a HTTP/1.1\r\nHost: x \r\n\r\n",
+            b"GET /a HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
+            b"GET /a HTTP/1.1\r\nHost: x\nY: z\r\n\r\n",
+            b"GET /a HTTP/1.1\r\nHost: x\rY\r\n\r\n",
+            b"GET /a HTTP/1.1\r\nHost: \0\r\n\r\n",
+            b"GET /a HTTP/1.1\r\n: x\r\n\r\n",
+            b"GET /a HTTP/1.1\r\nHost\r\n\r\n",
+            b"GET /a HTTP/1.1\r\nA: 1\r\nB: 2\r\nC: 3\r\nD: 4\r\n\r\n",
+        ],
+    )
+    def test_left_alone(self, data: bytes) -> None:
+        """Other methods, versions and forms, more than one message, too many fields, and whatever is untidy."""
+        assert read_plain(data, 3) is None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
@@ -738,3 +739,31 @@ class TestSimulations:
         )
         assert 2 * PACE + 0.1 > longest_wait(records, "slow")
         assert 20 < longest_wait(records, "greedy")
+
+
+@given(st.lists(st.tuples(st.sampled_from(["take", "ask", "close", "poll"]), st.floats(0, 3)), max_size=60))
+def test_taken_is_what_would_be_granted_at_once(steps: list[tuple[str, float]]) -> None:
+    """A slot is taken exactly where asking for one would grant it at once, and nothing changes where it is not."""
+    quota, now = Quota(10, 10.0), 100.0
+    for step, seconds in steps:
+        now += seconds
+        if step == "close":
+            quota.close(now, seconds)
+        elif step == "poll":
+            quota.poll(now)
+        elif step == "ask":
+            with contextlib.suppress(QuotaExceeded):
+                quota.ask(now, "other", 5)
+        else:
+            other = copy.deepcopy(quota)
+            try:
+                granted = other.ask(now, "tool", 0).granted
+            except QuotaExceeded:
+                granted = False
+            before = quota.snapshot(now)
+            ticket = quota.take(now, "tool")
+            assert granted == (ticket is not None)
+            assert (other if granted else quota).snapshot(now) == (quota.snapshot(now) if granted else before)
+            if ticket is not None:
+                quota.sent(ticket)
+                quota.answered(ticket, now)

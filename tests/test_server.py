@@ -7,7 +7,7 @@ import socket
 import stat
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
@@ -15,11 +15,12 @@ from aiohttp import web
 from metquay_proxy.address import Address
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.server import bind
-from tests.wire import BLANK, OK, Broken, Client, answered, chunked, eventually, get, head, post, rule, running
+from tests.wire import BLANK, OK, Broken, Client, Peer, answered, chunked, eventually, get, head, post, rule, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from metquay_proxy.telemetry import Exchange
     from tests.wire import Bench
 
 
@@ -354,3 +355,128 @@ class TestOwnPages:
         await client.send(head("POST /authenticate HTTP/1.1", "Content-Length: 10000000") + bytes(200_000))
         answer = await client.answer()
         assert (413, b"close") == (answer.status, answer.value(b"Connection"))
+
+
+class TestAtOnce:
+    """A plain read that finds a token, a slot and a connection goes to Metquay without a task."""
+
+    @staticmethod
+    async def in_flight(bench: Bench, *rest: bytes) -> tuple[Client, asyncio.Event]:
+        """Send a read on warm connections whose answer waits for the event, and more behind it."""
+        may_answer = asyncio.Event()
+
+        async def late(peer: Peer) -> None:
+            await may_answer.wait()
+            await peer.send(OK)
+
+        client = await bench.client()
+        bench.upstream.plays(OK, late, *[OK for _ in rest])
+        await client.send(get())
+        await client.answer()
+        await client.send(get("/late"))
+        await eventually(lambda: 2 == len(bench.upstream.requests))
+        [connection] = bench.proxy.server.connections
+        assert connection.lane is not None
+        for request in rest:
+            await client.send(request)
+        return client, may_answer
+
+    @rule("ours")
+    async def test_no_task(self, bench: Bench) -> None:
+        """Neither the parser's task nor any other sees it."""
+        client = await bench.client()
+        bench.upstream.plays(OK, OK)
+        await client.send(get())
+        await client.answer()
+        made: list[str] = []
+        loop = asyncio.get_running_loop()
+
+        def make(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:  # noqa: ANN401 - asyncio's
+            made.append(coro.__qualname__)
+            return asyncio.Task(coro, loop=loop, **options)
+
+        loop.set_task_factory(make)
+        try:
+            await client.send(get())
+            assert 200 == (await client.answer()).status
+        finally:
+            loop.set_task_factory(None)
+        assert [] == [name for name in made if name.startswith(("Server", "RequestHandler", "Forwarder"))]
+
+    @rule("ours", rate_limit="100/minute")
+    async def test_the_client_leaves(self, bench: Bench) -> None:
+        """The request is given up upstream too, logged, and its slot comes back."""
+        closed: list[Exchange] = []
+        telemetry = bench.proxy.telemetry
+        tell = telemetry.closed
+        telemetry.closed = lambda exchange: closed.append(exchange) or tell(exchange)  # type: ignore[method-assign, func-returns-value]
+        client, _ = await self.in_flight(bench)
+        client.reset()
+        await eventually(lambda: 0 == telemetry.active)
+        assert ["client-left"] == [exchange.error for exchange in closed if exchange.error]
+        await eventually(lambda: (0, 0) == bench.proxy._transport.connections)
+        quota = bench.proxy.status()["quota"]
+        assert (2, 0) == (quota["used"], quota["in_flight"])
+
+    @rule("ours")
+    async def test_more_behind_it(self, bench: Bench) -> None:
+        """What the client sends meanwhile is served after it, in order."""
+        behind = [get("/a"), post(b"{}", target="/b"), get("/c")]
+        client, may_answer = await self.in_flight(bench, *behind)
+        assert 2 == len(bench.upstream.requests)
+        may_answer.set()
+        assert [200] * 4 == [(await client.answer()).status for _ in range(4)]
+        assert [b"/late", b"/a", b"/b", b"/c"] == [
+            request.line.split()[1].removeprefix(b"/api/v1") for request in bench.upstream.requests[1:]
+        ]
+
+    @rule("ours")
+    async def test_too_much_behind_it(self, bench: Bench) -> None:
+        """A client that goes on sending is not read from without end."""
+        client, may_answer = await self.in_flight(bench)
+        [connection] = bench.proxy.server.connections
+        client.writer.write(b"\r\n" * (1 << 22))
+        transport = connection.transport
+        assert transport is not None
+        await eventually(lambda: not transport.is_reading())
+        assert len(connection._unread) < 1 << 20
+        may_answer.set()
+        assert 200 == (await client.answer()).status
+
+    @rule("ours")
+    @pytest.mark.parametrize(("answers", "seconds"), [(True, 10), (False, 0.1), (False, 0)])
+    async def test_the_drain(self, bench: Bench, answers: bool, seconds: float) -> None:  # noqa: FBT001 - a column
+        """A drain waits for its answer, which ends the connection; at its end the client is told that none came."""
+        client, may_answer = await self.in_flight(bench)
+        stopping = asyncio.ensure_future(bench.proxy.stop(seconds))
+        await eventually(lambda: bench.proxy.server.draining)
+        if answers:
+            may_answer.set()
+        answer = await client.answer()
+        assert (200 if answers else 503, b"close") == (answer.status, answer.value(b"Connection"))
+        await client.ended()
+        await stopping
+
+    @rule("ours")
+    async def test_goes_on_as_any_other(self, bench: Bench) -> None:
+        """An answer that asks for another attempt gets one."""
+        client = await bench.client()
+        bench.upstream.plays(OK, answered(status="503 Busy"), OK)
+        for _ in range(2):
+            await client.send(get())
+            assert 200 == (await client.answer()).status
+        assert 3 == len(bench.upstream.requests)
+
+    @rule("ours")
+    async def test_a_mistake_of_ours(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The client sees a broken connection, the log says why, and nothing stays behind."""
+        client, may_answer = await self.in_flight(bench)
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(bench.proxy.server, "_answer_head", fail)
+        may_answer.set()
+        with pytest.raises(Broken):
+            await client.answer()
+        await eventually(lambda: 0 == bench.proxy.telemetry.active)
