@@ -69,7 +69,8 @@ class Window:
         self.generation: str | None = None
         self.latest = self.born = self.last = self.closed = 0.0
         self.expected = 0
-        self.seen, self.flight, self.back, self.line = Scores(), Scores(), Scores(), Scores()
+        self.turned, self.starved = 0, 0.0
+        self.seen, self.flight, self.back, self.line = (Scores() for _ in range(4))
 
     def call(self, now: float, call: dict[str, Any]) -> dict[str, Any]:  # noqa: C901, PLR0912, PLR0915 - in the script's order
         """Carry out a call at ``now``."""
@@ -78,9 +79,9 @@ class Window:
         if call["before"] is not None and now > call["before"]:
             return {"done": False, "generation": call["generation"], "now": now}
         if self.generation is not None and now < self.latest - GRACE:
-            latest = self.latest
+            latest, calls = self.latest, self.calls
             self.clear()
-            self.latest = latest
+            self.latest, self.calls = latest, calls
         if self.generation is None or now > self.latest + GATHERING:
             self.generation, self.born, self.expected = call["fresh"], now, 0
         self.latest = now = max(now, self.latest)
@@ -139,16 +140,22 @@ class Window:
         answer: dict[str, Any] = {
             "done": True, "replicas": replicas, "used": used, "granted": granted, "in_line": False, "due": 0, "round": 0
         }  # fmt: skip
-        if granted < call["wanted"] or waits or used >= burst or self.closed > now:
-            place = ahead + 1
+        if granted < call["wanted"]:
+            greedy = call["own"] * replicas > call["limit"]
+            patience = call["patience"] / 2 if greedy and now < self.starved + call["patience"] else call["patience"]
+            place, again = ahead + 1, AGAIN if silent else 0.0
             due = self._turns(waits + 2, now, now, call["limit"], call)
-            answer["round"] = due[waits + 1] - due[0]
-            again = AGAIN if silent else 0.0
-            if granted < call["wanted"] and due[place - 1] <= now + call["patience"]:
+            answer["in_line"] = due[place - 1] <= now + patience
+            if answer["in_line"]:
                 self.line.add(me, max(due[place - 1], now + again))
-                answer["in_line"] = True
             else:
-                place = waits + 1
+                self.turned += 1
+                place = waits + 1 + self.turned % min(replicas, call["limit"])
+                due = self._turns(max(place, waits + 2), now, now, call["limit"], call)
+                due[place - 1] = max(due[place - 1], now + call["patience"] + 0.001)
+                if not greedy:
+                    self.starved = now
+            answer["round"] = due[waits + 1] - due[0]
             answer["due"] = max(again, due[place - 1] - now)
         answer["returns"] = []
         if call["beat"]:

@@ -116,7 +116,7 @@ class Records:
 
 
 def judged(digest: bytes, known: bytes, answer: Answer | None, *, running: bool = False) -> Answer:
-    """Return what a request with ``digest`` is answered whose key is ``known`` for another's; raise as ``claim`` does."""
+    """Return the answer to a request with ``digest`` whose key is known, for ``known``; raise as ``claim`` does."""
     if known != digest:
         raise ProxyError(
             "idempotency-key-reused",

@@ -3,6 +3,9 @@
 --
 -- What lies in Redis: `state` (the window's name and clock), `seen` (replica -> last call), `flight` (slot -> when it was last
 -- said to be in flight), `back` (slot -> when it comes back), `line` (replica -> when its turn is due). Times are Redis's.
+--
+-- Who would wait for longer than it may is told to come back, not all at one time. While some had to go that used less than
+-- their part of the limit, those that used more may stand in the first half of the line only.
 
 local BURIED = 10 -- seconds: a slot in flight of which nobody spoke for so long counts as answered now
 local SILENT = 2.5 -- a replica that said nothing for so long lives on its share, which is left alone
@@ -22,22 +25,22 @@ local function refuse(generation)
   return cjson.encode({done = false, generation = generation, now = string.format('%.6f', now)})
 end
 
-local known = redis.call('HMGET', state, 'generation', 'latest', 'born', 'expected', 'last', 'closed')
+local known = redis.call('HMGET', state, 'generation', 'latest', 'born', 'expected', 'last', 'closed', 'turned', 'starved')
 local generation, latest, born, expected = known[1], tonumber(known[2]), tonumber(known[3]), tonumber(known[4])
-local last, closed = tonumber(known[5]) or 0, tonumber(known[6]) or 0
+local last, closed, turned, starved = tonumber(known[5]) or 0, tonumber(known[6]) or 0, tonumber(known[7]) or 0, tonumber(known[8]) or 0
 if call.before ~= cjson.null and now > call.before then
   return refuse(call.generation)
 end
 if generation and now < latest - GRACE then -- the clock was set back: nothing in here is true any more
   redis.call('DEL', unpack(KEYS))
-  generation, last, closed = nil, 0, 0
+  generation, last, closed, turned, starved = nil, 0, 0, 0, 0
 end
 if not generation or now > latest + GATHERING then
   generation, born, expected = call.fresh, now, 0
 end
 now = math.max(now, latest or 0)
 expected = math.max(expected, call.replicas)
-redis.call('HSET', state, 'generation', generation, 'latest', now, 'born', born, 'expected', expected, 'last', last, 'closed', closed)
+redis.call('HSET', state, 'generation', generation, 'latest', now, 'born', born, 'expected', expected)
 if call.generation ~= generation then
   return refuse(generation)
 end
@@ -159,19 +162,25 @@ end
 
 local waits = redis.call('ZCARD', line)
 local answer = {done = true, replicas = replicas, used = in_flight + coming, granted = granted, in_line = false, due = 0, round = 0}
-if granted < call.wanted or waits > 0 or in_flight + coming >= burst or closed > now then
-  local place = ahead + 1
+if granted < call.wanted then
+  local place, again = ahead + 1, silent > 0 and AGAIN or 0
+  local greedy = call.own * replicas > call.limit
+  local patience = greedy and now < starved + call.patience and call.patience / 2 or call.patience
   local due = turns(waits + 2, now, call.limit)
-  answer.round = due[waits + 2] - due[1]
-  if granted < call.wanted and due[place] <= now + call.patience then
-    redis.call('ZADD', line, math.max(due[place], now + (silent > 0 and AGAIN or 0)), me)
-    answer.in_line = true
+  answer.in_line = due[place] <= now + patience
+  if answer.in_line then
+    redis.call('ZADD', line, math.max(due[place], now + again), me)
   else
-    place = waits + 1
+    turned = turned + 1
+    place = waits + 1 + turned % math.min(replicas, call.limit)
+    due = turns(math.max(place, waits + 2), now, call.limit)
+    due[place] = math.max(due[place], now + call.patience + 0.001)
+    starved = greedy and starved or now
   end
-  answer.due = math.max(silent > 0 and AGAIN or 0, due[place] - now)
+  answer.round = due[waits + 2] - due[1]
+  answer.due = math.max(again, due[place] - now)
 end
-redis.call('HSET', state, 'last', last, 'closed', closed)
+redis.call('HSET', state, 'last', last, 'closed', closed, 'turned', turned, 'starved', starved)
 
 answer.returns = {}
 if call.beat then

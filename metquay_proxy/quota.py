@@ -208,17 +208,12 @@ class Quota:
         if self._free(now):
             self._grant(ticket, now, now)
             return ticket
-        self._join(ticket, now)
-        return ticket
-
-    def _join(self, ticket: Ticket, now: float) -> None:
-        """Give a ticket its place in the queue, or raise QuotaExceeded."""
-        caller = ticket.caller
         if self._waiting >= self._max_waiting or self._nth(now, self._place(caller)) > ticket.deadline:
             raise QuotaExceeded(self._next_free_in(now))
         self._deadline = min(self._deadline, ticket.deadline)
         self._queues.setdefault(caller, deque()).append(ticket)
         self._waiting += 1
+        return ticket
 
     def take(self, now: float, caller: str) -> Ticket | None:
         """Take a slot if it may be sent at once; None where ``ask`` would give a place in the queue, or refuse."""

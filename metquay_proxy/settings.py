@@ -510,10 +510,12 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _private(cls, address: RedisAddress | None, info: ValidationInfo) -> RedisAddress | None:
-        if address and not address.local and (address.scheme != "rediss" or not info.data.get("redis_password", True)):
+        if address is None or address.local:
+            return address
+        if address.scheme != "rediss" or not info.data.get("redis_password", True):
             msg = (
-                f"{address} is beyond this machine, and recorded answers lie there: use rediss:// (TLS) with a password "
-                "in METQUAY_REDIS_PASSWORD_FILE, or a Redis on localhost or unix:///path"
+                f"{address} is beyond this machine, and recorded answers lie there: use rediss:// (TLS) with a "
+                "password in METQUAY_REDIS_PASSWORD_FILE, or a Redis on localhost or unix:///path"
             )
             raise ValueError(msg)
         return address

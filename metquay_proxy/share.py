@@ -73,15 +73,6 @@ class Share(Quota):
         self._round = 0.0
         self._retire()
 
-    def ask(self, now: float, caller: str, max_wait: float) -> Ticket:
-        """Take a place in the line, as ``Quota.ask`` does; a shared window grants nothing before it was asked."""
-        if self.local:
-            return super().ask(now, caller, max_wait)
-        now = self._advance(now)
-        ticket = Ticket(caller, now + max_wait)
-        self._join(ticket, now)
-        return ticket
-
     def poll(self, now: float) -> float | None:
         """Settle what can be settled without the others, and return when to call again; None if nothing waits."""
         if self.local:
@@ -156,6 +147,7 @@ class Share(Quota):
             "closing": [-1 if seconds is None else seconds for seconds in self._closing],
             "first": self._asked.start,
             "wanted": len(self._asked),
+            "own": self._used,
             "patience": max((ticket.deadline - now for ticket in self._in_turn()), default=0.0),
         }
 
@@ -250,6 +242,9 @@ class Share(Quota):
 
     def _schedule(self, now: float) -> Iterator[float]:
         return super()._schedule(now) if self.local else self._rounds(now)
+
+    def _free(self, now: float) -> bool:
+        return self.local and super()._free(now)  # the others must be asked before anything is granted
 
     def _next_free_in(self, now: float) -> float:
         return super()._next_free_in(now) if self.local else self._nth(now, self._waiting + 1) - now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.window import Window
-from metquay_proxy.quota import Quota, QuotaExceeded, Rate, Ticket
+from metquay_proxy.quota import QuotaExceeded, Rate, Ticket
 from metquay_proxy.share import Share
 from tests.redis_server import needs_redis, redis_server
 
@@ -87,10 +88,8 @@ class Replicas:
         number %= len(self.shares)
         mine = self.tickets[number]
         if what == "ask":
-            try:
+            with contextlib.suppress(QuotaExceeded):
                 mine.append(share.ask(now, f"tool {len(mine) % 2}", 20.0))
-            except QuotaExceeded:
-                pass
         elif what == "close":
             share.close(now, None if seconds > 0.5 else 3.0)
         elif what in {"answer", "give back"}:
@@ -143,6 +142,4 @@ def test_the_script_and_its_likeness_agree(script: Script, steps: list[tuple[int
 
 def never_more_than(rate: Rate, moments: list[float]) -> bool:
     """Whether no window holds more than the limit."""
-    return all(
-        later - earlier >= rate.window for earlier, later in zip(moments, moments[rate.limit :], strict=False)
-    )
+    return all(later - earlier >= rate.window for earlier, later in zip(moments, moments[rate.limit :], strict=False))
