@@ -313,7 +313,7 @@ class TestSources:
     def test_each_setting_has_a_variable_a_description_and_a_flag_unless_secret(self) -> None:
         """Secrets have none, so that no process list shows them."""
         secrets = {name for name in VARIABLES if flag(name) is None}
-        assert {"access_key", "secret_key", "client_key", "client_keys", "outbound_proxy"} == secrets
+        assert {"access_key", "secret_key", "client_key", "client_keys", "outbound_proxy", "redis_password"} == secrets
         assert all(f"{name}_file" in VARIABLES for name in secrets)
         assert all(field.description for field in VARIABLES.values())
         assert "METQUAY_MAX_WAIT" == variable("max_wait")

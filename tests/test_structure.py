@@ -46,6 +46,7 @@ OF_SEVERAL_MODULES = {
     "page": "page.html, in a browser",
     "readme": "README.md",
     "secrets": "the whole proxy: what it must not write",
+    "shared_window": "quota.lua, held against its likeness in benchmarks/",
     "skip_gate": "tests/skip_gate.py",
     "soak": "the whole proxy, in a bad week",
     "structure": "the repository",
@@ -56,7 +57,7 @@ OF_SEVERAL_MODULES = {
 
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "metquay_proxy", "tests"}
 
-CODE_LINES = 5800
+CODE_LINES = 6450
 """Lines of code in the package, rounded up to the next 50: it grows on purpose or not at all."""
 
 pytestmark = pytest.mark.skipif(
