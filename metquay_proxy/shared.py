@@ -118,6 +118,10 @@ class Store:
         """Open a connection unless one is there, for which there is a second; raise ``Away``."""
         await self._within(_CONNECTING, self._redis.ping)
 
+    async def ping(self) -> None:
+        """Run a script that does nothing; raise ``Away`` unless that is allowed and takes less than 50 ms."""
+        await self._within(SLOW, self._redis.eval, "return 1", 0)
+
     async def close(self) -> None:
         """End all connections."""
         await self._redis.aclose()
