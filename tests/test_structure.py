@@ -175,7 +175,9 @@ def test_a_pure_module_loads_no_framework(module: str) -> None:
     [
         (
             "requirements.lock",
-            PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["speed"],
+            PROJECT["project"]["dependencies"]
+            + PROJECT["project"]["optional-dependencies"]["speed"]
+            + PROJECT["project"]["optional-dependencies"]["redis"],
         ),
         (
             "requirements-dev.lock",
