@@ -47,7 +47,6 @@ OF_SEVERAL_MODULES = {
     "readme": "README.md",
     "replicas": "the whole proxy, several times, with one Redis",
     "secrets": "the whole proxy: what it must not write",
-    "shared_window": "quota.lua, held against its likeness in benchmarks/",
     "skip_gate": "tests/skip_gate.py",
     "shared_window": "quota.lua and its likeness in benchmarks/",
     "soak": "the whole proxy, in a bad week",
