@@ -1,4 +1,4 @@
-"""The strict reader of HTTP/1 answers, and of a request's chunks: heads and framing, as bytes in and bytes out.
+"""The strict reader of HTTP/1 answers, of a request's chunks and of plain reads: heads and framing, as bytes.
 
 Owns the judgement of what an upstream sent: which bytes are the head, which the body, whether the answer ended and
 whether its connection may be used again. Must not do I/O, know asyncio or rewrite anything: fields are handed on in

@@ -46,7 +46,7 @@ _JUDGED: Final = _DROPPED | {
     b"content-length",
     b"user-agent",
     b"idempotency-key",
-    # that these come but once, aiohttp's parser sees to
+    # aiohttp's parser refuses these where they come twice: who passes it by must see that too
     b"content-location",
     b"content-range",
     b"content-type",

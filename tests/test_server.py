@@ -468,6 +468,18 @@ class TestAtOnce:
         assert 3 == len(bench.upstream.requests)
 
     @rule("ours")
+    @pytest.mark.parametrize("name", ["Host", "Content-Type", "Content-Location", "ETag", "Max-Forwards", "User-Agent"])
+    async def test_what_must_come_once(self, bench: Bench, name: str) -> None:
+        """A repeated field that the parser refuses is refused here as well, and nothing is sent."""
+        client = await bench.client()
+        bench.upstream.plays(OK)
+        await client.send(get())
+        await client.answer()
+        await client.send(get("/x", f"{name}: localhost", *([] if name == "Host" else [f"{name}: b"])))
+        assert (400, "bad-request") == ((answer := await client.answer()).status, answer.slug)
+        assert 1 == len(bench.upstream.requests)
+
+    @rule("ours")
     async def test_a_mistake_of_ours(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         """The client sees a broken connection, the log says why, and nothing stays behind."""
         client, may_answer = await self.in_flight(bench)
