@@ -294,7 +294,7 @@ def parse_redis_url(text: str) -> RedisAddress:
         msg = "holds a password: put that into a file, alone, and name the file in METQUAY_REDIS_PASSWORD_FILE"
         raise ValueError(msg)
     database = re.fullmatch(r"/?([0-9]{0,4})", parts.path)
-    unix = parts.scheme == "unix" and not parts.netloc and len(parts.path) > 1
+    unix = parts.scheme == "unix" and not parts.netloc and re.match("/.", parts.path)
     if parts.query or parts.fragment or not (unix or (parts.scheme in {"redis", "rediss"} and host and database)):
         msg = "is not of the form redis://host:6379/0, rediss://host:6379/0 (with TLS) or unix:///run/redis.sock"
         raise ValueError(msg)

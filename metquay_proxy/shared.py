@@ -5,7 +5,7 @@ record allows. While Redis is unreachable, slow, read-only or empty, the replica
 
 Facts: redis-py is an optional extra, loaded only by who sets METQUAY_REDIS_URL; it closes a connection whose command
 was cancelled, and retries by itself unless told not to. It would read the certificates anew for each connection, 50 ms
-in which nobody is served. Redis names a script by its SHA-1, and forgets it when it restarts (NOSCRIPT).
+in which nobody is served, and its own version from its installed files, to tell Redis (``driver_info``). Redis names a script by its SHA-1, and forgets it when it restarts (NOSCRIPT).
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ SLOW: Final = 0.05
 _CONNECTING: Final = 1.0
 _ABANDONED: Final = 600.0
 """Seconds after which the request of another replica, of which nothing was heard, has an unknown outcome."""
+_ATTEMPTS: Final = 3
+"""Calls of a claim that may fail before it does without Redis: one that restarted has cut all connections."""
 _GATHERING: Final = 10.0
 """Seconds that a claim waits at most until all replicas have told a new window what they know."""
 _QUOTA: Final = Path(__file__).with_name("quota.lua").read_text(encoding="utf-8")
@@ -89,6 +91,9 @@ class Store:
                 word = password() or ""
                 return (address.user, word) if address.user else (word,)
 
+            async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+                return self.get_credentials()
+
         kind: type[Any] = Connection
         where: dict[str, Any] = {"host": address.host, "port": address.port}
         if address.path:
@@ -101,6 +106,7 @@ class Store:
             db=address.database,
             credential_provider=Password() if password() is not None else None,
             protocol=2,
+            driver_info=None,
             socket_timeout=None,
             socket_connect_timeout=None,
             retry=Retry(NoBackoff(), 0),
@@ -257,6 +263,7 @@ class SharedRecords(Records):
         self._name = name
         self._clock = clock
         self._generation = ""
+        self._asking: set[bytes] = set()
         self._untold: dict[bytes, None] = {}
 
     async def claim(self, record: bytes, digest: bytes, now: float) -> Claim | Answer:
@@ -264,11 +271,14 @@ class SharedRecords(Records):
         claim = await super().claim(record, digest, now)
         if isinstance(claim, Answer):
             return claim
+        self._asking.add(record)
         try:
             answer = await self._claimed_elsewhere(claim)
         except BaseException:
+            self._asking.discard(record)
             await self.free(claim)
             raise
+        self._asking.discard(record)
         if answer is None:
             return claim
         await super().free(claim)
@@ -277,12 +287,14 @@ class SharedRecords(Records):
     async def complete(self, claim: Claim, answer: Answer | None, now: float) -> None:
         """Record a 2xx answer, or (None) that nobody knows whether the request was executed."""
         await super().complete(claim, answer, now)
-        await self._tell(claim.record)
+        self._untold[claim.record] = None
+        await self._told(claim.record)
 
     async def free(self, claim: Claim) -> None:
         """Forget a request that was certainly not executed: its key may be used again."""
         await super().free(claim)
-        await self._tell(claim.record)
+        self._untold[claim.record] = None
+        await self._told(claim.record)
 
     def heard(self) -> bool:
         """Take note of a call that was carried out; return whether there is something to tell."""
@@ -292,18 +304,19 @@ class SharedRecords(Records):
         return bool(self._untold)
 
     async def catch_up(self) -> None:
-        """Tell what could not be told, or what Redis lost."""
-        while self._untold and not self._share.local:
-            await self._tell(next(iter(self._untold)))
+        """Tell what could not be told, or what Redis lost; what fails is left to the next call that is carried out."""
+        while self._untold and not self._share.local and await self._told(next(iter(self._untold))):
+            pass
 
     async def _claimed_elsewhere(self, claim: Claim) -> Answer | None:
         value = encoded(claim.digest, None, running=self._name)
-        until = self._clock() + _GATHERING
-        while not self._share.local and self._clock() < until:
+        until, failures = self._clock() + _GATHERING, 0
+        while not self._share.local and self._clock() < until and failures < _ATTEMPTS:
             try:
                 said = await self._ask("claim", claim.record, value, LIFETIME)
             except Away:
-                break
+                failures += 1
+                continue
             kind, told = said[0], said[1:]
             if kind == b"done":
                 return None
@@ -316,19 +329,25 @@ class SharedRecords(Records):
         self._untold[claim.record] = None
         return None
 
-    async def _tell(self, record: bytes) -> None:
-        self._untold[record] = None
+    async def _told(self, record: bytes) -> bool:
+        """Tell the others what is known of a record; return whether that was done."""
         if self._share.local:
-            return
+            return False
+        if record in self._asking:  # it is not this replica's before that is decided
+            self._untold.pop(record, None)
+            return True
         running, ended = self._running.get(record), self._ended.get(record)
         what, value, left = "free", b"", LIFETIME
         if running is not None:
             what, value = "keep", encoded(running, None, running=self._name)
         elif ended is not None:
             what, value, left = "keep", encoded(ended.digest, ended.answer), ended.expires - self._clock()
-        with contextlib.suppress(Away):
+        try:
             await self._ask(what, record, value, max(1.0, left))
-            self._untold.pop(record, None)
+        except Away:
+            return False
+        self._untold.pop(record, None)
+        return True
 
     async def _ask(self, what: str, record: bytes, value: bytes, lifetime: float) -> list[bytes]:
         name = record.hex()

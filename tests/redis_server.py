@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import shutil
 import signal
 import socket
@@ -22,14 +24,19 @@ needs_redis = pytest.mark.skipif(shutil.which("redis-server") is None, reason="r
 class RedisServer:
     """One ``redis-server``; ``options`` are further words of its command line."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        """Start it on a free port of 127.0.0.1 and on a unix socket in ``folder``; it keeps nothing on disk."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+    def __init__(self, folder: Path, *options: str, tls: bool = False) -> None:
+        """Start it on a free port of 127.0.0.1 and on a unix socket in ``folder``; it keeps nothing on disk.
+
+        ``tls``: on one more port; ``options`` name the certificate.
+        """
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            other.bind(("127.0.0.1", 0))
+            self.port: int = one.getsockname()[1]
+            self.tls_port: int = other.getsockname()[1]
         self.folder = folder
         self.path = folder / "redis.sock"
-        self._options = options
+        self._options = (*options, *(("--tls-port", str(self.tls_port)) if tls else ()))
         self.start()
 
     @property
@@ -58,7 +65,10 @@ class RedisServer:
     def run(self, *words: str) -> str:
         """Run one command in it, and return what it says."""
         command = ["redis-cli", "-s", str(self.path), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603 - a test's own
+        password = dict(itertools.pairwise(self._options)).get("--requirepass", "")
+        environment = os.environ | {"REDISCLI_AUTH": password} if password else None
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603 - a test's own
+        return done.stdout.strip()
 
     def kill(self) -> None:
         """End it at once, as a crash would; what it held is lost."""
@@ -79,10 +89,10 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def redis_server(folder: Path, *options: str) -> Iterator[RedisServer]:
+def redis_server(folder: Path, *options: str, tls: bool = False) -> Iterator[RedisServer]:
     """Run a Redis in ``folder`` until the block ends."""
     folder.mkdir(exist_ok=True)
-    server = RedisServer(folder, *options)
+    server = RedisServer(folder, *options, tls=tls)
     try:
         yield server
     finally:
