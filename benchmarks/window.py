@@ -11,7 +11,6 @@ from bisect import bisect_left, bisect_right, insort
 from typing import Any, Final
 
 BURIED: Final = 10.0
-SILENT: Final = 2.5
 FORGOTTEN: Final = 60.0
 GATHERING: Final = 4.0
 GRACE: Final = 0.5
@@ -110,7 +109,7 @@ class Window:
         replicas = max(len(self.seen), 1)
         if now < self.born + GATHERING:
             replicas = max(replicas, self.expected)
-        silent = replicas - (len(self.seen) - self.seen.below(now - SILENT))
+        silent = replicas - (len(self.seen) - self.seen.below(now - call["silent"]))
         limit = call["limit"] - math.ceil(silent * call["limit"] / replicas)
         burst = max(1, math.floor(limit * call["burst"]))
         for seconds in call["closing"]:
@@ -157,9 +156,11 @@ class Window:
                     self.starved = now
             answer["round"] = due[waits + 1] - due[0]
             answer["due"] = max(again, due[place - 1] - now)
-        answer["returns"] = []
+        answer["returns"], answer["each"] = [], 1
         if call["beat"]:
-            for number in range(replicas, used + replicas, replicas):
+            answer["each"] = max(1, math.ceil(used / replicas / CELLS))
+            step = replicas * answer["each"]
+            for number in range(step, used + step, step):
                 rank = min(number, used) - 1
                 known = rank < len(self.back)
                 answer["returns"].append(self.back.order[rank][0] - now if known else call["hold"])

@@ -8,8 +8,7 @@
 -- their part of the limit, those that used more may stand in the first half of the line only.
 
 local BURIED = 10 -- seconds: a slot in flight of which nobody spoke for so long counts as answered now
-local SILENT = 2.5 -- a replica that said nothing for so long lives on its share, which is left alone
-local FORGOTTEN = 60 -- and after so long is gone
+local FORGOTTEN = 60 -- a replica that said nothing for so long is gone; before that it may live on its share, which is left alone
 local GATHERING = 4 -- so long a new window waits for the replicas that its first one knew; an old one that nobody used is new
 local GRACE = 0.5 -- who comes so late has lost its place in the line
 local AGAIN = 0.5 -- while somebody is silent, those that wait ask again after so long at least
@@ -76,7 +75,7 @@ local replicas = math.max(redis.call('ZCARD', seen), 1)
 if now < born + GATHERING then
   replicas = math.max(replicas, expected)
 end
-local silent = replicas - redis.call('ZCOUNT', seen, now - SILENT, '+inf')
+local silent = replicas - redis.call('ZCOUNT', seen, now - call.silent, '+inf')
 local limit = call.limit - math.ceil(silent * call.limit / replicas)
 local burst = math.max(1, math.floor(limit * call.burst))
 local in_flight, coming = redis.call('ZCARD', flight), redis.call('ZCARD', back)
@@ -182,10 +181,11 @@ if granted < call.wanted then
 end
 redis.call('HSET', state, 'last', last, 'closed', closed, 'turned', turned, 'starved', starved)
 
-answer.returns = {}
+answer.returns, answer.each = {}, 1
 if call.beat then
   local used = in_flight + coming
-  for rank = replicas, used + replicas - 1, replicas do
+  answer.each = math.max(1, math.ceil(used / replicas / CELLS))
+  for rank = replicas * answer.each, used + replicas * answer.each - 1, replicas * answer.each do
     rank = math.min(rank, used) - 1
     answer.returns[#answer.returns + 1] = rank < coming and comes_back(rank) - now or call.hold
   end

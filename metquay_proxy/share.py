@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from metquay_proxy.quota import Rate
 
 BEAT: Final = 1.0
-"""Seconds between the calls of a replica that has nothing to say but that it lives."""
+"""Seconds between the calls of a replica that has nothing to say but that it lives; in short windows a part of those,
+since what it knows of the others must not be older than that when it goes on alone."""
+_BEATS: Final = 5
+_SHORTEST_BEAT: Final = 0.1
+_SILENT: Final = 2.5
+"""Beats that a replica may miss before the others leave its share of the limit alone."""
 LATE: Final = 0.2
 """Seconds after which a call is too old to be carried out."""
 UNKNOWN: Final = 10
@@ -53,6 +58,7 @@ class Share(Quota):
         self._rate: Final = rate
         self._name: Final = name
         self._jitter: Final = jitter
+        self._beat: Final = max(_SHORTEST_BEAT, min(BEAT, rate.window / _BEATS))
         self.local = True
         self.generation = ""
         self.replicas = 0
@@ -65,6 +71,7 @@ class Share(Quota):
         self._returned: list[int] = []
         self._closing: list[float | None] = []
         self._returns: list[float] = []
+        self._each = 1
         self._full = True
         self._in_line = False
         self._used_by_all = 0
@@ -136,6 +143,7 @@ class Share(Quota):
             "before": None if self._ahead is None else now + self._ahead + LATE,
             "leaving": leaving,
             "beat": beat,
+            "silent": self._beat * _SILENT,
             "limit": self._rate.limit,
             "burst": self._burst_share,
             "hold": hold,
@@ -187,7 +195,7 @@ class Share(Quota):
         self._call_at = now
         if not self.local and self.misses == 1:
             return False
-        self._call_at += BEAT * (0.75 + self._jitter() / 2)
+        self._call_at += self._beat * (0.75 + self._jitter() / 2)
         if self.local:
             return False
         self._retire()
@@ -209,8 +217,8 @@ class Share(Quota):
         self._news = self._news[news:]
         self._full = False
         if call["beat"]:
-            self._beat_at = now + BEAT * (0.9 + self._jitter() / 5)
-            self._returns = [now + distance for distance in answer["returns"]]
+            self._beat_at = now + self._beat * (0.9 + self._jitter() / 5)
+            self._returns, self._each = [now + distance for distance in answer["returns"]], answer["each"]
         if self.local:
             self.local = self._in_line = False
             others = [cell for cell in self._cells if cell.callers[0] == OTHERS]
@@ -226,7 +234,7 @@ class Share(Quota):
         # a replica among more than there are slots has one in several windows, and not all have theirs at once
         stretch = 1.0 if limit else replicas / self._rate.limit
         self._limit_to(max(1, limit), self._rate.window * stretch)
-        returns = sorted(end for end in self._returns if end > now)
+        returns = sorted(end for end in self._returns for _ in range(self._each) if end > now)
         if not limit and self.replicas:
             returns.append(now + self._jitter() * self._window)
         missing = returns[len(returns) - max(0, len(returns) - self._used) :]

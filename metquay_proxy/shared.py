@@ -37,8 +37,10 @@ SLOW: Final = 0.05
 _CONNECTING: Final = 1.0
 _ABANDONED: Final = 600.0
 """Seconds after which the request of another replica, of which nothing was heard, has an unknown outcome."""
-_ATTEMPTS: Final = 3
-"""Calls of a claim that may fail before it does without Redis: one that restarted has cut all connections."""
+_PATIENCE: Final = 1.0
+"""Seconds that a claim waits for Redis: that a request is executed twice is worse than that."""
+_GIVEN_UP: Final = 5.0
+"""Seconds alone after which claims don't wait for Redis any more."""
 _GATHERING: Final = 10.0
 """Seconds that a claim waits at most until all replicas have told a new window what they know."""
 _QUOTA: Final = Path(__file__).with_name("quota.lua").read_text(encoding="utf-8")
@@ -116,9 +118,11 @@ class Store:
         self._unknown_script = NoScriptError
         self._names = {script: hashlib.sha1(script.encode()).hexdigest() for script in (_QUOTA, _RECORD)}  # noqa: S324 - Redis's name for it
 
-    async def run(self, script: str, keys: Sequence[str], *values: str | bytes | float) -> Any:  # noqa: ANN401 - what the script returns
-        """Run a script; raise ``Away`` unless it answers within 50 ms."""
-        return await self._within(SLOW, self._run, script, keys, values)
+    async def run(
+        self, script: str, keys: Sequence[str], *values: str | bytes | float, within: float = SLOW
+    ) -> Any:  # noqa: ANN401 - what the script returns
+        """Run a script; raise ``Away`` unless it answers ``within`` so many seconds."""
+        return await self._within(within, self._run, script, keys, values)
 
     async def connect(self) -> None:
         """Open a connection unless one is there, for which there is a second; raise ``Away``."""
@@ -253,15 +257,17 @@ class SharedRecords(Records):
         prefix: str,
         name: str,
         clock: Callable[[], float],
+        alone_for: Callable[[], float],
         max_records: int = MAX_RECORDS,
     ) -> None:
-        """``name`` is this replica's, ``prefix`` begins the names of the keys."""
+        """``name`` is this replica's, ``prefix`` begins the keys' names, ``alone_for`` tells seconds without Redis."""
         super().__init__(max_records)
         self._share = share
         self._store = store
         self._prefix = prefix
         self._name = name
         self._clock = clock
+        self._alone_for = alone_for
         self._generation = ""
         self._asking: set[bytes] = set()
         self._untold: dict[bytes, None] = {}
@@ -310,12 +316,14 @@ class SharedRecords(Records):
 
     async def _claimed_elsewhere(self, claim: Claim) -> Answer | None:
         value = encoded(claim.digest, None, running=self._name)
-        until, failures = self._clock() + _GATHERING, 0
-        while not self._share.local and self._clock() < until and failures < _ATTEMPTS:
+        began = self._clock()
+        while self._alone_for() < _GIVEN_UP and self._clock() < began + _GATHERING:
             try:
-                said = await self._ask("claim", claim.record, value, LIFETIME)
+                said = await self._ask("claim", claim.record, value, LIFETIME, within=_PATIENCE)
             except Away:
-                failures += 1
+                if self._clock() >= began + _PATIENCE:
+                    break
+                await asyncio.sleep(SLOW)
                 continue
             kind, told = said[0], said[1:]
             if kind == b"done":
@@ -349,11 +357,13 @@ class SharedRecords(Records):
         self._untold.pop(record, None)
         return True
 
-    async def _ask(self, what: str, record: bytes, value: bytes, lifetime: float) -> list[bytes]:
+    async def _ask(  # noqa: PLR0913 - what the script takes
+        self, what: str, record: bytes, value: bytes, lifetime: float, within: float = SLOW
+    ) -> list[bytes]:
         name = record.hex()
         keys = (f"{self._prefix}record:{name}", f"{self._prefix}records", f"{self._prefix}state")
         values = (what, self._name, self._share.generation, value, int(lifetime * 1000), self._max_records, name)
-        said: list[bytes] = await self._store.run(_RECORD, keys, *values)
+        said: list[bytes] = await self._store.run(_RECORD, keys, *values, within=within)
         return said
 
 
@@ -375,7 +385,7 @@ class Shared:
         self._telling: asyncio.Task[None] | None = None
         self._line = SharedLine(self._share, store, prefix, clock, call_later, self._heard)
         self.line = None if rate is None else self._line
-        self.records = SharedRecords(self._share, store, prefix, name, clock)
+        self.records = SharedRecords(self._share, store, prefix, name, clock, lambda: self._line.alone_for)
 
     async def start(self) -> None:
         """Join the others; where Redis is away, go on alone."""

@@ -371,3 +371,26 @@ def test_one_replica_is_served_as_in_memory() -> None:
     outcome = Simulation(1, 200).run()
     assert 1.3 == pytest.approx(max(outcome.waits), abs=0.7)
     assert 100 * 200 / 60 * 1.1 >= len(outcome.sent) >= 100 * 200 / 60 * 0.95
+
+
+@pytest.mark.parametrize("window", [1.0, 5.0])
+@pytest.mark.parametrize("away", [0.5, 1.2, 6.0])
+def test_short_windows(window: float, away: float) -> None:
+    """Where a second is much of the window, too, no window holds more than the limit while Redis comes and goes."""
+    for seed in range(3):
+        outage = (3.3 + seed / 20, 3.3 + away)
+        outcome = Simulation(5, 12.0 * window, Rate(40, window), (outage[0] * window, outage[1] * window), seed=seed).run()
+        assert outcome.most <= 40
+        assert outcome.sent
+
+
+def test_what_comes_back_is_told_in_groups_where_it_is_much() -> None:
+    """Of a large limit a replica is not told slot by slot, and still counts its part as used when it goes on alone."""
+    rate = Rate(2000, 60.0)
+    one, two = pair(rate=rate)
+    one.use(1.0, 1000)
+    two.call(2.2)
+    assert (125, 4) == (len(two.share._returns), two.share._each)
+    two.share.missed(2.2)
+    two.share.missed(2.2)
+    assert 500 == two.share.snapshot(2.2).used

@@ -370,7 +370,7 @@ class TestRecords:
             assert ANSWER == await answered(two)
 
     async def test_a_claim_that_redis_does_not_answer(self, redis: RedisServer) -> None:
-        """A frozen Redis costs it 50 ms, and then it is executed on the word of this replica alone."""
+        """A frozen Redis costs it a second, and then it is executed on the word of this replica alone."""
         async with replica(redis) as one:
             redis.freeze()
             await claimed(one)
