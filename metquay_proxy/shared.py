@@ -5,7 +5,8 @@ record allows. While Redis is unreachable, slow, read-only or empty, the replica
 
 Facts: redis-py is an optional extra, loaded only by who sets METQUAY_REDIS_URL; it closes a connection whose command
 was cancelled, and retries by itself unless told not to. It would read the certificates anew for each connection, 50 ms
-in which nobody is served, and its own version from its installed files, to tell Redis (``driver_info``). Redis names a script by its SHA-1, and forgets it when it restarts (NOSCRIPT).
+in which nobody is served, and its own version from its installed files, to tell Redis (``driver_info``). Redis names a
+script by its SHA-1, and forgets it when it restarts (NOSCRIPT).
 """
 
 from __future__ import annotations
@@ -118,9 +119,7 @@ class Store:
         self._unknown_script = NoScriptError
         self._names = {script: hashlib.sha1(script.encode()).hexdigest() for script in (_QUOTA, _RECORD)}  # noqa: S324 - Redis's name for it
 
-    async def run(
-        self, script: str, keys: Sequence[str], *values: str | bytes | float, within: float = SLOW
-    ) -> Any:  # noqa: ANN401 - what the script returns
+    async def run(self, script: str, keys: Sequence[str], *values: str | bytes | float, within: float = SLOW) -> Any:  # noqa: ANN401 - what the script returns
         """Run a script; raise ``Away`` unless it answers ``within`` so many seconds."""
         return await self._within(within, self._run, script, keys, values)
 
@@ -357,9 +356,7 @@ class SharedRecords(Records):
         self._untold.pop(record, None)
         return True
 
-    async def _ask(  # noqa: PLR0913 - what the script takes
-        self, what: str, record: bytes, value: bytes, lifetime: float, within: float = SLOW
-    ) -> list[bytes]:
+    async def _ask(self, what: str, record: bytes, value: bytes, lifetime: float, within: float = SLOW) -> list[bytes]:
         name = record.hex()
         keys = (f"{self._prefix}record:{name}", f"{self._prefix}records", f"{self._prefix}state")
         values = (what, self._name, self._share.generation, value, int(lifetime * 1000), self._max_records, name)

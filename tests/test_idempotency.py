@@ -154,7 +154,7 @@ _ANSWERS = st.none() | st.builds(Answer, st.integers(200, 299), st.binary(max_si
 
 @given(st.binary(min_size=32, max_size=32), _ANSWERS)
 def test_a_record_beyond_this_process(digest: bytes, answer: Answer | None) -> None:
-    """An answer is read as it was written: odd bytes, a body that was not kept, one that is empty, an unknown outcome."""
+    """An answer is read as it was written: odd bytes, a body that was not kept or is empty, an unknown outcome."""
     assert (digest, None, answer) == decoded(encoded(digest, answer))
 
 

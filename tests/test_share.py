@@ -379,7 +379,9 @@ def test_short_windows(window: float, away: float) -> None:
     """Where a second is much of the window, too, no window holds more than the limit while Redis comes and goes."""
     for seed in range(3):
         outage = (3.3 + seed / 20, 3.3 + away)
-        outcome = Simulation(5, 12.0 * window, Rate(40, window), (outage[0] * window, outage[1] * window), seed=seed).run()
+        outcome = Simulation(
+            5, 12.0 * window, Rate(40, window), (outage[0] * window, outage[1] * window), seed=seed
+        ).run()
         assert outcome.most <= 40
         assert outcome.sent
 
