@@ -488,6 +488,7 @@ def test_nobody_else_reaches_redis(name: str) -> None:
     assert ("rediss", options["--tls-port"]) == (address.scheme, str(address.port))
     assert {"METQUAY_REDIS_PASSWORD_FILE", "METQUAY_CA_BUNDLE"} <= deployment.environment.keys()
     assert "nopass" not in deployment.making
+    assert "CA:FALSE" in deployment.making  # what METQUAY_CA_BUNDLE holds could else vouch for a false Metquay
     application, redis, service, policy = documents(REPLICAS)
     assert address.host == service["metadata"]["name"]
     labels = redis["spec"]["template"]["metadata"]["labels"]
