@@ -47,6 +47,7 @@ _NEEDS: Final = {
     "login": "keys tls",
     "read": "login",
     "quota": "read",
+    "redis": "",
 }
 _WAIT: Final = "Metquay is restarting or has too much to do: wait a few minutes, then check again."
 _HOST: Final = (
@@ -277,6 +278,29 @@ class _Check:
         except (ValueError, LookupError, TypeError):
             return "ok", f"{rate.limit} in {rate.window:g} s; no running proxy says how many are used"
         return "ok", f"{max(0, rate.limit - used)} of {rate.limit} in {rate.window:g} s are left"
+
+    async def _redis(self) -> tuple[str, ...]:
+        """Run a script in Redis, as each replica does, and in the time that it gets."""
+        address = self._settings.redis_url
+        if address is None:
+            return "skipped", "METQUAY_REDIS_URL is not set: this proxy shares its quota with nobody"
+        from metquay_proxy import shared  # noqa: PLC0415 - only who shares pays for loading it
+
+        tls = tls_context(self._settings.ca_bundle) if address.scheme == "rediss" else None
+        store = None
+        try:
+            store = shared.Store(address, self._settings.redis_secret, tls)
+            await store.connect()
+            await store.ping()
+        except shared.Away as away:
+            cure = "Until it is mended each proxy keeps to its own part of the quota. Check METQUAY_REDIS_URL."
+            return "failed", f"Redis at {address}: {away}.", cure
+        except (OSError, ValueError):
+            return "failed", "Redis's password could not be read.", "Check METQUAY_REDIS_PASSWORD_FILE."
+        finally:
+            if store is not None:
+                await store.close()
+        return "ok", f"Redis at {address} answers in time"
 
     async def _ask(self, path: str) -> tuple[int, str, bytes]:
         """GET a path below the base; return status, Date and the beginning of the body."""

@@ -11,6 +11,7 @@ sections 2.5 to 2.7: a key is good for one request; another payload with it is 4
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -91,29 +92,12 @@ class Records:
         self._forget_expired(now)
         running = self._running.get(record)
         ended = self._ended.get(record)
-        known = running or (ended.digest if ended else None)
-        if known is not None and known != digest:
-            raise ProxyError(
-                "idempotency-key-reused",
-                "This Idempotency-Key was used for another request body. Nothing was sent; a new one needs a new key.",
-            )
         if running is not None:
-            raise ProxyError(
-                "in-progress",
-                "The first request with this Idempotency-Key is still under way. Ask again with it in a few seconds.",
-                sent="unknown",
-            )
+            return judged(digest, running, None, running=True)
         if ended is not None:
-            if ended.answer is None or ended.answer.body is None:
-                raise _unknown(ended.answer)
-            return ended.answer
+            return judged(digest, ended.digest, ended.answer)
         if len(self) >= self._max_records:
-            wait = next(iter(self._ended.values())).expires - now if self._ended else 60.0
-            raise ProxyError(
-                "idempotency-full",
-                f"The proxy keeps at most {self._max_records} requests with an Idempotency-Key. Nothing was sent.",
-                retry_after=wait,
-            )
+            raise full(self._max_records, next(iter(self._ended.values())).expires - now if self._ended else 60.0)
         self._running[record] = digest
         return Claim(record, digest)
 
@@ -129,6 +113,59 @@ class Records:
     def _forget_expired(self, now: float) -> None:
         while self._ended and next(iter(self._ended.values())).expires <= now:
             self._ended.popitem(last=False)
+
+
+def judged(digest: bytes, known: bytes, answer: Answer | None, *, running: bool = False) -> Answer:
+    """Return the answer to a request with ``digest`` whose key is known, for ``known``; raise as ``claim`` does."""
+    if known != digest:
+        raise ProxyError(
+            "idempotency-key-reused",
+            "This Idempotency-Key was used for another request body. Nothing was sent; a new one needs a new key.",
+        )
+    if running:
+        raise ProxyError(
+            "in-progress",
+            "The first request with this Idempotency-Key is still under way. Ask again with it in a few seconds.",
+            sent="unknown",
+        )
+    if answer is None or answer.body is None:
+        raise _unknown(answer)
+    return answer
+
+
+def full(most: int, wait: float) -> ProxyError:
+    """Return the refusal where ``most`` records are there; the first of them goes in ``wait`` seconds."""
+    return ProxyError(
+        "idempotency-full",
+        f"The proxy keeps at most {most} requests with an Idempotency-Key. Nothing was sent.",
+        retry_after=wait,
+    )
+
+
+def encoded(digest: bytes, answer: Answer | None, *, running: str | None = None) -> bytes:
+    """Write a record for a store beyond this process: one line of JSON, then the answer's body.
+
+    ``running`` is the replica that executes the request; without it and without an answer the outcome is unknown.
+    """
+    told: dict[str, object] = {"digest": digest.hex()}
+    if running is not None:
+        told["running"] = running
+    elif answer is not None:
+        fields = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in answer.fields]
+        told |= {"status": answer.status, "reason": answer.reason.decode("latin-1"), "fields": fields}
+        told["kept"] = answer.body is not None
+    return json.dumps(told).encode() + b"\n" + (answer.body or b"" if answer else b"")
+
+
+def decoded(record: bytes) -> tuple[bytes, str | None, Answer | None]:
+    """Return digest, executing replica and answer of what ``encoded`` wrote."""
+    line, _, body = record.partition(b"\n")
+    told = json.loads(line)
+    answer = None
+    if "status" in told:
+        fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told["fields"]]
+        answer = Answer(told["status"], told["reason"].encode("latin-1"), fields, body if told["kept"] else None)
+    return bytes.fromhex(told["digest"]), told.get("running"), answer
 
 
 def _unknown(answer: Answer | None) -> ProxyError:

@@ -9,7 +9,7 @@ Facts:
   ("Please try again in 30 seconds."). Whether its window slides is unknown, so no window of that length, wherever it
   begins, may hold more than the limit.
 * The server counts at arrival, which lies between sending and the answer's head. So a slot is taken from the grant
-  until one window (and a margin, ``_SAFETY``) after the answer or the failure.
+  until one window (and a margin, ``SAFETY``) after the answer or the failure.
 * RFC 6585 section 4 (429), RFC 9110 section 10.2.3 (Retry-After: whole seconds or a date).
 
 Pacing: while nothing waits, requests go at once until ``burst`` of the limit is used. From then on the n-th release
@@ -33,13 +33,13 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_SAFETY: Final = 1.001
+SAFETY: Final = 1.001
 """How much longer than the window a slot is taken: two clocks drift apart, and a server may count both ends."""
 
-_CELLS: Final = 128
+CELLS: Final = 128
 """Limits above this keep their slots in so many groups that return together, the first of them 1/128 window late."""
 
-_CATCH_UP: Final = 1 / 20
+CATCH_UP: Final = 1 / 20
 """Releases missed by a driver that woke late (by 15 ms on Windows) are made up for, within this part of the window."""
 
 _SHORTEST_CLOSE: Final = 1.0
@@ -173,13 +173,9 @@ class Quota:
     """
 
     def __init__(self, limit: int, window: float, *, burst: float = 0.7, max_waiting: int = 1000) -> None:
-        self._limit: Final = limit
-        self._window: Final = window
-        self._burst: Final = max(1, int(limit * burst))
+        self._burst_share: Final = burst
         self._max_waiting: Final = max_waiting
-        self._catch_up: Final = window * _CATCH_UP
-        self._grain: Final = window / _CELLS if limit > _CELLS else 0.0
-        self._hold: Final = window * _SAFETY + self._grain
+        self._limit_to(limit, window)
         self._cells: deque[_Cell] = deque()
         self._queues: OrderedDict[str, deque[Ticket]] = OrderedDict()
         self._used_by: dict[str, int] = {}
@@ -190,6 +186,14 @@ class Quota:
         self._latest: Ticket | None = None
         self._now = self._last = self._closed_until = -math.inf
         self._due = self._deadline = math.inf
+
+    def _limit_to(self, limit: int, window: float) -> None:
+        self._limit = limit
+        self._window = window
+        self._burst = max(1, int(limit * self._burst_share))
+        self._catch_up = window * CATCH_UP
+        self._grain = window / CELLS if limit > CELLS else 0.0
+        self._hold = window * SAFETY + self._grain
 
     def ask(self, now: float, caller: str, max_wait: float) -> Ticket:
         """Take a slot, or a place in the queue: round-robin over callers, first come first served within one.
@@ -225,17 +229,10 @@ class Quota:
         now = self._advance(now)
         due = max(min(self._due, now), now - self._catch_up)
         while self._waiting and (due := next(self._schedule(due))) <= now:
-            caller, queue = next(iter(self._queues.items()))
-            ticket = queue[0]
-            self._leave(ticket)
-            if queue:
-                self._queues.move_to_end(caller)
-            self._grant(ticket, now, due)
-            _settle(ticket)
+            self._grant_next(now, due)
         self._due = due if self._waiting else math.inf
         if self._waiting and self._deadline <= now:
-            self._refuse([ticket for ticket in self._in_turn() if ticket.deadline <= now], now)
-            self._deadline = min((ticket.deadline for ticket in self._in_turn()), default=math.inf)
+            self._refuse_overdue(now)
         return min(due, self._deadline) if self._waiting else None
 
     def sent(self, ticket: Ticket) -> None:
@@ -287,15 +284,7 @@ class Quota:
         if until <= self._closed_until:
             return
         self._closed_until = until
-        turns = self._schedule(now)
-        due = next(turns)
-        late = []
-        for ticket in self._in_turn():
-            if due > ticket.deadline:
-                late.append(ticket)
-            else:
-                due = next(turns)
-        self._refuse(late, now)
+        self._refuse_late(now)
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the figures for status page and metrics."""
@@ -336,6 +325,16 @@ class Quota:
         self._held += 1
         self._used_by[ticket.caller] = self._used_by.get(ticket.caller, 0) + 1
 
+    def _grant_next(self, now: float, due: float) -> None:
+        """Grant the one whose turn it is, as of ``due`` on the path."""
+        caller, queue = next(iter(self._queues.items()))
+        ticket = queue[0]
+        self._leave(ticket)
+        if queue:
+            self._queues.move_to_end(caller)
+        self._grant(ticket, now, due)
+        _settle(ticket)
+
     def _release(self, callers: list[str]) -> None:
         used_by = self._used_by
         self._used -= len(callers)
@@ -350,6 +349,23 @@ class Quota:
         if not queue:
             del self._queues[ticket.caller]
         self._waiting -= 1
+
+    def _refuse_overdue(self, now: float) -> None:
+        """Refuse those whose deadline has come."""
+        self._refuse([ticket for ticket in self._in_turn() if ticket.deadline <= now], now)
+        self._deadline = min((ticket.deadline for ticket in self._in_turn()), default=math.inf)
+
+    def _refuse_late(self, now: float) -> None:
+        """Refuse those whose turn would come after their deadline."""
+        turns = self._schedule(now)
+        due = next(turns)
+        late = []
+        for ticket in self._in_turn():
+            if due > ticket.deadline:
+                late.append(ticket)
+            else:
+                due = next(turns)
+        self._refuse(late, now)
 
     def _refuse(self, tickets: list[Ticket], now: float) -> None:
         for ticket in tickets:
@@ -393,8 +409,8 @@ class Quota:
         if self._held:
             points.append((number + 1, max(self._last + self._latency, now) + self._hold))
         earliest = max(now, self._closed_until)
-        if self._used == self._limit:
-            earliest = max(earliest, points[0][1])
+        if self._used >= self._limit:
+            earliest = max(earliest, *(back for number, back in points if number <= 1))
         steady = (self._hold + self._latency) / self._limit
         at, done = self._last, 0
         while True:

@@ -69,7 +69,8 @@ if TYPE_CHECKING:
 
     from metquay_proxy.forwarder import Begun, Response
     from metquay_proxy.http1 import ResponseHead
-    from metquay_proxy.settings import Settings
+    from metquay_proxy.settings import RedisAddress, Settings
+    from metquay_proxy.shared import Shared
     from metquay_proxy.upstream import OutboundProxy
 
 MAX_LINE: Final = 64 * 1024
@@ -1218,6 +1219,9 @@ class Proxy:
         )
         rate = settings.rate_limit
         self._line = None if rate is None else Line(Quota(rate.limit, rate.window), clock, call_later)
+        self._shared = None if settings.redis_url is None else _shared(settings, base, clock, call_later)
+        if self._shared is not None:
+            self._line = self._shared.line
         self._admin = Admin(
             ready=self.ready,
             status=self.status,
@@ -1244,6 +1248,7 @@ class Proxy:
                 max_wait=settings.max_wait,
                 retries=settings.retries,
                 clock=clock,
+                records=None if self._shared is None else self._shared.records,
                 replay_limit=settings.replay_limit,
                 sleep=sleep,
             ),
@@ -1281,6 +1286,7 @@ class Proxy:
             "key": None if key is None else last_four(key.get_secret_value()),
             "token": dataclasses.asdict(token),
             "quota": None if self._line is None else self._line.snapshot()._asdict(),
+            "redis": None if self._shared is None else self._shared.status(),
             "requests": {"active": self.telemetry.active, "finished": self.telemetry.finished},
             "connections": {"busy": busy, "idle": idle},
             "settings": [setting._asdict() for setting in self._settings.sources()],
@@ -1297,6 +1303,8 @@ class Proxy:
             tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             tls.load_cert_chain(self._settings.tls_cert, self._settings.tls_key)
         loop = asyncio.get_running_loop()
+        if self._shared is not None:
+            await self._shared.start()
         self._own_authorities |= self.base.authorities
         for address in self._settings.listen:
             for sock in bind(address):
@@ -1329,11 +1337,29 @@ class Proxy:
             await asyncio.sleep(_TURN)
         await server.end()
         await self.tokens.close()
+        if self._shared is not None:
+            await self._shared.stop()
         self._transport.close()
 
     def hurry(self) -> None:
         """End a drain now, as at its deadline."""
         self._hurried = True
+
+
+def _shared(
+    settings: Settings,
+    base: BaseURL,
+    clock: Callable[[], float],
+    call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None,
+) -> Shared:
+    from metquay_proxy import shared  # noqa: PLC0415 - only who shares pays for loading it
+
+    address = cast("RedisAddress", settings.redis_url)
+    tls = tls_context(settings.ca_bundle) if address.scheme == "rediss" else None
+    key = "" if settings.access_key is None else settings.access_key.get_secret_value()
+    prefix = shared.namespace(base.authority, key)
+    store = shared.Store(address, settings.redis_secret, tls)
+    return shared.Shared(store, prefix, settings.rate_limit, clock, call_later)
 
 
 def _outbound_proxy(base: BaseURL, settings: Settings) -> OutboundProxy | None:

@@ -9,6 +9,7 @@ Facts: systemd puts credentials into ``$CREDENTIALS_DIRECTORY`` (systemd.exec(5)
 are nobody's mistake. pydantic shows the input in its errors unless ``hide_input_in_errors`` is set.
 """
 
+import importlib.util
 import math
 import os
 import re
@@ -51,6 +52,7 @@ _UNIT: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**
 _SERVICE_LINK: Final = re.compile(r"METQUAY_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_[0-9]+_\w+)")
 _SHORT_KEY: Final = 16
 _SHORT_SECRET: Final = 12
+_REDIS_PORT: Final = 6379
 _READABLE_BY_OTHERS: Final = 0o004
 
 
@@ -60,6 +62,27 @@ class Setting(NamedTuple):
     variable: str
     value: str | None
     source: str
+
+
+class RedisAddress(NamedTuple):
+    """Where Redis is: ``scheme`` is redis, rediss (TLS) or unix (then ``path`` is its socket)."""
+
+    scheme: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    database: int = 0
+    user: str | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether what is sent there stays in this machine."""
+        return self.scheme == "unix" or is_loopback(self.host)
+
+    def __str__(self) -> str:
+        """Return it as people write it."""
+        place = self.path or f"{Address(self.host, self.port)}/{self.database}"
+        return f"{self.scheme}://{place}"
 
 
 class SettingsError(Exception):
@@ -260,6 +283,30 @@ def parse_outbound_proxy(text: str) -> OutboundProxy:
     return OutboundProxy.of(host, port, user, password)
 
 
+def parse_redis_url(text: str) -> RedisAddress:
+    """Read ``redis://``, ``rediss://`` (host, port, database, user) or ``unix:///path``; raise ``ValueError``."""
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port or _REDIS_PORT
+    except ValueError:
+        parts, host, port = urlsplit(""), "", 0
+    if parts.password is not None:
+        msg = "holds a password: put that into a file, alone, and name the file in METQUAY_REDIS_PASSWORD_FILE"
+        raise ValueError(msg)
+    database = re.fullmatch(r"/?([0-9]{0,4})", parts.path)
+    unix = parts.scheme == "unix" and not parts.netloc and re.match("/.", parts.path)
+    if parts.query or parts.fragment or not (unix or (parts.scheme in {"redis", "rediss"} and host and database)):
+        msg = "is not of the form redis://host:6379/0, rediss://host:6379/0 (with TLS) or unix:///run/redis.sock"
+        raise ValueError(msg)
+    if importlib.util.find_spec("redis") is None:
+        msg = "needs a library that is not installed: pip install 'metquay-proxy[redis]'"
+        raise ValueError(msg)
+    if unix:
+        return RedisAddress("unix", path=parts.path)
+    user = parts.username and unquote(parts.username)
+    return RedisAddress(parts.scheme, host, port, "", int(database[1] or 0) if database else 0, user or None)
+
+
 def _setting(metavar: str, description: str, default: str | tuple[()] | None = None) -> Any:  # noqa: ANN401 - typed like pydantic's Field
     """Declare a setting: the name of its value, meaning and unit, and the default as one writes it."""
     return Field(default=default, title=metavar, description=description)
@@ -347,6 +394,15 @@ class Settings(BaseSettings):
         "URL", "corporate proxy on the way to Metquay, in place of the system's"
     )
     outbound_proxy_file: _File = _setting("FILE", "file that holds the corporate proxy's URL")
+
+    redis_password: Annotated[SecretStr | None, _text(_key), _Secret] = _setting(
+        "PASSWORD", "Redis's password; only from a file"
+    )
+    redis_password_file: _File = _setting("FILE", "file that holds Redis's password; read again at each connection")
+    redis_url: Annotated[RedisAddress | None, _text(parse_redis_url)] = _setting(
+        "URL",
+        "Redis through which replicas share quota and Idempotency-Keys: redis://, rediss:// (TLS) or unix:///path",
+    )
 
     drain_timeout: _Seconds = _setting("SECONDS", "seconds for requests in flight when the proxy is told to stop", "8")
     audit_log: Annotated[Path | None, _text(_audit_log)] = _setting(
@@ -451,6 +507,19 @@ class Settings(BaseSettings):
                     raise ValueError(msg)
         return prefixes
 
+    @field_validator("redis_url")
+    @classmethod
+    def _private(cls, address: RedisAddress | None, info: ValidationInfo) -> RedisAddress | None:
+        if address is None or address.local:
+            return address
+        if address.scheme != "rediss" or not info.data.get("redis_password", True):
+            msg = (
+                f"{address} is beyond this machine, and recorded answers lie there: use rediss:// (TLS) with a "
+                "password in METQUAY_REDIS_PASSWORD_FILE, or a Redis on localhost or unix:///path"
+            )
+            raise ValueError(msg)
+        return address
+
     @property
     def keys(self) -> tuple[ClientKey, ...]:
         """All client keys; METQUAY_CLIENT_KEY is called ``default``."""
@@ -471,6 +540,10 @@ class Settings(BaseSettings):
         Blocks while it reads two small files. Raises ``OSError``, or ``ValueError`` where there is no key (any more).
         """
         return Credentials(self._current("access_key"), self._current("secret_key"))
+
+    def redis_secret(self) -> str | None:
+        """Return Redis's password, read again from its file; None where there is none. Raises as ``credentials``."""
+        return None if self.redis_password is None else self._current("redis_password")
 
     def _current(self, name: str) -> str:
         path = self._files.get(name)
@@ -544,6 +617,9 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
         found.problems[ENV_FILE] = f"{ENV_FILE}: {_why(error)}"
     found.add_secret_files()
     problems = found.problems
+    if found.origins.get("redis_password") in {"environment", ENV_FILE}:
+        msg = "is taken from a file alone: name that in METQUAY_REDIS_PASSWORD_FILE"
+        problems["redis_password"] = found.line("redis_password", msg)
     try:
         settings = Settings.model_validate({**found.texts, "sandbox": sandbox})
     except ValidationError as error:

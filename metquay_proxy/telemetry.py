@@ -243,7 +243,7 @@ class Telemetry:
         for state, number in status["connections"].items():
             connections.add_metric([state], number)
         families.append(connections)
-        token, quota = status["token"], status["quota"] or {}
+        token, quota, redis = status["token"], status["quota"] or {}, status.get("redis") or {}
         for kind, name, text, value in (
             (CounterMetricFamily, "retries", "Attempts after the first.", self._retries),
             (CounterMetricFamily, "token_renewals", "Logins that brought a token.", token["renewals"]),
@@ -257,6 +257,9 @@ class Telemetry:
             (GaugeMetricFamily, "quota_used", "Requests of the window that are used.", quota.get("used")),
             (GaugeMetricFamily, "quota_waiting", "Requests that wait for their turn.", quota.get("waiting")),
             (GaugeMetricFamily, "quota_closed_seconds", "Until Metquay's own refusal ends.", quota.get("closed_for")),
+            (GaugeMetricFamily, "redis_shared", "1 while the quota is shared through Redis.", redis.get("shared")),
+            (GaugeMetricFamily, "redis_replicas", "Replicas that share, as last heard.", redis.get("replicas")),
+            (CounterMetricFamily, "redis_failures", "Calls that Redis did not carry out.", redis.get("failures")),
         ):
             if value is not None:
                 families.append(kind(f"metquay_proxy_{name}", text, value=float(value)))

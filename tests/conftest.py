@@ -21,6 +21,7 @@ MAY_BLOCK = {
     "audit.py": {"write"},  # one append, so that no line waits in memory while the program is killed
     "check.py": {"probed"},  # a command that serves nobody
     "server.py": {"bind", "stop", "_as_error"},  # nobody is served yet, or any more; a traceback quotes the source
+    "shared.py": {"get_credentials"},  # one small file at each connection to Redis
     "settings.py": {"load", "validate"},  # done before there is a loop, but for tests
     "upstream.py": {"tls_context", "token"},  # the certificates at the start; two small files of keys at each login
 }

@@ -17,6 +17,7 @@ import trustme
 from metquay_proxy.check import Probe, probed, run
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from metquay_proxy.settings import Settings, load
+from tests.redis_server import needs_redis, redis_server
 from tests.running import running
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ SKIPPED_AFTER = {
     "clock": set(),
     "login": {"read", "quota"},
     "read": {"quota"},
+    "redis": set(),
 }
 
 
@@ -130,9 +132,9 @@ async def test_all_is_well(authority: trustme.CA, tmp_path: Path) -> None:
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     async with metquay(authority) as sandbox:
         found = await probes(f"https://localhost:{sandbox.port}", ca_bundle="ca.pem")
-    names = ["settings", "keys", "port", "dns", "tcp", "tls", "clock", "login", "read", "quota"]
+    names = ["settings", "keys", "port", "dns", "tcp", "tls", "clock", "login", "read", "quota", "redis"]
     assert names == list(found)
-    assert {"ok": 9, "skipped": 1} == {
+    assert {"ok": 9, "skipped": 2} == {
         outcome: [probe.outcome for probe in found.values()].count(outcome) for outcome in ("ok", "skipped")
     }
     assert "access key ...-key" == found["keys"].text
@@ -339,6 +341,28 @@ async def test_the_corporate_proxy_is_away() -> None:
     assert_failed(found, "tcp", "Nothing listens at 127.0.0.1", "METQUAY_OUTBOUND_PROXY")
 
 
+async def test_who_does_not_share_has_no_redis() -> None:
+    """Without METQUAY_REDIS_URL nothing is asked."""
+    async with metquay() as sandbox:
+        assert "skipped" == (await probes(sandbox.url))["redis"].outcome
+
+
+@needs_redis
+async def test_redis_answers_is_gone_or_hangs(tmp_path: Path) -> None:
+    """It is well, dead or frozen, and the last two say what it means for the quota; all else is tried just so."""
+    with redis_server(tmp_path / "redis") as redis:
+        async with metquay() as sandbox:
+            found = await probes(sandbox.url, redis_url=redis.url)
+            assert ("ok", f"Redis at {redis.url} answers in time") == (found["redis"].outcome, found["redis"].text)
+            redis.freeze()
+            found = await probes(sandbox.url, redis_url=redis.url)
+            assert_failed(found, "redis", "longer than 50 ms", "its own part of the quota")
+            redis.kill()
+            found = await probes(sandbox.url, redis_url=redis.url)
+            assert_failed(found, "redis", "cannot be reached", "METQUAY_REDIS_URL")
+            assert "ok" == found["read"].outcome
+
+
 @pytest.fixture
 def sandbox_settings() -> Iterator[Callable[[], Settings]]:
     """Load what ``check --sandbox`` would."""
@@ -349,7 +373,7 @@ def test_one_line_for_each_probe(sandbox_settings: Callable[[], Settings], capsy
     """Each probe is a line: outcome, name, time, what was found; nothing failed, so the exit code is 0."""
     assert 0 == run(sandbox_settings, sandbox=True, as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert 10 == len(lines)
+    assert 11 == len(lines)
     assert re.fullmatch(r"ok +login +\d+ ms  a token for 900 s", lines[7])
     assert re.fullmatch(r"skipped +tls +not used within this machine", lines[5])
 

@@ -5,14 +5,17 @@ Each validator is shown a broken twin of each file, which is the file with one t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 import venv
 from importlib import metadata, resources
 from itertools import chain
@@ -22,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from packaging.requirements import Requirement
 
+from metquay_proxy.idempotency import MAX_ANSWER, MAX_RECORDS
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY
-from metquay_proxy.settings import VARIABLES, default_text, flag, variable
+from metquay_proxy.settings import VARIABLES, default_text, flag, parse_redis_url, variable
 from tests.running import process
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "deploy/compose.yaml"
 PODS = sorted((ROOT / "deploy/kubernetes").glob("*.yaml"))
 UNIT = ROOT / "deploy/systemd/metquay-proxy.service"
+REPLICAS = ROOT / "deploy/kubernetes/replicas.yaml"
 SCRIPTS = sorted((ROOT / "deploy/windows").glob("*.ps1"))
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 
@@ -41,6 +46,17 @@ INSTALLED = "/opt/metquay-proxy/bin/metquay-proxy"
 EXPOSURE = 1.2
 """The worst score (0 is best, 10 worst) that `systemd-analyze security` may give; sockets alone make up most of it."""
 CLIENT_KEY = "a-client-key-of-24-letters"
+WRITING_KEY = "another-key-of-26-letters"
+KUBECTL = """
+kubectl() {
+  shift 4
+  for word; do
+    word=${word#--from-file=}
+    if [[ $word == *=* ]]; then cp "${word#*=}" "${word%%=*}"; else test -e "$word"; fi
+  done
+}
+"""
+"""Stands for kubectl where a comment makes a secret: its files lie beside one another."""
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".git").exists(), reason="a source archive holds only a part of the repository"
@@ -155,6 +171,9 @@ BROKEN: list[tuple[Callable[[Path], str], str, str, str]] = [
     (kubernetes_schema, "sidecar.yaml", "defaultMode: 288", 'defaultMode: "0440"'),
     (kubernetes_schema, "job.yaml", "terminationGracePeriodSeconds: 20", "terminationGracePeriodSeconds: 20s"),
     (kubernetes_schema, "job.yaml", "exec: {command: [metquay-proxy, health]}", "exec: [metquay-proxy, health]"),
+    (kubernetes_schema, "replicas.yaml", "strategy: {type: Recreate}", "strategy: Recreate"),
+    (kubernetes_schema, "replicas.yaml", "        - podSelector:\n", "        - podsSelector:\n"),
+    (kubernetes_schema, "replicas.yaml", "items: [{key: users.acl, path", "items: [{keys: users.acl, path"),
     (workflow_schema, "check.yml", "runs-on:", "runs_on:"),
     (workflow_schema, "release.yml", "id-token: write", "id-token: yes, please"),
     (workflow_audit, "check.yml", "@de0fac2e4500dabe0009e67214ff5f5447ce83dd # v6.0.2", "@v6"),
@@ -225,6 +244,10 @@ class Deployment(NamedTuple):
     """A command of the file that uses the proxy."""
     grace: float
     """Seconds from the signal to the end."""
+    redis: tuple[str, ...] = ()
+    """The command that runs the Redis of the file, if it has one."""
+    making: str = ""
+    """The commands that make the secrets, as the file's comment has them."""
 
 
 def image_environment() -> dict[str, str]:
@@ -236,6 +259,7 @@ def composed(service: str, client: str) -> Deployment:
     """Read a proxy, and who uses it, out of the compose file."""
     document = documents(COMPOSE)[0]
     proxy, user = document["services"][service], document["services"][client]
+    redis = [document["services"][name] for name in proxy.get("depends_on", [])]
     secrets = {name: document["secrets"][name]["file"] for name in [*proxy["secrets"], *user.get("secrets", [])]}
     assert {name: f"secrets/{name}" for name in secrets} == secrets
     return Deployment(
@@ -244,12 +268,16 @@ def composed(service: str, client: str) -> Deployment:
         proxy["healthcheck"]["test"][1:],
         [word.replace("$$", "$") for word in user["command"]],
         float(proxy["stop_grace_period"].removesuffix("s")),
+        tuple(chain(*(one["entrypoint"] + one["command"] for one in redis))),
     )
 
 
 def in_pod(name: str) -> Deployment:
     """Read the proxy, and who uses it, out of a file's pod."""
-    pod = documents(ROOT / "deploy/kubernetes" / name)[0]["spec"]["template"]["spec"]
+    path = ROOT / "deploy/kubernetes" / name
+    specs = [document["spec"] for document in documents(path)]
+    pod, *others = [spec["template"]["spec"] for spec in specs if "template" in spec]
+    redis = [container for other in others for container in other["containers"]]
     proxy = pod["initContainers"][0]
     return Deployment(
         image_environment() | {entry["name"]: entry["value"] for entry in proxy["env"]},
@@ -257,7 +285,14 @@ def in_pod(name: str) -> Deployment:
         proxy["readinessProbe"]["exec"]["command"],
         pod["containers"][0]["command"],
         pod["terminationGracePeriodSeconds"],
+        tuple(chain(*(container["command"] + container["args"] for container in redis))),
+        "\n".join(re.findall(r"^#   (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)),
     )
+
+
+def redis_pod() -> Any:  # noqa: ANN401 - YAML
+    """Return what runs in the pod of Redis."""
+    return documents(REPLICAS)[1]["spec"]["template"]["spec"]
 
 
 def as_unit() -> Deployment:
@@ -276,10 +311,13 @@ def as_unit() -> Deployment:
 DEPLOYMENTS: dict[str, Callable[[], Deployment]] = {
     "compose-sidecar": lambda: composed("sidecar", "application"),
     "compose-shared": lambda: composed("metquay-proxy", "reports"),
+    "compose-replicas": lambda: composed("replicas", "calibrations"),
     "kubernetes-sidecar": lambda: in_pod("sidecar.yaml"),
     "kubernetes-job": lambda: in_pod("job.yaml"),
+    "kubernetes-replicas": lambda: in_pod("replicas.yaml"),
     "systemd": as_unit,
 }
+WITH_REDIS = ["compose-replicas", "kubernetes-replicas"]
 
 
 @pytest.fixture
@@ -290,32 +328,73 @@ def upstream(tmp_path: Path) -> Iterator[str]:
         yield simulator.url
 
 
+@contextlib.contextmanager
+def prepared(deployment: Deployment, upstream: str, folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Make a file's secrets and run its Redis; yield the secrets' folder and the proxy's environment.
+
+    All is as the file has it, but for what only an engine can give: paths, names of hosts, ports.
+    """
+    secrets = folder / "secrets"
+    secrets.mkdir(mode=0o700)
+    values = {
+        "METQUAY_ACCESS_KEY": ACCESS_KEY,
+        "METQUAY_SECRET_KEY": SECRET_KEY,
+        "METQUAY_CLIENT_KEYS": f"reports:{CLIENT_KEY}:read-only\ntests:{WRITING_KEY}",
+        "reports-key": CLIENT_KEY,
+    }
+    for secret in deployment.secrets:
+        (secrets / secret).write_text(values[secret] + "\n", encoding="utf-8")
+    if deployment.making:
+        tool("openssl")
+        making = KUBECTL + deployment.making.replace("DNS:metquay-redis", "DNS:localhost")
+        code, text = output(tool("bash"), "-euc", making, cwd=secrets)
+        assert 0 == code, text
+    for path in secrets.iterdir():
+        path.chmod(0o440)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    places = {
+        "/etc/metquay": str(secrets),
+        "/etc/redis": str(secrets),
+        "/run/redis": str(folder),
+        "metquay-redis:6379": f"localhost:{port}",
+        "6379": port,
+        ":6387": ":0",
+    }
+
+    def here(text: str) -> str:
+        return re.sub("|".join(places), lambda found: places[found[0]], text)
+
+    environment = {key: here(value) for key, value in deployment.environment.items()} | {"METQUAY_HOST": upstream}
+    if f"{min(deployment.secrets)}_FILE" not in environment:
+        environment["CREDENTIALS_DIRECTORY"] = str(secrets)  # as good as /run/secrets, where a test can't write
+    with contextlib.ExitStack() as stack:
+        if deployment.redis:
+            program, *words = deployment.redis
+            assert "valkey-server" == program
+            command = [tool("redis-server"), *map(here, words)]  # Valkey takes its words
+            popen = stack.enter_context(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True))  # noqa: S603 - the file's
+            stack.callback(popen.kill)
+            assert popen.stdout is not None
+            assert any("ready to accept connections" in line.lower() for line in popen.stdout), (
+                "Redis refuses its words"
+            )
+        yield secrets, environment
+
+
 @posix_only
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_a_deployment_runs(name: str, upstream: str, tmp_path: Path) -> None:
     """With a file's settings and its secrets as files, the proxy is ready, and the file's client is answered."""
     tool("curl")
-    deployment = DEPLOYMENTS[name]()
-    secrets, folder = tmp_path / "secrets", tmp_path / "proxy"
+    deployment, folder = DEPLOYMENTS[name](), tmp_path / "proxy"
     folder.mkdir()
-    secrets.mkdir(mode=0o700)
-    values = {
-        "METQUAY_ACCESS_KEY": ACCESS_KEY,
-        "METQUAY_SECRET_KEY": SECRET_KEY,
-        "METQUAY_CLIENT_KEYS": f"reports:{CLIENT_KEY}:read-only",
-        "reports-key": CLIENT_KEY,
-    }
-    for secret in deployment.secrets:
-        (secrets / secret).write_text(values[secret] + "\n", encoding="utf-8")
-        (secrets / secret).chmod(0o440)
-    environment = {  # the same, but for what only an engine can give
-        key: re.sub("^/etc/metquay", str(secrets), value.replace(":6387", ":0"))
-        for key, value in deployment.environment.items()
-    } | {"METQUAY_HOST": upstream}
-    if f"{min(deployment.secrets)}_FILE" not in environment:
-        environment["CREDENTIALS_DIRECTORY"] = str(secrets)  # as good as /run/secrets, where a test can't write
-    with process(folder, "serve", **environment) as proxy:
+    with (
+        prepared(deployment, upstream, tmp_path) as (secrets, environment),
+        process(folder, "serve", **environment) as proxy,
+    ):
         port = proxy.url.rpartition(":")[2]
         listen = environment.get("METQUAY_LISTEN", "localhost:0").replace(":0", f":{port}")
         program, *arguments = deployment.ready
@@ -336,6 +415,102 @@ def test_a_deployment_runs(name: str, upstream: str, tmp_path: Path) -> None:
         assert 2 == len(json.loads(text[text.index("[") : text.rindex("]") + 1])) or "limit=50" in command[-1]
         assert 0 == proxy.stop()
     assert "warning" not in proxy.output
+
+
+def asked(method: str, url: str, **headers: str) -> Any:  # noqa: ANN401 - JSON
+    """Ask for JSON with the client key that may write, and with a made-up body where one belongs."""
+    body = b'{"name": "Pressure gauges of a replica"}' if method == "POST" else None
+    headers |= {"X-Proxy-Key": WRITING_KEY, "Content-Type": "application/json"}
+    request = urllib.request.Request(url, body, headers, method=method)  # noqa: S310 - http, as we made it
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as response:
+        return json.load(response)
+
+
+@posix_only
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_REDIS)
+def test_replicas_share_through_the_redis_of_their_file(name: str, upstream: str, tmp_path: Path) -> None:
+    """Two proxies count each other, and one answers what the other executed: Redis lets them do all that they need."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    with contextlib.ExitStack() as stack:
+        _, environment = stack.enter_context(prepared(DEPLOYMENTS[name](), upstream, tmp_path))
+        proxies = []
+        for folder in folders:
+            folder.mkdir()
+            proxies.append(stack.enter_context(process(folder, "serve", **environment)))
+        urls = [f"http://127.0.0.1:{proxy.url.rpartition(':')[2]}" for proxy in proxies]
+        key = {"Idempotency-Key": "deploy-1"}
+        first, second = (asked("POST", f"{url}/instrument-categories", **key) for url in urls)
+        assert first == second
+        assert 1 == asked("GET", f"{upstream}/_sandbox/books")["requests"]
+        status = asked("GET", f"{urls[1]}/-/status")["redis"]
+        assert (True, 2, 0) == (status["shared"], status["replicas"], status["failures"])
+
+
+def words_of(redis: tuple[str, ...]) -> dict[str, str]:
+    """Return a Redis's options with their values."""
+    return dict(zip(redis[1::2], redis[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", WITH_REDIS)
+def test_redis_keeps_what_it_must_and_nothing_on_disk(name: str) -> None:
+    """It writes no file and throws nothing out, and as many answers as proxies record fit in, also in its container."""
+    options = words_of(DEPLOYMENTS[name]().redis)
+    assert ("", "no") == (options["--save"], options["--appendonly"])
+    assert "noeviction" == options["--maxmemory-policy"]
+    held = int(options["--maxmemory"].removesuffix("gb")) << 30
+    assert (
+        held > MAX_RECORDS * MAX_ANSWER * 1.5
+    )  # the allocator rounds up by a quarter, and each has headers and a name
+    limits = {
+        "compose-replicas": lambda: documents(COMPOSE)[0]["services"]["redis"]["mem_limit"].removesuffix("m"),
+        "kubernetes-replicas": lambda: redis_pod()["containers"][0]["resources"]["limits"]["memory"].removesuffix("Mi"),
+    }
+    assert int(limits[name]()) << 20 > held * 1.2
+
+
+@pytest.mark.parametrize("name", WITH_REDIS)
+def test_nobody_else_reaches_redis(name: str) -> None:
+    """It has a socket in a folder of the image's user and no network, or TLS, a password and a policy for it."""
+    deployment = DEPLOYMENTS[name]()
+    address = parse_redis_url(deployment.environment["METQUAY_REDIS_URL"])
+    options = words_of(deployment.redis)
+    assert "0" == options["--port"]
+    if name == "compose-replicas":
+        document = documents(COMPOSE)[0]
+        redis, proxies = document["services"]["redis"], document["services"]["replicas"]
+        assert (address.path, "700") == (options["--unixsocket"], options["--unixsocketperm"])
+        assert "none" == redis["network_mode"]
+        assert ["redis:/run/redis"] == redis["volumes"] == proxies["volumes"]
+        assert "uid=65532,gid=65532,mode=0700" in document["volumes"]["redis"]["driver_opts"]["o"]
+        assert "65532:65532" == redis["user"]
+        return
+    assert ("rediss", options["--tls-port"]) == (address.scheme, str(address.port))
+    assert {"METQUAY_REDIS_PASSWORD_FILE", "METQUAY_CA_BUNDLE"} <= deployment.environment.keys()
+    assert "nopass" not in deployment.making
+    assert "CA:FALSE" in deployment.making  # what METQUAY_CA_BUNDLE holds could else vouch for a false Metquay
+    application, redis, service, policy = documents(REPLICAS)
+    assert address.host == service["metadata"]["name"]
+    labels = redis["spec"]["template"]["metadata"]["labels"]
+    assert labels == service["spec"]["selector"] == policy["spec"]["podSelector"]["matchLabels"]
+    (rule,) = policy["spec"]["ingress"]
+    assert [{"podSelector": application["spec"]["selector"]}] == rule["from"]
+    assert "egress" not in policy["spec"]
+    assert ["Ingress", "Egress"] == policy["spec"]["policyTypes"]
+    assert (1, "Recreate") == (redis["spec"]["replicas"], redis["spec"]["strategy"]["type"])
+
+
+@posix_only
+@pytest.mark.slow
+def test_the_probe_of_redis_fails_only_without_it(tmp_path: Path) -> None:
+    """The command that Kubernetes runs beside Redis holds no password: a refusal is an answer, silence is none."""
+    program, *words = redis_pod()["containers"][0]["livenessProbe"]["exec"]["command"]
+    assert "valkey-cli" == program
+    with prepared(in_pod("replicas.yaml"), "", tmp_path) as (_, environment):
+        port = environment["METQUAY_REDIS_URL"].rpartition(":")[2].removesuffix("/0")
+        probe = [tool("redis-cli"), *(word.replace("6379", port) for word in words)]
+        assert (0, "NOAUTH Authentication required.\n\n") == output(*probe)
+    assert 1 == output(*probe)[0]
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
@@ -360,8 +535,8 @@ def test_compose_waits_shares_and_publishes_as_it_says() -> None:
     """Whoever joins a proxy's network waits until it is ready; ports are published to this machine alone."""
     services = documents(COMPOSE)[0]["services"]
     proxies = {name for name, service in services.items() if service["image"] == "metquay-proxy"}
-    assert {"sidecar", "metquay-proxy"} == proxies
-    for name in services.keys() - proxies:
+    assert {"sidecar", "metquay-proxy", "replicas"} == proxies
+    for name in services.keys() - proxies - {"redis"}:
         (needed, how), *others = services[name]["depends_on"].items()
         assert [] == others
         assert needed in proxies
@@ -371,9 +546,11 @@ def test_compose_waits_shares_and_publishes_as_it_says() -> None:
     assert told == set(chain(*(service["profiles"] for service in services.values())))
     assert "service:sidecar" == services["application"]["network_mode"]
     assert ["127.0.0.1:6387:6387"] == list(chain(*(service.get("ports", []) for service in services.values())))
-    for name in proxies:
+    assert ["metquay-proxy"] == services["replicas"]["networks"]["default"]["aliases"]
+    for name in (*proxies, "redis"):
         assert ["ALL"] == services[name]["cap_drop"]
         assert services[name]["read_only"]
+    for name in proxies:
         assert (COMPOSE.parent / services[name]["build"] / "Dockerfile").resolve() == ROOT / "Dockerfile"
 
 
@@ -391,23 +568,70 @@ def test_a_pod_has_a_sidecar_that_is_asked_from_within(path: Path) -> None:
     assert ("Never" if document["kind"] == "Job" else None) == pod.get("restartPolicy")
     (volume,) = pod["volumes"]
     assert [volume["name"]] == [mount["name"] for mount in proxy["volumeMounts"]]
-    assert (
-        volume["secret"]["secretName"]
-        == documents(PODS[0])[0]["spec"]["template"]["spec"]["volumes"][0]["secret"]["secretName"]
-    )
     for container in (proxy, *pod["containers"]):
-        assert container["securityContext"]["readOnlyRootFilesystem"]
-        assert ["ALL"] == container["securityContext"]["capabilities"]["drop"]
+        locked_down(pod, container)
 
 
-def test_the_secret_that_the_comment_makes_is_the_one_that_is_read() -> None:
-    """The command in a comment makes the very secret and files that the proxy is told of."""
-    text = (ROOT / "deploy/kubernetes/sidecar.yaml").read_text(encoding="utf-8")
-    command = re.search(r"kubectl create secret generic (\S+)(.*)", text)
-    assert command is not None
-    assert f"secretName: {command[1]}," in text
-    for name in re.findall(r"--from-file=(\S+)", command[2]):
-        assert f"{name}_FILE, value: /etc/metquay/{name}}}" in text
+def test_redis_is_locked_down_too() -> None:
+    """Its pod has no more rights than the others, and holds nothing that only proxies need."""
+    pod = redis_pod()
+    (container,) = pod["containers"]
+    locked_down(pod, container)
+    assert {"users.acl", "tls.crt", "tls.key"} == files_of(pod).keys()
+
+
+def locked_down(pod: Any, container: Any) -> None:  # noqa: ANN401 - YAML
+    """Check what a container may do: it is nobody, writes nowhere, and has no way to become more."""
+    assert (True, 65532) == (pod["securityContext"]["runAsNonRoot"], pod["securityContext"]["runAsUser"])
+    assert not pod["automountServiceAccountToken"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert not container["securityContext"]["allowPrivilegeEscalation"]
+    assert ["ALL"] == container["securityContext"]["capabilities"]["drop"]
+
+
+def test_replicas_are_the_sidecar_with_redis() -> None:
+    """The application is the same in both files but for their number, three variables and where its files come from."""
+    alone, many = (documents(REPLICAS.with_name(name))[0] for name in ("sidecar.yaml", "replicas.yaml"))
+    assert (1, 20) == (alone["spec"].pop("replicas"), many["spec"].pop("replicas"))
+    pods = [document["spec"]["template"]["spec"] for document in (alone, many)]
+    for pod in pods:
+        assert ["metquay"] == [volume["name"] for volume in pod.pop("volumes")]
+    more = [pod["initContainers"][0].pop("env") for pod in pods]
+    assert ["REDIS_URL", "REDIS_PASSWORD_FILE", "CA_BUNDLE"] == [
+        entry["name"].removeprefix("METQUAY_") for entry in more[1] if entry not in more[0]
+    ]
+    assert alone == many
+
+
+def made_secrets() -> dict[str, set[str]]:
+    """Return the secrets that the comments make, each with the names of its files."""
+    text = "".join(path.read_text(encoding="utf-8") for path in PODS)
+    made = re.findall(r"kubectl create secret generic (\S+)(.*)", text)
+    return {name: set(re.findall(r"--from-file=([^\s=]+)", files)) for name, files in made}
+
+
+def files_of(pod: Any) -> dict[str, str]:  # noqa: ANN401 - YAML
+    """Return the files of a pod's one volume, each with the secret that it comes from."""
+    (volume,) = pod["volumes"]
+    if "secret" in volume:
+        name = volume["secret"]["secretName"]
+        return dict.fromkeys(made_secrets()[name], name)
+    files = {}
+    for source in volume["projected"]["sources"]:
+        name = source["secret"]["name"]
+        items = source["secret"].get("items") or [{"key": file, "path": file} for file in made_secrets()[name]]
+        assert {item["key"] for item in items} <= made_secrets()[name]
+        files |= {item["path"]: name for item in items}
+    return files
+
+
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.name)
+def test_the_secrets_that_the_comments_make_are_those_that_are_read(path: Path) -> None:
+    """The commands in the comments make the very secrets and files that the proxy is told of, and it sees no others."""
+    pod = documents(path)[0]["spec"]["template"]["spec"]
+    (proxy,) = pod["initContainers"]
+    told = {entry["value"] for entry in proxy["env"] if entry["value"].startswith("/")}
+    assert told == {f"/etc/metquay/{file}" for file in files_of(pod)}
 
 
 # What the unit forbids, held against what the proxy does.

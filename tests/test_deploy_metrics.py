@@ -28,7 +28,8 @@ def exposed() -> dict[str, set[str]]:
     """Return the name of each sample of ``/-/metrics`` with the names of its labels."""
     telemetry = Telemetry()
     telemetry.closed(Exchange("GET", "/api/v1/customers"))
-    families = text_string_to_metric_families(telemetry.exposition(STATUS).decode())
+    status = {**STATUS, "redis": {"shared": True, "replicas": 2, "failures": 0}}
+    families = text_string_to_metric_families(telemetry.exposition(status).decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 
@@ -95,3 +96,39 @@ def test_alerts_say_what_to_do() -> None:
         )
         assert 0 == found.returncode, found.stderr
         assert f"SUCCESS: {len(alerts)} rules found" in found.stdout
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_a_replica_alone_is_told_of_after_five_minutes(tmp_path: Path) -> None:
+    """One that shares again in time is not told of, nor one that has no Redis."""
+    series = {
+        'metquay_proxy_redis_shared{instance="alone"}': "0x9",
+        'metquay_proxy_redis_shared{instance="back"}': "0x4 1x5",
+        'metquay_proxy_redis_shared{instance="shares"}': "1x9",
+        'metquay_proxy_ready{instance="has-none"}': "1x9",
+    }
+    told = {"severity": "warning", "instance": "alone"}
+    summary = "alone goes on without Redis"
+    (description,) = re.findall(rf"{summary.replace('alone', '.*')}\"?\n *description: (.*)", ALERTS)
+    annotations = {"summary": summary, "description": description}
+    test = {
+        "rule_files": [str(DEPLOY / "alerts.yaml")],
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "alert_rule_test": [
+                    {"alertname": "MetquayQuotaNotShared", "eval_time": "4m", "exp_alerts": []},
+                    {
+                        "alertname": "MetquayQuotaNotShared",
+                        "eval_time": "6m",
+                        "exp_alerts": [{"exp_labels": told, "exp_annotations": annotations}],
+                    },
+                ],
+            }
+        ],
+    }
+    path = tmp_path / "alone.yaml"
+    path.write_text(json.dumps(test), encoding="utf-8")
+    found = subprocess.run(["promtool", "test", "rules", path], capture_output=True, text=True, check=False)  # noqa: S603, S607 - Prometheus's own tool
+    assert 0 == found.returncode, found.stdout + found.stderr

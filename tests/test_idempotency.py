@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from typing import TypeVar
 
 import pytest
@@ -14,6 +15,8 @@ from metquay_proxy.idempotency import (
     Answer,
     Claim,
     Records,
+    decoded,
+    encoded,
     proves_nothing_was_executed,
     record_name,
 )
@@ -142,6 +145,24 @@ def test_scope() -> None:
 def test_proof(status: int, *, proof: bool) -> None:
     """A 4xx proves that nothing was executed; a 5xx or a redirect proves nothing."""
     assert proof is proves_nothing_was_executed(status)
+
+
+_FIELDS = st.lists(st.tuples(st.binary(max_size=8), st.binary(max_size=8)), max_size=3)
+_BODIES = st.none() | st.binary(max_size=32) | st.just(b"\n{}\n")
+_ANSWERS = st.none() | st.builds(Answer, st.integers(200, 299), st.binary(max_size=8), _FIELDS, _BODIES)
+
+
+@given(st.binary(min_size=32, max_size=32), _ANSWERS)
+def test_a_record_beyond_this_process(digest: bytes, answer: Answer | None) -> None:
+    """An answer is read as it was written: odd bytes, a body that was not kept or is empty, an unknown outcome."""
+    assert (digest, None, answer) == decoded(encoded(digest, answer))
+
+
+def test_a_running_request_beyond_this_process() -> None:
+    """Who executes is written and read; the first line is JSON, which the store's script reads too."""
+    written = encoded(BODY, None, running="replica-1")
+    assert {"digest": BODY.hex(), "running": "replica-1"} == json.loads(written.split(b"\n")[0])
+    assert (BODY, "replica-1", None) == decoded(written)
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,19 @@ import aiohttp
 import pytest
 
 from metquay_proxy.auth import Credentials
-from metquay_proxy.sandbox import Sandbox
+from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Sandbox
+from tests.redis_server import needs_redis, redis_server
 from tests.running import process, running
 
 async_api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
 expect = async_api.expect
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from playwright.async_api import Browser, Page
+
+    from tests.redis_server import RedisServer
 
 CHROMIUM = shutil.which("chromium")
 ARTEFACTS = Path(__file__).parent.parent / ".artefacts"
@@ -53,6 +57,13 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
     """Open the client of a tool."""
     async with aiohttp.ClientSession(headers={"User-Agent": "Excel"}) as session:
         yield session
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """Start a Redis."""
+    with redis_server(tmp_path / "redis") as server:
+        yield server
 
 
 @contextlib.asynccontextmanager
@@ -180,6 +191,32 @@ async def test_what_is_wrong(
             one.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
     await sandbox.stop()
+
+
+@needs_redis
+async def test_with_whom_the_quota_is_shared(browser: Browser, redis: RedisServer, tmp_path: Path) -> None:
+    """With a Redis the page says how many replicas share; without it, for how long and why this one goes on alone."""
+    ARTEFACTS.mkdir(exist_ok=True)
+    environment = {"METQUAY_ACCESS_KEY": ACCESS_KEY, "METQUAY_SECRET_KEY": SECRET_KEY, "METQUAY_LISTEN": "127.0.0.1:0"}
+    with contextlib.ExitStack() as stack:
+
+        def begin(name: str, *words: str, **more: str) -> str:
+            (tmp_path / name).mkdir()
+            return stack.enter_context(process(tmp_path / name, *words, **environment, **more)).url
+
+        environment["METQUAY_HOST"] = begin("upstream", "sandbox", "--listen", "127.0.0.1:0")
+        async with opened(browser, begin("one", "serve", METQUAY_REDIS_URL=redis.url)) as page:
+            sharing = page.locator("#sharing")
+            await expect(sharing).to_have_text("Shared through Redis with no other replica.")
+            begin("two", "serve", METQUAY_REDIS_URL=redis.url)
+            await expect(sharing).to_have_text("Shared through Redis with 1 other replica.")
+            redis.kill()
+            alone = r"! Alone for \d+ s, with its part of 50 requests\. Redis: it cannot be reached\."
+            await expect(sharing).to_have_text(re.compile(alone))
+            await page.screenshot(path=ARTEFACTS / "page-alone.png")
+        async with opened(browser, begin("three", "serve")) as page:
+            await expect(page.locator("#used")).to_contain_text("of 100")
+            await expect(page.locator("#sharing")).to_be_hidden()
 
 
 async def test_by_keyboard_with_a_client_key(browser: Browser) -> None:

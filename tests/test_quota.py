@@ -509,8 +509,8 @@ class Server(RuleBasedStateMachine):
         self.limit = min(limit, LIMIT)
         self.quota = Quota(self.limit, WINDOW, burst=burst, max_waiting=20)
         if limit > LIMIT:
-            self.quota._grain = WINDOW / 5  # type: ignore[misc]
-            self.quota._hold += WINDOW / 5  # type: ignore[misc]
+            self.quota._grain = WINDOW / 5
+            self.quota._hold += WINDOW / 5
         self.now = 0.0
         self.arrivals: list[float] = []
         self.tickets: list[Ticket] = []

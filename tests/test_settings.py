@@ -14,7 +14,17 @@ from metquay_proxy.auth import Credentials
 from metquay_proxy.gate import ClientKey
 from metquay_proxy.quota import Rate
 from metquay_proxy.rewrite import BaseURL
-from metquay_proxy.settings import VARIABLES, Setting, Settings, SettingsError, default_text, flag, load, variable
+from metquay_proxy.settings import (
+    VARIABLES,
+    RedisAddress,
+    Setting,
+    Settings,
+    SettingsError,
+    default_text,
+    flag,
+    load,
+    variable,
+)
 from metquay_proxy.upstream import OutboundProxy
 
 if TYPE_CHECKING:
@@ -120,6 +130,10 @@ class TestValues:
             ("replay_limit", "0", 0),
             ("log_level", "WARNING", "warning"),
             ("log_format", "json", "json"),
+            ("redis_url", "redis://localhost", RedisAddress("redis", "localhost", 6379)),
+            ("redis_url", "redis://[::1]:7000/3", RedisAddress("redis", "::1", 7000, database=3)),
+            ("redis_url", "redis://lab%40x@127.0.0.1/", RedisAddress("redis", "127.0.0.1", 6379, user="lab@x")),
+            ("redis_url", "unix:///run/redis.sock", RedisAddress("unix", path="/run/redis.sock")),
         ],
     )
     @pytest.mark.usefixtures("account")
@@ -313,7 +327,7 @@ class TestSources:
     def test_each_setting_has_a_variable_a_description_and_a_flag_unless_secret(self) -> None:
         """Secrets have none, so that no process list shows them."""
         secrets = {name for name in VARIABLES if flag(name) is None}
-        assert {"access_key", "secret_key", "client_key", "client_keys", "outbound_proxy"} == secrets
+        assert {"access_key", "secret_key", "client_key", "client_keys", "outbound_proxy", "redis_password"} == secrets
         assert all(f"{name}_file" in VARIABLES for name in secrets)
         assert all(field.description for field in VARIABLES.values())
         assert "METQUAY_MAX_WAIT" == variable("max_wait")
@@ -686,3 +700,78 @@ class TestWarnings:
         """The proxy may have all it needs without it."""
         file = write("run-secrets", "no directory")
         assert load().warnings[0].startswith(f"{file} was not searched for secrets: ")
+
+
+@pytest.mark.usefixtures("account")
+class TestRedis:
+    """Where recorded answers may lie, and how the password gets there."""
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "localhost:6379",
+            "http://localhost",
+            "redis://",
+            "redis://localhost/first",
+            "redis://localhost:99999",
+            "redis://localhost?password=open-sesame",
+            "redis://localhost/0#x",
+            "redis+tls://localhost",
+            "unix:run/redis.sock",
+            "unix://host/run/redis.sock",
+            "redis://[::1",
+        ],
+    )
+    def test_what_is_no_address(self, text: str) -> None:
+        """It is told in one line that shows the forms there are, and nothing of what was written."""
+        (line,) = problems({"redis_url": text})
+        assert line.startswith("METQUAY_REDIS_URL")
+        assert "redis://host:6379/0" in line
+        assert "open-sesame" not in line
+
+    def test_a_password_in_the_address_is_refused_and_not_shown(self) -> None:
+        """An address is seen in process lists and logs."""
+        (line,) = problems({"redis_url": "rediss://lab:open-sesame@redis.example"})
+        assert "METQUAY_REDIS_PASSWORD_FILE" in line
+        assert "open-sesame" not in line
+
+    def test_a_password_in_the_environment_is_refused_and_not_shown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It comes from a file alone."""
+        monkeypatch.setenv("METQUAY_REDIS_PASSWORD", "open-sesame")
+        (line,) = problems()
+        assert "METQUAY_REDIS_PASSWORD_FILE" in line
+        assert "open-sesame" not in line
+
+    @pytest.mark.parametrize(
+        ("url", "password"),
+        [("redis://redis.example", False), ("redis://redis.example", True), ("rediss://10.0.0.7:6380", False)],
+    )
+    def test_beyond_this_machine_it_needs_tls_and_a_password(self, write: Write, url: str, *, password: bool) -> None:
+        """Bodies of answers lie there: with only one of the two the proxy does not start."""
+        flags = {"redis_password_file": str(write("word", "open-sesame\n"))} if password else {}
+        (line,) = problems({"redis_url": url} | flags)
+        assert f"{url}" in line
+        assert "rediss://" in line
+        assert "METQUAY_REDIS_PASSWORD_FILE" in line
+
+    @pytest.mark.parametrize("url", ["rediss://redis.example:6379/0", "redis://127.0.0.1:6379/0", "unix:///x.sock"])
+    def test_with_both_or_within_this_machine_it_starts(self, write: Write, url: str) -> None:
+        """And no form of the settings shows the password, which is read again whenever it is asked for."""
+        word = write("word", "open-sesame\n")
+        settings = load({"redis_url": url, "redis_password_file": str(word)})
+        assert url == str(settings.redis_url)
+        assert "open-sesame" == settings.redis_secret()
+        assert "open-sesame" not in repr(settings)
+        assert "open-sesame" not in str(settings.sources())
+        word.write_text("xyzzy")
+        assert "xyzzy" == settings.redis_secret()
+
+    def test_without_a_password(self) -> None:
+        """On this machine a Redis may have none."""
+        assert load({"redis_url": "redis://localhost"}).redis_secret() is None
+
+    def test_without_the_library_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is an extra that most do not need."""
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "redis" else pytest.fail(name))
+        (line,) = problems({"redis_url": "redis://localhost"})
+        assert "pip install 'metquay-proxy[redis]'" in line

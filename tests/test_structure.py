@@ -45,8 +45,10 @@ OF_SEVERAL_MODULES = {
     "openapi": "the simulator and the proxy, judged by the vendor's description",
     "page": "page.html, in a browser",
     "readme": "README.md",
+    "replicas": "the whole proxy, several times, with one Redis",
     "secrets": "the whole proxy: what it must not write",
     "skip_gate": "tests/skip_gate.py",
+    "shared_window": "quota.lua and its likeness in benchmarks/",
     "soak": "the whole proxy, in a bad week",
     "structure": "the repository",
     "trust": "certificates and corporate proxies, on the way through the whole proxy",
@@ -56,7 +58,7 @@ OF_SEVERAL_MODULES = {
 
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "metquay_proxy", "tests"}
 
-CODE_LINES = 5800
+CODE_LINES = 6500
 """Lines of code in the package, rounded up to the next 50: it grows on purpose or not at all."""
 
 pytestmark = pytest.mark.skipif(
@@ -172,7 +174,9 @@ def test_a_pure_module_loads_no_framework(module: str) -> None:
     [
         (
             "requirements.lock",
-            PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["speed"],
+            PROJECT["project"]["dependencies"]
+            + PROJECT["project"]["optional-dependencies"]["speed"]
+            + PROJECT["project"]["optional-dependencies"]["redis"],
         ),
         (
             "requirements-dev.lock",

@@ -354,3 +354,13 @@ def test_nobody_pays_for_metrics_who_does_not_ask() -> None:
     text = "import sys, metquay_proxy.server; print('prometheus_client' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 - ours
     assert "False\n" == done.stdout
+
+
+def test_what_replicas_share_is_counted_where_they_share() -> None:
+    """Alone or not, with how many, and how often Redis failed; nothing of that where no Redis is set."""
+    redis = {"shared": False, "replicas": 5, "share": 20, "alone_for": 3.0, "failures": 2, "trouble": "gone"}
+    found = metrics(Telemetry(), {**STATUS, "redis": redis})
+    assert (0.0, 5.0, 2.0) == tuple(
+        found[f"metquay_proxy_redis_{name}",] for name in ("shared", "replicas", "failures_total")
+    )
+    assert not [name for name, *_ in metrics(Telemetry(), {**STATUS, "redis": None}) if "redis" in name]
