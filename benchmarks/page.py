@@ -5,9 +5,9 @@ Owns the words around a run's figures, all of which come from RESULTS. Tells rat
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -195,13 +195,16 @@ def _shared(ways: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
     yield grid(["quota", *heads], rows)
 
 
-def main(words: Sequence[str]) -> int:
-    """Write the page of RESULTS into README."""
-    results, readme = map(Path, words)
-    page = of(json.loads(results.read_text(encoding="utf-8")))
-    readme.write_text(put(readme.read_text(encoding="utf-8"), page), encoding="utf-8", newline="\n")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page of a run into a README."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__)
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="the results.json of a run")
+    parser.add_argument("readme", type=Path, metavar="README", help="the file with the two marks")
+    options = parser.parse_args(arguments)
+    page = of(json.loads(options.results.read_text(encoding="utf-8")))
+    options.readme.write_text(put(options.readme.read_text(encoding="utf-8"), page), encoding="utf-8", newline="\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

@@ -326,7 +326,7 @@ NGINX: Final = "nginx"
 DIRECT: Final = "direct"
 CONTENDERS: Final = (
     Contender(OURS, ours(), health=True),
-    Contender(f"{OURS} without uvloop", ours(uvloop=False)),
+    Contender(f"{OURS} without uvloop", ours(uvloop=False), brief=True),
     Contender(f"{OURS}, log on", ours(LOG_LEVEL="info"), brief=True),
     Contender(NGINX, _nginx),
     Contender("HAProxy", _haproxy),
