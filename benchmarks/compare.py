@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.peers import CONTENDERS, DIRECT, Cache, Contender, Missing, serving
-from benchmarks.rig import Door, Failed, Program, Wrk, at_rate, first_answer, load, open_clients, stream
+from benchmarks.rig import FAILURES, Door, Failed, Program, Wrk, at_rate, first_answer, load, open_clients, stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,14 +43,8 @@ class Plan:
 
 
 def compare(plan: Plan, cache: Cache, wrk: Wrk, folder: Path) -> Figures:
-    """Measure every contender of the plan that this machine can have."""
-    prepared: dict[str, tuple[Contender, Callable[[Place], Command]]] = {}
-    for contender in CONTENDERS:
-        if contender.name in plan.names:
-            try:
-                prepared[contender.name] = contender, contender.prepare(cache)
-            except Missing as error:
-                say(f"{contender.name} is left out: {error}")
+    """Measure every contender of the plan, each as far as it lets itself be measured."""
+    prepared = _prepared(plan, cache)
     figures: Figures = {scheme: {name: {} for name in (DIRECT, *prepared)} for scheme in SCHEMES}
     with serving(cache, folder / "upstream", size=plan.size) as upstream:
         for number in range(plan.rounds):
@@ -63,10 +57,23 @@ def compare(plan: Plan, cache: Cache, wrk: Wrk, folder: Path) -> Figures:
                         else:
                             measured = _run(plan, wrk, *prepared[name], upstream.place(folder / name, scheme))
                         for figure, value in measured:
-                            table.setdefault(figure, []).append(value)
-                    except Failed as error:
+                            if name != DIRECT or value:  # no program, no CPU
+                                table.setdefault(figure, []).append(value)
+                    except FAILURES as error:
                         say(f"{name}: {error}")
     return figures
+
+
+def _prepared(plan: Plan, cache: Cache) -> dict[str, tuple[Contender, Callable[[Place], Command]]]:
+    """Install the contenders that this machine can have."""
+    prepared = {}
+    for contender in CONTENDERS:
+        if contender.name in plan.names:
+            try:
+                prepared[contender.name] = contender, contender.prepare(cache)
+            except Missing as error:
+                say(f"{contender.name} is left out: {error}")
+    return prepared
 
 
 def say(text: str) -> None:
@@ -106,8 +113,6 @@ def _measure(  # noqa: PLR0913 - what is measured, with what, and how much of it
         return
     single = load(wrk, door, program, connections=1, seconds=plan.seconds)
     yield from (("rate_1", single.rate), ("cpu_1", single.cpu), ("p50_1", single.p50), ("p99_1", single.p99))
-    many = load(wrk, door, program, connections=64, seconds=plan.seconds)
-    yield from (("rate_64", many.rate), ("cpu_64", many.cpu))
     yield "cpu_new", load(wrk, door, program, connections=16, seconds=plan.seconds, close=True).cpu
     p50, p99 = at_rate(door, RATE, plan.seconds)
     yield from ((f"p50_{RATE}", p50), (f"p99_{RATE}", p99))
@@ -124,11 +129,12 @@ def _measure(  # noqa: PLR0913 - what is measured, with what, and how much of it
 
 
 def medians(figures: Figures) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the median of each figure's rounds."""
+    """Return the median of each figure's rounds, without the contenders of which there is none."""
     return {
         scheme: {
             name: {figure: statistics.median(values) for figure, values in table.items()}
             for name, table in contenders.items()
+            if table
         }
         for scheme, contenders in figures.items()
     }

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benchmarks.compare import say
-from benchmarks.peers import CONTENDERS, NGINX, OURS, Contender, ours, serving
-from benchmarks.rig import Failed, Program, Wrk, first_answer, load, open_clients
+from benchmarks.peers import CONTENDERS, NGINX, OURS, Contender, Missing, ours, serving
+from benchmarks.rig import FAILURES, Program, Wrk, first_answer, load, open_clients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def growth(  # noqa: PLR0913 - with what, where and how much
                 say(f"growth, round {number + 1} of {rounds}: {contender.name}, {count} {kind}")
                 try:
                     figures = _measure(contender.prepare(cache), wrk, upstream, folder, kind, count, seconds, headers)
-                except Failed as error:
+                except (Missing, *FAILURES) as error:
                     say(f"{contender.name}: {error}")
                 else:
                     seen[contender.name, kind, count].append(figures)
@@ -68,7 +68,9 @@ def _cases(most: int) -> Iterator[tuple[Contender, str, int, tuple[str, ...]]]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
     for kind, largest in (("open", files), ("working", files // 2)):
         for count in CLIENTS:
-            if count <= min(most, largest):
+            if count > min(most, largest):
+                say(f"growth: {count:,} clients {kind} are left out: open files allow {largest:,}, wanted are {most:,}")
+            elif kind == "working" or count >= WORKING:
                 yield from ((named[name], kind, count, ()) for name in (OURS, NGINX))
     for count in KEYS:
         texts = [f"tool-{number}:key-of-tool-number-{number:04}" for number in range(count)]

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from benchmarks.compare import say
 from benchmarks.link import FAR, link
 from benchmarks.peers import ours, serving
-from benchmarks.rig import LOCAL, Failed, Program
+from benchmarks.rig import FAILURES, LOCAL, Failed, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from benchmarks.link import Link
     from benchmarks.peers import Cache, Upstream
@@ -30,7 +32,9 @@ ROUND_TRIP: Final = 0.040
 EACH: Final = "direct, a login for each call"
 FIFTY: Final = "direct, a login every 50 calls"
 PROXY: Final = "through the proxy"
+ALONE: Final = "alone"
 QUIET: Final = 10.0
+"""Seconds after which the proxy has closed its connections to the server."""
 QUIET_PROXY: Final = f"through the proxy, after {QUIET:.0f} s of quiet"
 _SETTLE: Final = 0.5
 _TOOL: Final = Path(__file__).parent / "tool.py"
@@ -48,33 +52,45 @@ class Job(NamedTuple):
 
 
 def legacy(cache: Cache, folder: Path, *, calls: int, rounds: int) -> tuple[list[Job], str]:
-    """Run the script every way; return the runs, and what delayed the packets."""
+    """Run the script every way; return the runs, and what delayed the packets. Raises ``Missing``."""
     jobs: list[Job] = []
     how = ""
-    for case, loss, tools, repeated in (
-        ("alone", 0.0, 1, rounds),
-        ("1 % loss", 0.01, 1, rounds),
-        ("20 at once", 0.0, 20, 1),
-    ):
+    for case, loss, tools, repeated in ((ALONE, 0.0, 1, rounds), ("1 % loss", 0.01, 1, 1), ("20 at once", 0.0, 20, 1)):
         with link(ROUND_TRIP, loss) as hosts:
             how = hosts.how
             with serving(cache, folder / case.replace(" ", ""), address=FAR, inside=hosts.far) as upstream:
-                for _ in range(repeated):
+                for number in range(repeated):
                     for way, login in ((EACH, 1), (FIFTY, 50), (PROXY, 0)):
-                        say(f"legacy job, {case}: {way}")
-                        limit = calls * ROUND_TRIP
-                        if way == PROXY:
-                            with _proxy(hosts, upstream, cache, folder) as url:
-                                jobs.append(Job(case, way, *_tool(hosts, url, calls, tools, login), limit))
-                                if case == "alone":
-                                    time.sleep(QUIET)
-                                    jobs.append(Job(case, QUIET_PROXY, *_tool(hosts, url, 1, 1, 0), limit))
+                        say(f"legacy job, round {number + 1} of {repeated}, {case}: {way}")
+                        try:
+                            if login:
+                                url = f"https://{FAR}:{upstream.ports['https']}"
+                                runs = [(way, *_tool(hosts, url, calls, tools, login, str(upstream.ca)))]
+                            else:
+                                with _proxy(hosts, upstream, cache, folder) as url:
+                                    runs = [(way, *_tool(hosts, url, calls, tools, login))]
+                                    if case == ALONE:
+                                        time.sleep(QUIET)
+                                        runs.append((QUIET_PROXY, *_tool(hosts, url, 1, 1, login)))
+                        except FAILURES as error:
+                            say(f"{way}: {error}")
                         else:
-                            url = f"https://{FAR}:{upstream.ports['https']}"
-                            jobs.append(
-                                Job(case, way, *_tool(hosts, url, calls, tools, login, str(upstream.ca)), limit)
-                            )
+                            jobs += [Job(case, *run, calls * ROUND_TRIP) for run in runs]
     return jobs, how
+
+
+def summary(jobs: Iterable[Sequence[Any]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return (median of the totals, of the first calls) in seconds, by case and way."""
+    seen: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for case, way, total, first, _ in jobs:
+        seen[case][way].append((total, first))
+    return {
+        case: {
+            way: (statistics.median(total for total, _ in runs), statistics.median(first for _, first in runs))
+            for way, runs in ways.items()
+        }
+        for case, ways in seen.items()
+    }
 
 
 @contextlib.contextmanager

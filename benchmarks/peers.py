@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -33,15 +32,19 @@ TOKEN: Final = "0123456789abcdef" * 4
 """As long as tokens of Metquay are; it opens nothing."""
 REPOSITORY: Final = Path(__file__).parent.parent
 _TEMPLATES: Final = Path(__file__).parent / "contenders"
-_DEBIAN: Final = (
-    "nginx",
-    "haproxy",
-    "wrk",
-    "libluajit-5.1-2",
-    "liblua5.3-0",
-    "libopentracing-c-wrapper0",
-    "libopentracing1",
-)
+_DEBIAN: Final = {
+    "debian": (
+        "nginx",
+        "haproxy",
+        "wrk",
+        "libluajit-5.1-2",
+        "liblua5.3-0",
+        "libopentracing-c-wrapper0",
+        "libopentracing1",
+    ),
+    "debian-redis": ("redis-server", "redis-tools", "libatomic1", "libjemalloc2", "liblzf1"),
+}
+"""Packages by the folder they are unpacked into."""
 _LONGEST_INSTALL: Final = 600
 _MEMORY_SETTING: Final = re.compile(r"\b(MALLOC_[A-Z_]+_)=([0-9]+)")
 _ROW: Final = {
@@ -139,17 +142,16 @@ class Cache:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    @cached_property
-    def _debian(self) -> Path:
+    def _unpacked(self, name: str) -> Path:
         """Debian's packages, unpacked and not installed: nothing is started and no other program changes."""
-        root = self.folder / "debian"
+        root = self.folder / name
         if not root.exists():
             if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
                 raise Missing("it is not on PATH, and this is no Debian")
             packages = self._new("packages")
             if os.getuid() == 0:
                 _install(["apt-get", "update", "-qq"], packages)
-            _install(["apt-get", "download", "-qq", *_DEBIAN], packages)
+            _install(["apt-get", "download", "-qq", *_DEBIAN[name]], packages)
             unpacked = self._new("unpacking")
             for package in packages.glob("*.deb"):
                 _install(["dpkg-deb", "-x", str(package), str(unpacked)], packages)
@@ -161,7 +163,7 @@ class Cache:
         found = shutil.which(name) or shutil.which(f"/usr/sbin/{name}")
         if found is not None:
             return Command([found], {})
-        root = self._debian
+        root = self._unpacked("debian-redis" if name == "redis-server" else "debian")
         libraries = ":".join(map(str, root.glob("usr/lib/*-linux-gnu")))
         program = next(
             (root / place / name for place in ("usr/sbin", "usr/bin") if (root / place / name).exists()), None
@@ -324,7 +326,7 @@ NGINX: Final = "nginx"
 DIRECT: Final = "direct"
 CONTENDERS: Final = (
     Contender(OURS, ours(), health=True),
-    Contender(f"{OURS} without uvloop", ours(uvloop=False)),
+    Contender(f"{OURS} without uvloop", ours(uvloop=False), brief=True),
     Contender(f"{OURS}, log on", ours(LOG_LEVEL="info"), brief=True),
     Contender(NGINX, _nginx),
     Contender("HAProxy", _haproxy),

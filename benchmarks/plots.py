@@ -6,6 +6,7 @@ Times are shown as ratios, since nothing else holds on another machine.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -18,7 +19,9 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 _OURS: Final = "metquay-proxy"
-_COLOURS: Final = {"ours": "#1b6ca8", "peer": "#b8c4ce", "second": "#e2852e"}
+_WORKING: Final = 16
+_CASES: Final = {"alone": "one script", "1 % loss": "1 % of packets lost", "20 at once": "20 scripts at once"}
+_COLOURS: Final = {"ours": "#1b6ca8", "peer": "#b8c4ce", "other": "#6d7a85", "second": "#e2852e"}
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -37,17 +40,39 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _cost(medians: dict[str, Any]) -> Any:  # noqa: ANN401 - matplotlib has no types
-    figure, axes = plt.subplots(figsize=(7.5, 3.8))
-    contenders = medians["http"]
-    nginx = contenders["nginx"]["cpu_16"]
-    costs = {name: row["cpu_16"] / nginx for name, row in contenders.items() if row.get("cpu_16")}
-    names = sorted(costs, key=lambda name: costs[name], reverse=True)
-    colours = [_COLOURS["ours" if name.startswith(_OURS) else "peer"] for name in names]
-    bars = axes.barh(names, [costs[name] for name in names], color=colours)
-    axes.bar_label(bars, fmt="%.1f", padding=3)
+    """A dot for each upstream: on a log scale, the length of a bar would mean nothing."""
+    costs = {
+        scheme: {
+            name: row["cpu_16"] / contenders["nginx"]["cpu_16"]
+            for name, row in contenders.items()
+            if row.get("cpu_16") and contenders.get("nginx", {}).get("cpu_16")
+        }
+        for scheme, contenders in medians.items()
+    }
+    names = sorted(set().union(*costs.values()), key=lambda name: max(cost.get(name, 0.0) for cost in costs.values()))
+    figure, axes = plt.subplots(figsize=(7.5, 0.9 + 0.27 * len(names)))
+    places = {name: -index for index, name in enumerate(names)}
+    for scheme, marker, label in (("http", "o", "clear-text upstream"), ("https", "D", "TLS upstream")):
+        known = [name for name in names if name in costs.get(scheme, {})]
+        colours = [_COLOURS["ours" if name.startswith(_OURS) else "other"] for name in known]
+        values, heights = [costs[scheme][name] for name in known], [places[name] for name in known]
+        faces = colours if scheme == "http" else "white"
+        axes.scatter(values, heights, s=38, c=faces, marker=marker, edgecolors=colours, zorder=3)
+        grey = _COLOURS["other"]
+        axes.scatter([], [], s=38, c=grey if scheme == "http" else "white", marker=marker, edgecolors=grey, label=label)
+    for name in names:
+        seen = [cost[name] for cost in costs.values() if name in cost]
+        text = " / ".join(f"{value:.1f}" for value in seen)
+        axes.annotate(text, (max(seen), places[name]), (8, 0), textcoords="offset points", va="center")
     axes.set_xscale("log")
-    axes.tick_params(axis="x", which="both", bottom=False, labelbottom=False)  # the bars carry their values
-    axes.set_xlabel("CPU time for a request, nginx = 1 (16 connections, clear-text upstream, log scale)")
+    ticks = [1, 2, 5, 10, 20, 50, 100]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(0.8, 3 * max(max(cost.values()) for cost in costs.values()))
+    axes.set_yticks(list(places.values()), names)
+    axes.grid(axis="x", color="#e3e7ea", linewidth=0.8)
+    axes.set_xlabel("CPU time of a request, nginx = 1 (16 connections; log scale)")
+    axes.legend(frameon=False, loc="upper right")
     return figure
 
 
@@ -59,19 +84,24 @@ def _growth(rows: list[list[Any]]) -> Any:  # noqa: ANN401 - matplotlib has no t
             lines[name, kind].append((count, cpu))
     styles = {"open": "-o", "working": "--s"}
     for (name, kind), points in lines.items():
-        first = dict(points)[16]
+        first = dict(points).get(_WORKING)
+        if not first:
+            continue
         colour = _COLOURS["ours" if name == _OURS else "second"]
         axes.plot(
             *zip(*((count, cpu / first) for count, cpu in points), strict=True),
             styles[kind],
             color=colour,
-            label=f"{name}, {kind}",
+            label=f"{name}, {'all at work' if kind == 'working' else '16 at work'}",
         )
-    axes.axhline(1.5, color="#999999", linewidth=0.8, linestyle=":")
+    axes.axhline(1.5, color="#999999", linewidth=0.8, linestyle=":", label="target, up to 1,000")
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("clients (open beside 16 that work, or all working)")
-    axes.set_ylabel("CPU time for a request,\n16 clients = 1")
+    ticks = sorted({count for points in lines.values() for count, _ in points} - {_WORKING})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("clients (log scale)")
+    axes.set_ylabel("CPU time of a request,\n16 clients = 1")
     axes.legend(frameon=False)
     return figure
 
@@ -83,17 +113,17 @@ def _legacy(jobs: list[list[Any]]) -> Any:  # noqa: ANN401 - matplotlib has no t
     for case, way, total, _, limit in jobs:  # noqa: B007 - the limit is the same for all
         if not way.endswith("of quiet"):  # a single call
             totals[way][case].append(total)
-    cases = list(next(iter(totals.values())))
+    cases = list(dict.fromkeys(case for by_case in totals.values() for case in by_case))
     colours = ("#8f9ba6", _COLOURS["peer"], _COLOURS["ours"])
     for number, (way, by_case) in enumerate(totals.items()):
-        heights = [statistics.median(by_case[case]) / limit if case in by_case else 0.0 for case in cases]
+        heights = [statistics.median(by_case[case]) / limit if case in by_case else math.nan for case in cases]
         places = [index + (number - 1) * 0.27 for index in range(len(cases))]
         bars = axes.bar(places, heights, 0.25, color=colours[number % len(colours)], label=way)
         axes.bar_label(bars, fmt="%.1f", padding=2)
     axes.axhline(1, color="#555555", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_ylabel("time for the job,\none round trip a call = 1")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.set_xticks(range(len(cases)), [_CASES.get(case, case) for case in cases])
+    axes.set_ylabel("time for the job,\nin round trips for each call")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)
     return figure
 
 

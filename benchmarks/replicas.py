@@ -1,4 +1,4 @@
-"""A thousand replicas that share a quota, in invented time: ``python -m benchmarks.replicas``; some seconds.
+"""A thousand replicas that share a quota, in invented time: ``python -m benchmarks replicas``; half a minute.
 
 What runs is the proxy's own ``Share`` in each replica, and the likeness of the script in Redis; only the network, the
 tools and Metquay are invented. Every replica serves one tool that never stops asking: it sends its next request when
@@ -7,19 +7,18 @@ it was answered, and comes back when a refusal told it to.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import itertools
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benchmarks.window import Window
 from metquay_proxy.quota import QuotaExceeded, Rate, Ticket
 from metquay_proxy.share import Share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator
 
 RATE: Final = Rate(100, 60.0)
 MAX_WAIT: Final = 20.0
@@ -65,6 +64,13 @@ class Outcome:
         """Jain's index: 1 where all replicas got the same, 1/n where one got all."""
         total = sum(self.served)
         return total * total / (len(self.served) * sum(count * count for count in self.served))
+
+    @property
+    def fairest(self) -> float:
+        """What ``fairness`` would be, had so many requests been spread as evenly as can be."""
+        total, replicas = sum(self.served), len(self.served)
+        each, more = divmod(total, replicas)
+        return total * total / (replicas * (more * (each + 1) ** 2 + (replicas - more) * each**2))
 
 
 @dataclass
@@ -196,34 +202,40 @@ class _Replica:
             simulation.at(simulation.now + HALF_WAY, arrives)
 
 
-def told(name: str, outcome: Outcome) -> str:
-    """Return the line of the table."""
-    served = sorted(outcome.served)
-    return (
-        f"{name:34} {100 * outcome.used:6.1f} % {outcome.most:6d} {max(outcome.waits):8.1f} s {outcome.fairness:8.3f} "
-        f"{f'{served[0]} to {served[-1]}':>12} {outcome.refusals / outcome.seconds:9.1f} "
-        f"{outcome.calls / outcome.seconds:10.1f}"
-    )
+class Row(NamedTuple):
+    """What is told of one run; times in seconds."""
+
+    case: str
+    used: float
+    """Part of the quota."""
+    most: int
+    """Requests in the fullest window; the limit is ``RATE``'s."""
+    longest_wait: float
+    fairness: float
+    fairest: float
+    """The best that fairness could have been: n requests can't be spread evenly over more than n replicas."""
+    calls: float
+    """Calls to Redis in a second, of all replicas together."""
+    refusals: float
+    """Requests in a second that were told to come back later."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5.0, help="invented time of each run (default: 5)")
-    seconds = parser.parse_args(arguments).minutes * 60
-    title = f"{RATE.limit} requests in {RATE.window:g} s"
-    print(
-        f"{title:34} {'used':>8} {'most':>6} {'longest':>10} {'':8} {'requests':>12} {'refusals':>9} {'calls of':>10}"
-    )
-    print(f"{'':34} {'':8} {'':6} {'wait':>10} {'fairness':>8} {'of each':>12} {'a second':>9} {'Redis/s':>10}")
-    runs = [(f"{count} replicas", Simulation(count, seconds)) for count in (20, 1000)]
-    away = (seconds / 2, seconds / 2 + 60)
-    runs.append(("20 replicas, Redis away for 60 s", Simulation(20, seconds, outage=away)))
-    runs.append(("20 replicas, Redis flushed", Simulation(20, seconds, flushed=seconds / 2)))
-    for name, simulation in runs:
-        print(told(name, simulation.run()), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def rows(seconds: float = 300.0) -> Iterator[Row]:
+    """Simulate every case for so many seconds of invented time."""
+    middle = seconds / 2
+    for name, simulation in (
+        *((f"{count:,} replica{'s' if count > 1 else ''}", Simulation(count, seconds)) for count in (1, 20, 1000)),
+        ("20, Redis away for a minute", Simulation(20, seconds, outage=(middle, middle + 60))),
+        ("20, Redis flushed", Simulation(20, seconds, flushed=middle)),
+    ):
+        outcome = simulation.run()
+        yield Row(
+            name,
+            outcome.used,
+            outcome.most,
+            max(outcome.waits),
+            outcome.fairness,
+            outcome.fairest,
+            outcome.calls / seconds,
+            outcome.refusals / seconds,
+        )

@@ -51,6 +51,10 @@ class Failed(Exception):
     """A contender could not be measured; the text says why."""
 
 
+FAILURES: Final = (Failed, OSError, subprocess.SubprocessError, ValueError)
+"""What one contender may do to its measurement, and must not do to the others': refuse, hang, die, talk nonsense."""
+
+
 def free_port() -> int:
     """Return a TCP port that nothing listens on."""
     with socket.socket() as probe:
@@ -220,6 +224,7 @@ def load(  # noqa: PLR0913 - a load is made of these
         capture_output=True,
         text=True,
         check=True,
+        timeout=seconds + 2 * _PATIENCE,
     ).stdout
     after = 0.0 if program is None else program.cpu()
     seen = json.loads(output.rstrip().rpartition("\n")[2])

@@ -1,14 +1,15 @@
-"""The tables of a run in Markdown, and its ratios beside the targets; whether one is met is for the reader to say."""
+"""The tables of a run in Markdown, with times as they were measured; ``page`` makes those of the README."""
 
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks import targets
 from benchmarks.compare import RATE
-from benchmarks.legacy import EACH, FIFTY, PROXY
-from benchmarks.peers import DIRECT, NGINX, OURS
+from benchmarks.legacy import EACH, FIFTY, PROXY, summary
+from benchmarks.peers import NGINX
+from benchmarks.replicas import RATE as QUOTA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,6 @@ _FIGURES: Final[Sequence[tuple[str, str, str]]] = (
     ("new connection each (us)", "cpu_new", "{:.0f}"),
     ("requests/s at 1", "rate_1", "{:,.0f}"),
     ("at 16", "rate_16", "{:,.0f}"),
-    ("at 64", "rate_64", "{:,.0f}"),
     ("p50, 1 conn. (us)", "p50_1", "{:,.0f}"),
     ("p99", "p99_1", "{:,.0f}"),
     (f"p50, {RATE}/s (us)", f"p50_{RATE}", "{:,.0f}"),
@@ -41,6 +41,17 @@ _REST: Final[Sequence[tuple[str, str, str]]] = (
     ("CPU (ms/GiB)", "up_cpu", "{:.0f}"),
     ("growth (MiB)", "up_growth", "{:.1f}"),
 )
+TARGET_HEADS: Final = ("figure", "target", "measured", "")
+REPLICA_TITLE: Final = f"Replicas that share {QUOTA.limit} requests in {QUOTA.window:.0f} s, all busy (simulated)"
+REPLICA_HEADS: Final = (
+    "replicas",
+    "quota used",
+    "most in one window",
+    "longest wait",
+    "fairness, of the best possible",
+    "calls to Redis/s",
+    "told to come back/s",
+)
 
 
 def of(results: Mapping[str, Any]) -> Iterator[str]:
@@ -48,17 +59,25 @@ def of(results: Mapping[str, Any]) -> Iterator[str]:
     if results.get("medians"):
         yield _peers(results["medians"], "Cost and latency (clear-text upstream / TLS upstream)", _FIGURES)
         yield _peers(results["medians"], "Memory, start and large bodies (clear-text upstream / TLS upstream)", _REST)
-        yield _targets(results["medians"])
+        yield _targets(results)
     if results.get("legacy"):
         yield _legacy(results["legacy"], results["link"])
     if results.get("growth"):
         yield _growth(results["growth"])
+    if results.get("shared"):
+        yield _shared(results["shared"])
+    if results.get("replicas"):
+        yield table(REPLICA_TITLE, REPLICA_HEADS, replica_rows(results["replicas"]))
 
 
 def table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table with its title."""
+    return f"## {title}\n\n{grid(heads, rows)}"
+
+
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join([f"## {title}", "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
 
 
 def _peers(medians: Medians, title: str, figures: Sequence[tuple[str, str, str]]) -> str:
@@ -70,76 +89,38 @@ def _peers(medians: Medians, title: str, figures: Sequence[tuple[str, str, str]]
         cells = [name]
         for _, figure, form in figures:
             values = [contenders.get(name, {}).get(figure) for contenders in medians.values()]
-            cells.append(_pair(values, form))
+            cells.append(pair(values, form))
             if figure.startswith("cpu"):
                 bases = [contenders.get(NGINX, {}).get(figure) for contenders in medians.values()]
-                cells.append(_pair([a / b if a and b else None for a, b in zip(values, bases, strict=True)], "{:.1f}"))
+                cells.append(pair([a / b if a and b else None for a, b in zip(values, bases, strict=True)], "{:.1f}"))
         rows.append(cells)
     return table(title, heads, rows)
 
 
-def _pair(values: Iterable[float | None], form: str) -> str:
-    return " / ".join(form.format(value) if value else "-" for value in values)
+def pair(values: Iterable[float | None], form: str) -> str:
+    """Return the values of both schemes in one cell."""
+    return " / ".join("-" if value is None else form.format(value) for value in values)
 
 
-def _targets(medians: Medians) -> str:
-    rows: list[list[str]] = []
+def _targets(results: Mapping[str, Any]) -> str:
+    title = "Against the targets (clear-text upstream / TLS upstream; in bold what is beyond its bound)"
+    return table(title, TARGET_HEADS, target_rows(results))
 
-    def ratio(what: str, target: float, figure: str, other: str, *, added: bool = False) -> None:
-        values = []
-        for contenders in medians.values():
-            base = contenders.get(DIRECT, {}).get(figure, 0.0) if added else 0.0
-            ours, theirs = (contenders.get(name, {}).get(figure) for name in (OURS, other))
-            values.append(None if ours is None or theirs is None or theirs <= base else (ours - base) / (theirs - base))
-        if any(value is not None for value in values):
-            rows.append([what, f"{target:.2g} x {other}", _pair(values, "{:.2f}")])
 
-    for other, target in (
-        (NGINX, 2.3),
-        ("Envoy", 1),
-        ("node http-proxy", 1 / 2.2),
-        ("mitmproxy", 1 / 25),
-        ("naive aiohttp", 1 / 3),
-    ):
-        ratio("CPU a request, 16 connections: at most", target, "cpu_16", other)
-    ratio("CPU a request, a new connection each: at most", 4.5, "cpu_new", NGINX)
-    for other in ("Envoy", "Caddy"):
-        ratio("added p50, 1 connection: below", 1, "p50_1", other, added=True)
-        ratio(f"added p50, {RATE}/s: below", 1, f"p50_{RATE}", other, added=True)
-    ratio(f"p99, {RATE}/s: at most", 2, f"p99_{RATE}", NGINX)
-    ratio("rate of a large download: at least", 1, "down_rate", NGINX)
-    ratio("rate of a large upload: at least", 0.8, "up_rate", NGINX)
-    ratio("CPU of a large download", 1, "down_cpu", NGINX)
-    ratio("memory, idle: below", 1, "idle_mib", "Envoy")
-    log = f"{OURS}, log on"
-    costs = [(row.get(log, {}).get("cpu_16"), row.get(OURS, {}).get("cpu_16")) for row in medians.values()]
-    if any(on for on, _ in costs):
-        rows.append(
-            [
-                "CPU a request with the log on: at most",
-                "1.3 x off",
-                _pair([on / off if on and off else None for on, off in costs], "{:.2f}"),
-            ]
-        )
-    return table(
-        "Against the targets (clear-text upstream / TLS upstream)", ["figure of this run", "target", "measured"], rows
-    )
+def target_rows(results: Mapping[str, Any]) -> list[Sequence[str]]:
+    """Return a row for each target."""
+    return [(row.figure, row.asked, row.measured, row.verdict) for row in targets.of(results)]
 
 
 def _legacy(jobs: Sequence[Sequence[Any]], link: str) -> str:
-    totals: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    firsts: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    limit = 0.0
-    for case, way, total, first, limit in jobs:  # noqa: B007 - the limit is the same for all
-        totals[case][way].append(total)
-        firsts[case][way].append(first)
+    limit = jobs[0][4]
     rows = []
-    for case, ways in totals.items():
-        ours = statistics.median(ways[PROXY])
-        for way, values in ways.items():
-            total, first = statistics.median(values), statistics.median(firsts[case][way])
-            cells = (f"{total:.1f}", f"{total / ours:.1f}", f"{total / limit:.2f}", f"{first * 1000:.0f}")
-            rows.append([case, way, *(cells if way in {EACH, FIFTY, PROXY} else ("-", "-", "-", cells[3]))])
+    for case, ways in summary(jobs).items():
+        for way, (total, first) in ways.items():
+            whole = way in {EACH, FIFTY, PROXY}
+            ours = f"{total / ways[PROXY][0]:.1f}" if PROXY in ways else "-"
+            cells = (f"{total:.1f}", ours, f"{total / limit:.2f}") if whole else ("-", "-", "-")
+            rows.append([case, way, *cells, f"{first * 1000:.0f}"])
     heads = ["tools", "way", "total (s)", "x the proxy's", "x the limit", "first call (ms)"]
     return table(f"The legacy job (packets delayed by {link}; limit {limit:.1f} s)", heads, rows)
 
@@ -175,3 +156,40 @@ def _growth(rows: Sequence[Sequence[Any]]) -> str:
         "memory (MiB)",
     ]
     return table("Growth (target: at most 1.5 x the CPU from 16 to 1,000 clients)", heads, cells)
+
+
+def _shared(ways: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    figures = ("cpu_16", "redis_cpu_16", "calls_16", "rate_16", "p50_16", "cpu_1", "p50_1", "p99_1", "alone")
+    rows = [
+        [way, *(f"{statistics.median(found[name]):.4g}" if found.get(name) else "-" for name in figures)]
+        for way, found in ways.items()
+    ]
+    heads = [
+        "quota",
+        "CPU a request, 16 conn. (us)",
+        "of Redis (us)",
+        "calls to Redis",
+        "requests/s",
+        "p50 (us)",
+        "CPU a request, 1 conn. (us)",
+        "p50 (us)",
+        "p99 (us)",
+        "times alone",
+    ]
+    return table("The quota shared through Redis", heads, rows)
+
+
+def replica_rows(rows: Iterable[Sequence[Any]]) -> list[list[str]]:
+    """Return a row for each case that was simulated."""
+    return [
+        [
+            case,
+            f"{used:.0%}",
+            str(most),
+            f"{wait:.1f} s",
+            f"{fair:.2f} of {best:.2f}",
+            f"{calls:,.0f}",
+            f"{refused:.1f}",
+        ]
+        for case, used, most, wait, fair, best, calls, refused in map(tuple, rows)
+    ]

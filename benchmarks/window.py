@@ -186,7 +186,8 @@ class Window:
             if full and number < 1:
                 earliest = max(earliest, at)
             number += size
-        steady, at, due = (call["hold"] + call["latency"]) / limit, self.last, []
+        steady, at = (call["hold"] + call["latency"]) / limit, self.last
+        due: list[float] = []
         while len(due) < count:
             pace, till = steady, math.inf
             for place, back in points:

@@ -1,0 +1,210 @@
+"""What the README says of speed: ``python -m benchmarks.page RESULTS README`` writes it between the two marks there.
+
+Owns the words around a run's figures, all of which come from RESULTS. Tells ratios: times hold on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from benchmarks.compare import RATE, SCHEMES
+from benchmarks.growth import CLIENTS, KEYS, WORKING
+from benchmarks.legacy import ALONE, EACH, FIFTY, PROXY, QUIET_PROXY, ROUND_TRIP, summary
+from benchmarks.peers import DIRECT, NGINX, OURS
+from benchmarks.replicas import RATE as QUOTA
+from benchmarks.shared import IN_MEMORY
+from benchmarks.tables import REPLICA_HEADS, REPLICA_TITLE, TARGET_HEADS, grid, pair, replica_rows, target_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+BEGIN: Final = "<!-- begin: python -m benchmarks.page -->"
+END: Final = "<!-- end: python -m benchmarks.page -->"
+PICTURES: Final = "benchmarks/results"
+_WHOLE: Final = 10
+_RATIOS: Final = (
+    ("CPU of a request", "cpu_16"),
+    ("a new connection each", "cpu_new"),
+    ("median, 1 connection", "p50_1"),
+    (f"99th percentile, {RATE}/s", f"p99_{RATE}"),
+    ("rate of a large download", "down_rate"),
+    ("of an upload", "up_rate"),
+)
+
+
+def of(results: Mapping[str, Any]) -> str:
+    """Return the page, without the marks: a section for each part that was measured."""
+    machine, plan = results["machine"], results["plan"]
+    rounds = f"{plan['rounds']} rounds" if plan["rounds"] > 1 else "one round"
+    intro = (
+        f"Measured on {machine['date']}: {machine['cores']} cores, Python {machine['python']}, medians of {rounds}, "
+        f"{plan['seconds']} s for each load, large bodies of {plan['mebibytes']} MiB. Two values are those for a "
+        "clear-text and for a TLS upstream."
+    )
+    sections = [intro, "\n".join(_meaning(results))]
+    for part, write in (("legacy", _legacy), ("medians", _peers), ("growth", _growth), ("shared", _shared)):
+        if results.get(part):
+            sections += write(results[part])
+    if results.get("replicas"):
+        sections += [f"### {REPLICA_TITLE}", grid(REPLICA_HEADS, replica_rows(results["replicas"]))]
+    targets = "What the project wants of itself, and what the same run found. In bold: beyond its bound."
+    return "\n\n".join([*sections, "### Targets", targets, grid(TARGET_HEADS, target_rows(results))])
+
+
+def put(text: str, page: str) -> str:
+    """Return the README's text with this page between its marks; raise ``ValueError`` unless it has both."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"there is no {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n\n{page}\n\n{END}{after}"
+
+
+def _meaning(results: Mapping[str, Any]) -> Iterator[str]:
+    """What it means for a laboratory, one point a line."""
+    jobs, ours = results.get("legacy", ()), results.get("medians", {}).get("https", {}).get(OURS, {})
+    ways = summary(jobs).get(ALONE, {})
+    if {EACH, FIFTY, PROXY} <= set(ways):
+        each, fifty, proxy = (ways[way][0] for way in (EACH, FIFTY, PROXY))
+        yield (
+            f"* **Scripts that go through the proxy** take {proxy / each:.0%} of the time of one that logs in for each "
+            f"call, and {proxy / fifty:.0%} of one that logs in every 50 calls: connection and token are there already."
+        )
+    if "cpu_16" in ours:
+        share = QUOTA.limit / QUOTA.window * ours["cpu_16"] / 1e6
+        yield (
+            f"* **The computer hardly notices it**: a quota of {QUOTA.limit} requests a minute, used up entirely and "
+            f"over TLS, takes {share:.3%} of one core of this machine."
+        )
+    if "loaded_mib" in ours:
+        grown = max(ours.get("down_growth", 0.0), ours.get("up_growth", 0.0))
+        yield (
+            f"* **Memory**: {ours['loaded_mib']:.0f} MiB after load, and {grown:.0f} MiB more while a body of "
+            f"{results['plan']['mebibytes']} MiB passes; no body is ever held whole."
+        )
+
+
+def _picture(part: str, what: str) -> str:
+    return f"![{what}]({PICTURES}/{part}.png)"
+
+
+def _legacy(jobs: Sequence[Sequence[Any]]) -> Iterator[str]:
+    cases = summary(jobs)
+    calls = round(jobs[0][4] / ROUND_TRIP)
+    yield "### A script far from Metquay"
+    yield (
+        f"It makes {calls} calls one after the other, on a new connection each, {ROUND_TRIP * 1000:.0f} ms from a TLS "
+        "server; the proxy is on its own computer. In round trips for each call, of which there can't be less than one:"
+    )
+    rows = []
+    for way in (EACH, FIFTY, PROXY):
+        totals = [ways[way][0] / jobs[0][4] if way in ways else None for ways in cases.values()]
+        rows.append([way, *(pair([total], "{:.2f}") for total in totals), _first(cases, way)])
+    rows.append([QUIET_PROXY, *("" for _ in cases), _first(cases, QUIET_PROXY)])
+    yield grid(["", *cases, "its first call"], rows)
+    yield _picture("legacy", "Time for the job, in round trips a call")
+
+
+def _first(cases: Mapping[str, Mapping[str, tuple[float, float]]], way: str) -> str:
+    alone = cases.get(ALONE, {})
+    return pair([alone[way][1] / ROUND_TRIP if way in alone else None], "{:.1f}")
+
+
+def _peers(medians: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    yield "### Beside other proxies that attach a token"
+    yield "As ratios to nginx's; memory in MiB. What is not measured (-) is not offered by that program, or failed."
+    rows = []
+    for name in dict.fromkeys(name for contenders in medians.values() for name in contenders):
+        if name == DIRECT:
+            continue
+        found = [medians[scheme].get(name, {}) for scheme in SCHEMES]
+        bases = [medians[scheme].get(NGINX, {}) for scheme in SCHEMES]
+        cells = [
+            _ratios(
+                row[key] / base[key] if row.get(key) and base.get(key) else None
+                for row, base in zip(found, bases, strict=True)
+            )
+            for _, key in _RATIOS
+        ]
+        rows.append([name, *cells, pair([row.get("loaded_mib") for row in found], "{:.0f}")])
+    yield grid(["", *(head for head, _ in _RATIOS), "memory"], rows)
+    yield _picture("medians", "CPU time of a request, nginx = 1")
+
+
+def _ratios(values: Iterable[float | None]) -> str:
+    """Return them with the digits that mean something."""
+    return " / ".join(
+        "-" if value is None else f"{value:.2f}" if value < _WHOLE else f"{value:.0f}" for value in values
+    )
+
+
+def _growth(rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+    costs: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for name, kind, count, cpu, *_ in rows:
+        costs[name, kind][count] = cpu
+    yield "### More clients, more keys"
+    yield f"CPU of a request; with {WORKING} clients, or one key, it is 1."
+    counts = [count for count in CLIENTS if any(count in found for found in costs.values())]
+    lines = []
+    for (name, kind), found in costs.items():
+        if kind != "keys":
+            what = "all at work" if kind == "working" else f"{WORKING} at work"
+            values = [found[count] / found[WORKING] if {count, WORKING} <= set(found) else None for count in counts]
+            lines.append([f"{name}, {what}", *(pair([value], "{:.2f}") for value in values)])
+    yield grid(["clients", *(f"{count:,}" for count in counts)], lines)
+    keys = costs.get((OURS, "keys"), {})
+    if keys.get(1):
+        known = [count for count in KEYS if count in keys]
+        grown = (f"{keys[count] / keys[1]:.2f}" for count in known)
+        yield f"With {', '.join(map(str, known))} named keys: {', '.join(grown)}."
+    yield _picture("growth", "CPU time of a request with more and more clients")
+
+
+def _shared(ways: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
+    found = {way: {name: statistics.median(values) for name, values in row.items()} for way, row in ways.items()}
+    base = found.get(IN_MEMORY, {})
+    yield "### The quota shared through Redis"
+    yield (
+        "Both on this machine, with a quota that is never used up. As ratios to the quota in memory; Redis's CPU is "
+        "told in units of the proxy's, and its calls for each request. A proxy that waits longer than 50 ms for Redis "
+        "goes on alone for a while, and asks it nothing: the last column counts that."
+    )
+    heads = (
+        "CPU, 16 connections",
+        "requests/s",
+        "median, 16 connections",
+        "1 connection",
+        "CPU of Redis",
+        "calls to Redis",
+        "went on alone",
+    )
+    rows = []
+    for way, row in found.items():
+        compared = [(key, key) for key in ("cpu_16", "rate_16", "p50_16", "p50_1")]
+        ratios = [
+            row[key] / base[to] if key in row and to in base else None
+            for key, to in (*compared, ("redis_cpu_16", "cpu_16"))
+        ]
+        cells = [pair([value], "{:.2f}") for value in (*ratios, row.get("calls_16"))]
+        rows.append([way, *cells, pair([row.get("alone")], "{:.0f}")])
+    yield grid(["quota", *heads], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page of a run into a README."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__)
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="the results.json of a run")
+    parser.add_argument("readme", type=Path, metavar="README", help="the file with the two marks")
+    options = parser.parse_args(arguments)
+    page = of(json.loads(options.results.read_text(encoding="utf-8")))
+    options.readme.write_text(put(options.readme.read_text(encoding="utf-8"), page), encoding="utf-8", newline="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
