@@ -8,10 +8,10 @@ WORKDIR /src
 COPY requirements-build.lock requirements.lock ./
 # The tools that build the wheel get a venv of their own, which stays behind; the product's has no pip.
 RUN python3 -m venv /build \
- && /build/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r requirements-build.lock \
+ && /build/bin/pip install --no-cache-dir --require-hashes --no-deps --only-binary :all: -r requirements-build.lock \
  && python3 -m venv --without-pip /opt/metquay-proxy \
  && /build/bin/pip --python /opt/metquay-proxy/bin/python install \
-      --no-cache-dir --no-compile --require-hashes --only-binary :all: -r requirements.lock
+      --no-cache-dir --no-compile --require-hashes --no-deps --only-binary :all: -r requirements.lock
 COPY LICENSE README.md pyproject.toml ./
 COPY metquay_proxy metquay_proxy
 # Byte code that is never checked against its source: the file system is read-only, and a copied file's time may change.

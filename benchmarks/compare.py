@@ -114,6 +114,7 @@ def _measure(  # noqa: PLR0913 - what is measured, with what, and how much of it
     single = load(wrk, door, program, connections=1, seconds=plan.seconds)
     yield from (("rate_1", single.rate), ("cpu_1", single.cpu), ("p50_1", single.p50), ("p99_1", single.p99))
     yield "cpu_new", load(wrk, door, program, connections=16, seconds=plan.seconds, close=True).cpu
+    yield "rate_64", load(wrk, door, program, connections=64, seconds=plan.seconds).rate
     p50, p99 = at_rate(door, RATE, plan.seconds)
     yield from ((f"p50_{RATE}", p50), (f"p99_{RATE}", p99))
     if program is not None:

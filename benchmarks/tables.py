@@ -23,6 +23,7 @@ _FIGURES: Final[Sequence[tuple[str, str, str]]] = (
     ("new connection each (us)", "cpu_new", "{:.0f}"),
     ("requests/s at 1", "rate_1", "{:,.0f}"),
     ("at 16", "rate_16", "{:,.0f}"),
+    ("at 64", "rate_64", "{:,.0f}"),
     ("p50, 1 conn. (us)", "p50_1", "{:,.0f}"),
     ("p99", "p99_1", "{:,.0f}"),
     (f"p50, {RATE}/s (us)", f"p50_{RATE}", "{:,.0f}"),
