@@ -84,6 +84,38 @@ async def until(true: object, seconds: float = 6.0) -> None:
             await asyncio.sleep(0.01)
 
 
+class Relay:
+    """The way to a Redis, on which each answer takes ``seconds`` more."""
+
+    seconds = 0.0
+
+    def __init__(self, redis: RedisServer) -> None:
+        self._redis = redis
+        self.address = RedisAddress("redis", "127.0.0.1", 0)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Connect one client."""
+        back, forth = await asyncio.open_connection("127.0.0.1", self._redis.port)
+        with contextlib.suppress(ConnectionError):
+            await asyncio.gather(self._pass(reader, forth, slow=False), self._pass(back, writer, slow=True))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, slow: bool) -> None:
+        while data := await reader.read(65536):
+            await asyncio.sleep(self.seconds if slow else 0.0)
+            writer.write(data)
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def relay(redis: RedisServer) -> AsyncIterator[Relay]:
+    """Yield a way to the Redis."""
+    found = Relay(redis)
+    server = await asyncio.start_server(found.serve, "127.0.0.1", 0)
+    found.address = found.address._replace(port=server.sockets[0].getsockname()[1])
+    async with server:
+        yield found
+
+
 def grow_old(redis: RedisServer) -> None:
     """Let the window be one that need not wait for what replicas tell it."""
     redis.run("HINCRBYFLOAT", f"{PREFIX}state", "born", "-10")
@@ -258,6 +290,21 @@ class TestLine:
         events = [entry["event"] for entry in logs if entry["log_level"] != "debug"]
         assert 2 == events.count("going on without Redis, with a share of the quota")
         assert 4 == events.count("the quota is shared through Redis"), "each at its start, and again"
+
+    async def test_a_redis_that_is_slow_is_away(self, redis: RedisServer) -> None:
+        """What takes longer than 50 ms to answer is not waited for; once it is quick again, all share."""
+        async with relay(redis) as way:
+            shared = Shared(Store(way.address, lambda: None), PREFIX, RATE, time.monotonic)
+            await shared.start()
+            assert shared.status()["shared"]
+            way.seconds = 0.1
+            await until(lambda: not shared.status()["shared"])
+            assert "it takes longer than 50 ms to answer" == shared.status()["trouble"]
+            assert shared.line is not None
+            await send(shared.line)
+            way.seconds = 0.0
+            await until(lambda: shared.status()["shared"])
+            await shared.stop()
 
     async def test_no_redis_at_the_start(self, redis: RedisServer) -> None:
         """It starts all the same, with the part of one among ten, says so, and joins when Redis comes."""
