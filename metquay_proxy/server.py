@@ -81,6 +81,7 @@ _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
 """Seconds for the last answers of a drain to be written."""
 _TURN: Final = 0.02
+_BRIEFLY: Final = 0.001
 """Seconds from one look at what a drain waits for to the next."""
 _BACKLOG: Final = 1024
 _BIND_ATTEMPTS: Final = 10  # a port that is free on one family may be taken on the other
@@ -1327,7 +1328,7 @@ class Proxy:
         deadline = loop.time() + timeout
         server.drain()
         self._admin.close()
-        await asyncio.sleep(_TURN)  # who came before is let in, and told
+        await asyncio.sleep(min(_TURN, timeout + _BRIEFLY))  # who came before is let in, and told
         for listener in self._listeners:
             listener.close()
         while self._unix_paths:  # now, since another proxy may take the path while this one drains
