@@ -36,6 +36,12 @@ _PLAIN_LINE: Final = re.compile(rb"(GET|HEAD) (/[\x21-\x7e]*+) HTTP/1\.1(?=\r\n)
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?+(?=\r\n)")
 _FIELD: Final = re.compile(rb"\r\n(" + _TOKEN + rb"):[ \t]*+(" + _TEXT + rb")(?=\r\n)")
 _TIDY_FIELD: Final = re.compile(_FIELD.pattern + rb"(?<![ \t])")
+_FIELD_LINES: Final = re.compile(rb"(?:\r\n" + _TOKEN + rb":" + _TEXT + rb")*+\r\n\r\n")
+_NOTED: Final = re.compile(
+    rb"\r\n(connection|content-length|transfer-encoding|location|x-request-id|www-authenticate|access-control-[^:]*+|"
+    rb"keep-alive|te|trailer|upgrade|http2-settings|proxy-authenticate|proxy-authentication-info|proxy-connection|"
+    rb"cache-control|expires|pragma|etag|last-modified|retry-after):[ \t]*+([^\r]*+)"
+)
 _QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
 _VALUE: Final = rb"[ \t]*+=[ \t]*+(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
 _EXTENSION: Final = rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:" + _VALUE + rb")?+"
@@ -65,22 +71,35 @@ class ClosedBeforeHead(ProtocolError):
 class ResponseHead:
     """A final answer's head, and what it says about the body.
 
-    ``names`` are the names of ``headers``, lower-cased, in the same order, so that ``frozenset.isdisjoint(names)``
-    finds out whether any of a set occurs. ``length`` is in bytes: None when chunked or until close, 0 without a body.
-    ``no_body`` (HEAD, 204, 304, a 2xx to CONNECT): the framing fields are no statement about this body.
-    ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus bytes.
+    ``lines`` holds its field lines as they came, each after its CRLF. ``noted`` are the fields of those names that
+    somebody reads (``_NOTED``), names and values in lower case, in order. ``length`` is in bytes: None when chunked or
+    until close, 0 without a body. ``no_body`` (HEAD, 204, 304, a 2xx to CONNECT): the framing fields are no statement
+    about this body. ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus
+    bytes.
     """
 
     status: int
     reason: bytes
     minor: int
-    headers: list[tuple[bytes, bytes]]
-    names: list[bytes]
+    lines: bytes
+    noted: list[tuple[bytes, bytes]]
     length: int | None
     chunked: bool
     until_close: bool
     keep_alive: bool
     no_body: bool
+
+    @classmethod
+    def made(cls, status: int, reason: bytes, fields: list[tuple[bytes, bytes]], length: int | None) -> ResponseHead:
+        """Make one that no upstream sent just now."""
+        lines = b"".join(b"\r\n%b: %b" % field for field in fields)
+        chunked = length is None
+        return cls(status, reason, 1, lines, noted_fields(lines), length, chunked, False, True, False)  # noqa: FBT003 - its fields in order
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Its fields, in order and case, values without the space around them."""
+        return [(name, value.rstrip(b" \t")) for name, value in _FIELD.findall(self.lines + _CRLF)]
 
 
 class ResponseReader:
@@ -212,7 +231,7 @@ class ResponseReader:
             elif self._trailers:
                 block, start = self._take(data, start, _BLANK_LINE, self._max_head, "trailer section")
                 if block:
-                    _parse_fields(block, 0, self._max_fields)
+                    _check_fields(block, 0, self._max_fields)
                     self.complete = True
                     self.surplus = start < end
                     break
@@ -354,12 +373,18 @@ def _refuse(why: str) -> NoReturn:
     raise ProtocolError(why)
 
 
+def noted_fields(lines: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the fields that somebody reads of lines that are valid, in lower case."""
+    return _NOTED.findall(lines.lower())
+
+
 def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | None:
     """Parse the text of one head up to its blank line; None for an interim one."""
     line = _STATUS_LINE.match(block)
     if line is None:
         _refuse(f"the status line of the upstream's answer is malformed: it begins with {block[:16]!r}")
-    headers = _parse_fields(block, line.end(), max_fields)
+    start = line.end()
+    _check_fields(block, start, max_fields)
     minor, status = int(line[1]), int(line[2])
     if status < _SUCCESS.start:
         if status == _SWITCHING_PROTOCOLS:
@@ -367,58 +392,52 @@ def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | 
         if not minor:
             _refuse("the upstream sent an interim answer, which HTTP/1.0 does not know")
         return None
-    names = [name.lower() for name, _ in headers]
+    lines = block[start : -len(_BLANK_LINE)]
+    noted = noted_fields(lines)
     tunnel = method == b"CONNECT" and status in _SUCCESS
-    length, chunked = (None, False) if tunnel else _parse_framing(headers, names, minor)
+    length, chunked = (None, False) if tunnel else _parse_framing(noted, minor)
     no_body = tunnel or method == b"HEAD" or status in _BODILESS
     if no_body:
         length, chunked = 0, False
     until_close = length is None and not chunked
-    keep_alive = not until_close and _persists(headers, names, minor)
-    return ResponseHead(
-        status, line[3] or b"", minor, headers, names, length, chunked, until_close, keep_alive, no_body
-    )
+    keep_alive = not until_close and _persists(noted, minor)
+    return ResponseHead(status, line[3] or b"", minor, lines, noted, length, chunked, until_close, keep_alive, no_body)
 
 
-def _parse_fields(block: bytes, start: int, max_fields: int) -> list[tuple[bytes, bytes]]:
-    """Parse the fields from the CRLF at ``start`` to the blank line that ends ``block``."""
-    count = block.count(b"\n", start) - 2
-    if count > max_fields:
+def _check_fields(block: bytes, start: int, max_fields: int) -> None:
+    """Refuse what is not fields from the CRLF at ``start`` to the blank line that ends ``block``."""
+    if block.count(b"\n", start) - 2 > max_fields:
         _refuse(f"the upstream's answer has more than {max_fields} header fields")
-    fields: list[tuple[bytes, bytes]] = _TIDY_FIELD.findall(block, start)
-    # Each match begins with a CRLF and ends before the next: as many as line feeds means that every line is a field.
-    if len(fields) == count:
-        return fields
-    fields = [(name, value.rstrip(b" \t")) for name, value in _FIELD.findall(block, start)]
-    if len(fields) != count:
+    if _FIELD_LINES.fullmatch(block, start) is None:
         _refuse("a header field of the upstream's answer is malformed")
-    return fields
 
 
-def _parse_framing(headers: list[tuple[bytes, bytes]], names: list[bytes], minor: int) -> tuple[int | None, bool]:
+def _parse_framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:
     """Return the body's length in bytes, None when no field says it, and whether the body is chunked."""
-    lengths = names.count(b"content-length")
-    codings = names.count(b"transfer-encoding")
-    if lengths + codings > 1:
-        _refuse("the upstream's answer says more than once how long its body is")
-    if lengths:
-        value = headers[names.index(b"content-length")][1]
-        if not value.isdigit() or len(value) > _MAX_LENGTH_DIGITS:
+    length = coding = None
+    for name, value in noted:
+        if name == b"content-length" or name == b"transfer-encoding":  # noqa: PLR1714 - the hot path
+            if length is not None or coding is not None:
+                _refuse("the upstream's answer says more than once how long its body is")
+            if name == b"content-length":
+                length = value.rstrip(b" \t")
+            else:
+                coding = value.rstrip(b" \t")
+    if length is not None:
+        if not length.isdigit() or len(length) > _MAX_LENGTH_DIGITS:
             _refuse("the Content-Length of the upstream's answer is not a number")
-        return int(value), False
-    if codings:
-        if headers[names.index(b"transfer-encoding")][1].lower() != b"chunked":
+        return int(length), False
+    if coding is not None:
+        if coding != b"chunked":
             _refuse("the upstream's answer has a Transfer-Encoding other than chunked")
         if not minor:
             _refuse("the upstream's answer has a Transfer-Encoding, which HTTP/1.0 does not know")
-    return None, codings == 1
+    return None, coding is not None
 
 
-def _persists(headers: list[tuple[bytes, bytes]], names: list[bytes], minor: int) -> bool:
-    if b"connection" not in names:
+def _persists(noted: list[tuple[bytes, bytes]], minor: int) -> bool:
+    values = [value for name, value in noted if name == b"connection"]
+    if not values:
         return minor == 1
-    value = headers[names.index(b"connection")][1]
-    if names.count(b"connection") > 1:
-        value = b",".join(headers[index][1] for index, name in enumerate(names) if name == b"connection")
-    options = {*map(bytes.strip, value.lower().split(b","))}
+    options = {option.strip(b" \t") for value in values for option in value.split(b",")}
     return b"close" not in options and (minor == 1 or b"keep-alive" in options)

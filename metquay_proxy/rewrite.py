@@ -35,6 +35,9 @@ _HOP_BY_HOP: Final = frozenset(
 _DROPPED: Final = _HOP_BY_HOP | {b"host", b"authorization", b"x-proxy-key", b"expect", b"forwarded"}
 _DROPPED_PREFIXES: Final = (b"proxy-", b"x-forwarded-")
 _DROPPED_INBOUND: Final = _HOP_BY_HOP | {b"proxy-authenticate", b"proxy-authentication-info", b"proxy-connection"}
+_HOP_LINE: Final = re.compile(rb"(?i)\r\n(?:%b):[^\r]*+" % b"|".join(sorted(_DROPPED_INBOUND)))
+_FIELD_LINE: Final = re.compile(rb"\r\n([^:\r]++):[^\r]*+")
+_LOCATION_LINE: Final = re.compile(rb"(?i)(\r\nlocation:[ \t]*+)([^\r]*?)(?=[ \t]*(?:\r|\Z))")
 _OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 _JUDGED: Final = _DROPPED | {
     b"origin",
@@ -262,31 +265,29 @@ def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to
     in a row must not make the tool ask a person for a password that nobody has. ``cors``: the gate, not the upstream,
     says which pages may read.
     """
-    names = head.names
+    noted = dict(head.noted)
     dropped = _DROPPED_INBOUND
-    if b"connection" in names:
+    if b"connection" in noted and noted[b"connection"] not in _NAMES_NO_FIELD:
         dropped = (dropped | connection_options(head.headers)) - _CONTENT_LENGTH
     if head.status == _NO_CONTENT:
         dropped |= _CONTENT_LENGTH
     if hide_challenge:
         dropped |= {b"www-authenticate"}
     if cors:
-        dropped |= {name for name in names if name.startswith(b"access-control-")}
-    lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
-    for lower, (name, value) in zip(names, head.headers, strict=True):
-        if lower in dropped:
-            continue
-        if lower == b"location" and origin is not None:
-            lines += (name, b": ", rewrite_location(value, base, origin), b"\r\n")
-        else:
-            lines += (name, b": ", value, b"\r\n")
-    passed = frozenset(names) - dropped
-    if passed.isdisjoint(_FRESHNESS):
-        lines.append(b"Cache-Control: no-store\r\n")
+        dropped |= {name for name in noted if name.startswith(b"access-control-")}
+    lines = head.lines
+    if origin is not None and b"location" in noted:
+        lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2], base, origin), lines)
+    if dropped is not _DROPPED_INBOUND:
+        lines = _FIELD_LINE.sub(lambda line: b"" if line[1].lower() in dropped else line[0], lines)
+    elif not dropped.isdisjoint(noted):
+        lines = _HOP_LINE.sub(b"", lines)
+    passed = noted.keys() - dropped
     if b"x-request-id" not in passed:
-        lines += (b"X-Request-Id: ", request_id, b"\r\n")
-    lines += (added, b"\r\n")
-    return b"".join(lines)
+        added = b"X-Request-Id: %b\r\n%b" % (request_id, added)
+    if passed.isdisjoint(_FRESHNESS):
+        added = b"Cache-Control: no-store\r\n" + added
+    return b"HTTP/1.1 %d %b%b\r\n%b\r\n" % (head.status, head.reason, lines, added)
 
 
 def rewrite_location(value: bytes, base: BaseURL, origin: bytes) -> bytes:
