@@ -31,21 +31,22 @@ from typing import Final, NoReturn
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
-# Quantifiers are possessive throughout: with backtracking a hostile line costs quadratic time.
+# Quantifiers of single characters are possessive: with backtracking a hostile line costs quadratic time. Those of groups
+# are not, since CPython before 3.11.5 gets such wrong; none of their parts can match in two ways, so that time is linear.
 _PLAIN_LINE: Final = re.compile(rb"(GET|HEAD) (/[\x21-\x7e]*+) HTTP/1\.1(?=\r\n)")
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?+(?=\r\n)")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?(?=\r\n)")
 _FIELD: Final = re.compile(rb"\r\n(" + _TOKEN + rb"):[ \t]*+(" + _TEXT + rb")(?=\r\n)")
 _TIDY_FIELD: Final = re.compile(_FIELD.pattern + rb"(?<![ \t])")
-_FIELD_LINES: Final = re.compile(rb"(?:\r\n" + _TOKEN + rb":" + _TEXT + rb")*+\r\n\r\n")
+_FIELD_LINES: Final = re.compile(rb"(?:\r\n" + _TOKEN + rb":" + _TEXT + rb")*\r\n\r\n")
 _NOTED: Final = re.compile(
-    rb"\r\n(connection|content-length|transfer-encoding|location|x-request-id|www-authenticate|access-control-[^:]*+|"
-    rb"keep-alive|te|trailer|upgrade|http2-settings|proxy-authenticate|proxy-authentication-info|proxy-connection|"
-    rb"cache-control|expires|pragma|etag|last-modified|retry-after):[ \t]*+([^\r]*+)"
+    rb"\r\n(c(?:onnection|ontent-length|ache-control)|t(?:ransfer-encoding|e|railer)|location|x-request-id|"
+    rb"www-authenticate|access-control-[^:]*+|keep-alive|upgrade|http2-settings|e(?:xpires|tag)|pragma|last-modified|"
+    rb"proxy-(?:authenticate|authentication-info|connection)|retry-after):[ \t]*+([^\r]*+)"
 )
-_QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
+_QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
 _VALUE: Final = rb"[ \t]*+=[ \t]*+(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
-_EXTENSION: Final = rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:" + _VALUE + rb")?+"
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15}+)(?:" + _EXTENSION + rb")*+\r\n")
+_EXTENSION: Final = rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:" + _VALUE + rb")?"
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15}+)(?:" + _EXTENSION + rb")*\r\n")
 _FOUL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 
 _START: Final = b"HTTP/1."
@@ -57,6 +58,7 @@ _MAX_LENGTH_DIGITS: Final = 18
 _SWITCHING_PROTOCOLS: Final = 101
 _SUCCESS: Final = range(200, 300)
 _BODILESS: Final = frozenset({204, 304})
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class ProtocolError(Exception):
@@ -109,20 +111,14 @@ class ResponseReader:
     answer ended cleanly. ``surplus``: bytes came after its end, so that the connection must never be used again.
     """
 
-    __slots__ = (
-        "_broken",
-        "_buffer",
-        "_interim",
-        "_left",
-        "_max_fields",
-        "_max_head",
-        "_method",
-        "_trailers",
-        "complete",
-        "head",
-        "started",
-        "surplus",
-    )
+    head: ResponseHead | None = None
+    started = False
+    complete = False
+    surplus = False
+    _buffer: bytearray | None = None
+    _left = 0
+    _trailers = False
+    _broken = False
 
     def __init__(
         self, method: bytes | str, *, max_head: int = 131072, max_fields: int = 256, max_interim: int = 32
@@ -132,18 +128,10 @@ class ResponseReader:
         ``max_head`` is for each head, and for the trailers, in bytes with the blank line; ``max_fields`` for the fields
         of each; ``max_interim`` for the 1xx answers before the final one.
         """
-        self.head: ResponseHead | None = None
-        self.started = False
-        self.complete = False
-        self.surplus = False
         self._method = method.encode() if isinstance(method, str) else method
         self._max_head = max_head
         self._max_fields = max_fields
         self._interim = max_interim
-        self._buffer: bytearray | None = None
-        self._left = 0
-        self._trailers = False
-        self._broken = False
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece, and return the bytes of the decoded body that it holds, maybe none.
@@ -386,7 +374,7 @@ def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | 
     start = line.end()
     _check_fields(block, start, max_fields)
     minor, status = int(line[1]), int(line[2])
-    if status < _SUCCESS.start:
+    if status < 200:  # noqa: PLR2004 - RFC 9110 section 15.2, the interim class
         if status == _SWITCHING_PROTOCOLS:
             _refuse("the upstream switched protocols, which nobody asked for")
         if not minor:
@@ -395,12 +383,12 @@ def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | 
     lines = block[start : -len(_BLANK_LINE)]
     noted = noted_fields(lines)
     tunnel = method == b"CONNECT" and status in _SUCCESS
-    length, chunked = (None, False) if tunnel else _parse_framing(noted, minor)
+    length, chunked, persists = _read_noted(noted, minor, tunnel=tunnel)
     no_body = tunnel or method == b"HEAD" or status in _BODILESS
     if no_body:
         length, chunked = 0, False
     until_close = length is None and not chunked
-    keep_alive = not until_close and _persists(noted, minor)
+    keep_alive = persists and not until_close
     return ResponseHead(status, line[3] or b"", minor, lines, noted, length, chunked, until_close, keep_alive, no_body)
 
 
@@ -412,32 +400,33 @@ def _check_fields(block: bytes, start: int, max_fields: int) -> None:
         _refuse("a header field of the upstream's answer is malformed")
 
 
-def _parse_framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:
-    """Return the body's length in bytes, None when no field says it, and whether the body is chunked."""
+def _read_noted(noted: list[tuple[bytes, bytes]], minor: int, *, tunnel: bool) -> tuple[int | None, bool, bool]:
+    """Return the body's length in bytes, None when no field says it, and whether body is chunked, connection persists.
+
+    ``tunnel``: the framing fields, right or wrong, mean nothing.
+    """
     length = coding = None
+    keeps, closes = minor == 1, False
     for name, value in noted:
-        if name == b"content-length" or name == b"transfer-encoding":  # noqa: PLR1714 - the hot path
+        if name == b"connection":
+            options = [option.strip(b" \t") for option in value.split(b",")]
+            keeps = keeps or b"keep-alive" in options
+            closes = closes or b"close" in options
+        elif name in _FRAMING and not tunnel:
             if length is not None or coding is not None:
                 _refuse("the upstream's answer says more than once how long its body is")
             if name == b"content-length":
                 length = value.rstrip(b" \t")
             else:
                 coding = value.rstrip(b" \t")
+    persists = keeps and not closes
     if length is not None:
         if not length.isdigit() or len(length) > _MAX_LENGTH_DIGITS:
             _refuse("the Content-Length of the upstream's answer is not a number")
-        return int(length), False
+        return int(length), False, persists
     if coding is not None:
         if coding != b"chunked":
             _refuse("the upstream's answer has a Transfer-Encoding other than chunked")
         if not minor:
             _refuse("the upstream's answer has a Transfer-Encoding, which HTTP/1.0 does not know")
-    return None, coding is not None
-
-
-def _persists(noted: list[tuple[bytes, bytes]], minor: int) -> bool:
-    values = [value for name, value in noted if name == b"connection"]
-    if not values:
-        return minor == 1
-    options = {option.strip(b" \t") for value in values for option in value.split(b",")}
-    return b"close" not in options and (minor == 1 or b"keep-alive" in options)
+    return None, coding is not None, persists
