@@ -78,6 +78,8 @@ class RequestBody:
         Raises ``RuntimeError`` where it is not replayable any more.
         """
         self._check_replayable()
+        if self.ended and not self._kept:
+            return b""
         if not self.ended:
             if not self._source.is_eof():
                 return None

@@ -341,20 +341,22 @@ class ChunkTracker:
                 _refuse("the request has malformed trailers, or too many")
 
 
-def read_plain(data: bytes, max_fields: int) -> tuple[bytes, bytes, list[tuple[bytes, bytes]]] | None:
-    """Return method, target and fields where ``data`` is the head of one HTTP/1.1 GET or HEAD, in its tidiest form.
+def read_plain(data: bytes) -> tuple[str, str, bytes] | None:
+    """Return method, target and field lines where ``data`` may be the head of one HTTP/1.1 GET or HEAD, and only that.
 
     None for everything else, whatever that is: this reader judges nothing, and what the fields mean is not its affair.
+    ``plain_fields`` says whether the lines are such that the answer holds.
     """
     line = _PLAIN_LINE.match(data)
-    if line is None or not data.endswith(_BLANK_LINE):
-        return None
-    start = line.end()
-    fields: list[tuple[bytes, bytes]] = _TIDY_FIELD.findall(data, start)
+    return None if line is None else (line[1].decode(), line[2].decode(), data[line.end() :])
+
+
+def plain_fields(lines: bytes, max_fields: int) -> list[tuple[bytes, bytes]] | None:
+    """Return the fields of lines in their tidiest form, from the CRLF before them to the blank line; else None."""
+    fields: list[tuple[bytes, bytes]] = _TIDY_FIELD.findall(lines)
     # As many as line feeds means that every line is a field, and that the blank line is the only one.
-    if not 0 < len(fields) == data.count(b"\n", start) - 2 <= max_fields:
-        return None
-    return line[1], line[2], fields
+    tidy = 0 < len(fields) == lines.count(b"\n") - 2 <= max_fields and lines.endswith(_BLANK_LINE)
+    return fields if tidy else None
 
 
 def _refuse(why: str) -> NoReturn:

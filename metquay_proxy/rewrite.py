@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from metquay_proxy.target import API_PREFIX, split_authority
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from metquay_proxy.http1 import ResponseHead
 
@@ -163,7 +163,7 @@ class RequestHead:
     ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
     """
 
-    __slots__ = ("_fields", "_kept", "judged")
+    __slots__ = ("_fields", "_kept", "_names_no_field", "judged")
 
     def __init__(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
         """Take the fields as the parser gave them: in order and case, values without surrounding white space."""
@@ -178,8 +178,10 @@ class RequestHead:
             elif lower.startswith(_DROPPED_PREFIXES):
                 continue
             kept += (name, b": ", value, b"\r\n")
-        self.judged = judged
-        self._kept = kept
+        connection = judged.get(b"connection", b"")
+        self.judged: Mapping[bytes, bytes | None] = judged
+        self._names_no_field = connection is not None and connection.lower() in _NAMES_NO_FIELD
+        self._kept = b"".join(kept)
         self._fields = fields
 
     def text(self, name: bytes) -> str | None:
@@ -204,38 +206,33 @@ class RequestHead:
         ``keep_authorization`` is for pass-through targets, which get no token; of two Authorization fields the gate
         could judge neither, so that none is kept.
         """
-        judged = self.judged
         kept = self._kept
-        connection = judged.get(b"connection", b"")
         if (
             read_only
             or keep_authorization
-            or connection is None
-            or connection.lower() not in _NAMES_NO_FIELD
-            or (chunked and b"content-length" in judged)
+            or not self._names_no_field
+            or (chunked and b"content-length" in self.judged)
         ):
             dropped = _DROPPED
-            if keep_authorization and judged.get(b"authorization") is not None:
+            if keep_authorization and self.judged.get(b"authorization") is not None:
                 dropped -= {b"authorization"}
             if read_only:
                 dropped |= _OVERRIDES
             dropped |= connection_options(self._fields)
             kept = self._without(dropped | _CONTENT_LENGTH if chunked else dropped - _CONTENT_LENGTH)
-        head = [f"{method} {target} HTTP/1.1\r\nHost: ".encode("ascii"), host, b"\r\n", *kept]
-        if chunked:
-            head.append(b"Transfer-Encoding: chunked\r\n")
+        attached = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         if authorization is not None:
-            head += (b"Authorization: ", authorization, b"\r\n")
-        head.append(b"\r\n")
-        return b"".join(head)
+            attached += b"Authorization: %b\r\n" % authorization
+        line = f"{method} {target} HTTP/1.1".encode("ascii")
+        return b"%b\r\nHost: %b\r\n%b%b\r\n" % (line, host, kept, attached)
 
-    def _without(self, dropped: frozenset[bytes]) -> list[bytes]:
+    def _without(self, dropped: frozenset[bytes]) -> bytes:
         kept: list[bytes] = []
         for name, value in self._fields:
             lower = name.lower()
             if lower not in dropped and not lower.startswith(_DROPPED_PREFIXES):
                 kept += (name, b": ", value, b"\r\n")
-        return kept
+        return b"".join(kept)
 
 
 def connection_options(fields: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:

@@ -52,7 +52,7 @@ from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.forwarder import READING, Forwarder, Request
 from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
-from metquay_proxy.http1 import ChunkTracker, ProtocolError, read_plain
+from metquay_proxy.http1 import ChunkTracker, ProtocolError, plain_fields, read_plain
 from metquay_proxy.line import Line
 from metquay_proxy.quota import Quota
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
@@ -91,6 +91,9 @@ _MAX_LENGTH_DIGITS: Final = 18
 _NOT_PLAIN: Final = frozenset(
     {b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"origin", b"http2-settings"}
 )
+_SECRETS: Final = frozenset({b"authorization", b"proxy-authorization", b"x-proxy-key", b"cookie"})
+_REMEMBERED: Final = 64
+_LONGEST_REMEMBERED: Final = 2048
 _PERSISTENCE: Final[dict[bytes | None, bool]] = {b"keep-alive": True, b"Keep-Alive": True, b"close": False}
 
 log = structlog.get_logger("metquay_proxy")
@@ -650,6 +653,7 @@ class Server(web.Server):
         self._budget = ReplayBudget(_REPLAY_TOTAL)
         self._read_timeout = read_timeout
         self.bounds = bounds
+        self._plain_heads: dict[bytes, tuple[RequestHead, bool]] = {}
         self._detached: set[asyncio.Task[None]] = set()
         self.draining = False
         self.stopping = False
@@ -737,16 +741,13 @@ class Server(web.Server):
         """
         if self.draining or connection.writing_paused:
             return None
-        plain = read_plain(data, MAX_FIELDS)
+        plain = read_plain(data)
         if plain is None:
             return None
-        method, target, head = plain[0].decode(), plain[1].decode(), RequestHead(plain[2])
-        keep = _persists(head)
-        return None if keep is None else self._send_at_once(connection, data, method, target, head, keep=keep)
-
-    def _send_at_once(  # noqa: PLR0913 - the parts of one request
-        self, connection: ClientConnection, data: bytes, method: str, raw_target: str, head: RequestHead, *, keep: bool
-    ) -> Lane | None:
+        method, raw_target, lines = plain
+        head, keep = self._plain_heads.get(lines) or self._plain_head(lines)
+        if head is None:
+            return None
         try:
             target = self._rules.parse(method, raw_target)
             admission = self._gate.check(method, target, head, time.time())
@@ -763,6 +764,22 @@ class Server(web.Server):
             return None
         self.telemetry.opened()
         return Lane(self, connection, data, request, exchange, begun, keep=keep)
+
+    def _plain_head(self, lines: bytes) -> tuple[RequestHead | None, bool]:
+        """Return the head of these field lines, and whether the connection stays; no head where they are not plain.
+
+        A tool sends the same lines with each request, so that a few heads are remembered, but none that holds a secret.
+        """
+        fields = plain_fields(lines, MAX_FIELDS)
+        head = None if fields is None else RequestHead(fields)
+        keep = None if head is None else _persists(head)
+        if fields is None or head is None or keep is None:
+            return None, False
+        if len(lines) <= _LONGEST_REMEMBERED and _SECRETS.isdisjoint([name.lower() for name, _ in fields]):
+            if len(self._plain_heads) >= _REMEMBERED:
+                self._plain_heads.clear()
+            self._plain_heads[lines] = head, keep
+        return head, keep
 
     def answer_at_once(self, lane: Lane) -> bytes | None:
         """Return the answer's bytes for the client; None where it is no plain one, or not all there."""

@@ -567,6 +567,12 @@ class TestInbound:
         """What the upstream says to this proxy is not said to the client."""
         assert PASSED == received(name + b": close\r\n" + PLAIN + b"\r\n" + name.upper() + b": close")
 
+    def test_every_connection_field_counts(self) -> None:
+        """What one Connection field lists is dropped, whatever the others say."""
+        for values in ((b"x-hop", b"close"), (b"close", b"x-hop")):
+            fields = b"".join(b"Connection: %b\r\n" % value for value in values)
+            assert PASSED == received(fields + b"X-Hop: 1\r\n" + PLAIN)
+
     def test_transfer_encoding_is_dropped(self) -> None:
         """The client's side has a framing of its own, which the caller adds."""
         assert [*PASSED, b"Transfer-Encoding: chunked"] == received(
