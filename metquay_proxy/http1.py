@@ -52,6 +52,7 @@ _FOUL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r
 _START: Final = b"HTTP/1."
 _CRLF: Final = b"\r\n"
 _BLANK_LINE: Final = b"\r\n\r\n"
+_SHORTEST_FIELD: Final = len(b"\r\na:")
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 _MAX_CHUNK_LINE: Final = 4096
 _MAX_LENGTH_DIGITS: Final = 18
@@ -396,7 +397,7 @@ def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | 
 
 def _check_fields(block: bytes, start: int, max_fields: int) -> None:
     """Refuse what is not fields from the CRLF at ``start`` to the blank line that ends ``block``."""
-    if block.count(b"\n", start) - 2 > max_fields:
+    if len(block) > _SHORTEST_FIELD * max_fields and block.count(b"\n", start) - 2 > max_fields:
         _refuse(f"the upstream's answer has more than {max_fields} header fields")
     if _FIELD_LINES.fullmatch(block, start) is None:
         _refuse("a header field of the upstream's answer is malformed")
@@ -410,7 +411,9 @@ def _read_noted(noted: list[tuple[bytes, bytes]], minor: int, *, tunnel: bool) -
     length = coding = None
     keeps, closes = minor == 1, False
     for name, value in noted:
-        if name == b"connection":
+        if name == b"connection" and value == b"keep-alive":
+            keeps = True
+        elif name == b"connection":
             options = [option.strip(b" \t") for option in value.split(b",")]
             keeps = keeps or b"keep-alive" in options
             closes = closes or b"close" in options

@@ -35,9 +35,9 @@ _HOP_BY_HOP: Final = frozenset(
 _DROPPED: Final = _HOP_BY_HOP | {b"host", b"authorization", b"x-proxy-key", b"expect", b"forwarded"}
 _DROPPED_PREFIXES: Final = (b"proxy-", b"x-forwarded-")
 _DROPPED_INBOUND: Final = _HOP_BY_HOP | {b"proxy-authenticate", b"proxy-authentication-info", b"proxy-connection"}
-_HOP_LINE: Final = re.compile(rb"(?i)\r\n(?:%b):[^\r]*+" % b"|".join(sorted(_DROPPED_INBOUND)))
+_HOP_LINE: Final = re.compile(rb"\r\n(?i:%b):[^\r]*+" % b"|".join(sorted(_DROPPED_INBOUND)))
 _FIELD_LINE: Final = re.compile(rb"\r\n([^:\r]++):[^\r]*+")
-_LOCATION_LINE: Final = re.compile(rb"(?i)(\r\nlocation:[ \t]*+)([^\r]*?)(?=[ \t]*(?:\r|\Z))")
+_LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*?)(?=[ \t]*(?:\r|\Z))")
 _OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 _JUDGED: Final = _DROPPED | {
     b"origin",
