@@ -31,8 +31,9 @@ from typing import Final, NoReturn
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
-# Quantifiers of single characters are possessive: with backtracking a hostile line costs quadratic time. Those of groups
-# are not, since CPython before 3.11.5 gets such wrong; none of their parts can match in two ways, so that time is linear.
+# Quantifiers of single characters are possessive: with backtracking a hostile line costs quadratic time. Those of
+# groups are not, since CPython before 3.11.5 gets such wrong: no part of theirs can match in two ways, so that time
+# stays linear.
 _PLAIN_LINE: Final = re.compile(rb"(GET|HEAD) (/[\x21-\x7e]*+) HTTP/1\.1(?=\r\n)")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?(?=\r\n)")
 _FIELD: Final = re.compile(rb"\r\n(" + _TOKEN + rb"):[ \t]*+(" + _TEXT + rb")(?=\r\n)")
@@ -59,6 +60,8 @@ _MAX_LENGTH_DIGITS: Final = 18
 _SWITCHING_PROTOCOLS: Final = 101
 _SUCCESS: Final = range(200, 300)
 _BODILESS: Final = frozenset({204, 304})
+_NOTHING: Final[frozenset[bytes]] = frozenset()
+_KEEP_ALIVE: Final = frozenset({b"keep-alive"})
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -75,10 +78,10 @@ class ResponseHead:
     """A final answer's head, and what it says about the body.
 
     ``lines`` holds its field lines as they came, each after its CRLF. ``noted`` are the fields of those names that
-    somebody reads (``_NOTED``), names and values in lower case, in order. ``length`` is in bytes: None when chunked or
-    until close, 0 without a body. ``no_body`` (HEAD, 204, 304, a 2xx to CONNECT): the framing fields are no statement
-    about this body. ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus
-    bytes.
+    somebody reads (``_NOTED``), names and values in lower case, in order. ``options`` are those of Connection.
+    ``length`` is in bytes: None when chunked or until close, 0 without a body. ``no_body`` (HEAD, 204, 304, a 2xx to
+    CONNECT): the framing fields are no statement about this body. ``keep_alive``: the connection may be used again
+    after the body, unless the reader has seen surplus bytes.
     """
 
     status: int
@@ -86,6 +89,7 @@ class ResponseHead:
     minor: int
     lines: bytes
     noted: list[tuple[bytes, bytes]]
+    options: frozenset[bytes]
     length: int | None
     chunked: bool
     until_close: bool
@@ -96,8 +100,9 @@ class ResponseHead:
     def made(cls, status: int, reason: bytes, fields: list[tuple[bytes, bytes]], length: int | None) -> ResponseHead:
         """Make one that no upstream sent just now."""
         lines = b"".join(b"\r\n%b: %b" % field for field in fields)
+        noted = noted_fields(lines)
         chunked = length is None
-        return cls(status, reason, 1, lines, noted_fields(lines), length, chunked, False, True, False)  # noqa: FBT003 - its fields in order
+        return cls(status, reason, 1, lines, noted, _listed(noted), length, chunked, False, True, False)  # noqa: FBT003 - its fields in order
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -386,13 +391,16 @@ def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | 
     lines = block[start : -len(_BLANK_LINE)]
     noted = noted_fields(lines)
     tunnel = method == b"CONNECT" and status in _SUCCESS
-    length, chunked, persists = _read_noted(noted, minor, tunnel=tunnel)
+    length, chunked = (None, False) if tunnel else _parse_framing(noted, minor)
     no_body = tunnel or method == b"HEAD" or status in _BODILESS
     if no_body:
         length, chunked = 0, False
     until_close = length is None and not chunked
+    options = _listed(noted)
+    persists = b"close" not in options and (minor == 1 or b"keep-alive" in options)
     keep_alive = persists and not until_close
-    return ResponseHead(status, line[3] or b"", minor, lines, noted, length, chunked, until_close, keep_alive, no_body)
+    reason = line[3] or b""
+    return ResponseHead(status, reason, minor, lines, noted, options, length, chunked, until_close, keep_alive, no_body)
 
 
 def _check_fields(block: bytes, start: int, max_fields: int) -> None:
@@ -403,35 +411,32 @@ def _check_fields(block: bytes, start: int, max_fields: int) -> None:
         _refuse("a header field of the upstream's answer is malformed")
 
 
-def _read_noted(noted: list[tuple[bytes, bytes]], minor: int, *, tunnel: bool) -> tuple[int | None, bool, bool]:
-    """Return the body's length in bytes, None when no field says it, and whether body is chunked, connection persists.
-
-    ``tunnel``: the framing fields, right or wrong, mean nothing.
-    """
-    length = coding = None
-    keeps, closes = minor == 1, False
+def _listed(noted: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """Return the options of every Connection field."""
+    options = _NOTHING
     for name, value in noted:
-        if name == b"connection" and value == b"keep-alive":
-            keeps = True
-        elif name == b"connection":
-            options = [option.strip(b" \t") for option in value.split(b",")]
-            keeps = keeps or b"keep-alive" in options
-            closes = closes or b"close" in options
-        elif name in _FRAMING and not tunnel:
-            if length is not None or coding is not None:
+        if name == b"connection":
+            options |= _KEEP_ALIVE if value == b"keep-alive" else {option.strip(b" \t") for option in value.split(b",")}
+    return options
+
+
+def _parse_framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:
+    """Return the body's length in bytes, None when no field says it, and whether the body is chunked."""
+    framing = None
+    for field in noted:
+        if field[0] in _FRAMING:
+            if framing is not None:
                 _refuse("the upstream's answer says more than once how long its body is")
-            if name == b"content-length":
-                length = value.rstrip(b" \t")
-            else:
-                coding = value.rstrip(b" \t")
-    persists = keeps and not closes
-    if length is not None:
-        if not length.isdigit() or len(length) > _MAX_LENGTH_DIGITS:
+            framing = field
+    if framing is None:
+        return None, False
+    value = framing[1].rstrip(b" \t")
+    if framing[0] == b"content-length":
+        if not value.isdigit() or len(value) > _MAX_LENGTH_DIGITS:
             _refuse("the Content-Length of the upstream's answer is not a number")
-        return int(length), False, persists
-    if coding is not None:
-        if coding != b"chunked":
-            _refuse("the upstream's answer has a Transfer-Encoding other than chunked")
-        if not minor:
-            _refuse("the upstream's answer has a Transfer-Encoding, which HTTP/1.0 does not know")
-    return None, coding is not None, persists
+        return int(value), False
+    if value != b"chunked":
+        _refuse("the upstream's answer has a Transfer-Encoding other than chunked")
+    if not minor:
+        _refuse("the upstream's answer has a Transfer-Encoding, which HTTP/1.0 does not know")
+    return None, True

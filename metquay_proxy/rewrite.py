@@ -262,26 +262,24 @@ def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to
     in a row must not make the tool ask a person for a password that nobody has. ``cors``: the gate, not the upstream,
     says which pages may read.
     """
+    noted = dict(head.noted)
     dropped = _DROPPED_INBOUND
-    names = set()
-    for name, value in head.noted:
-        names.add(name)
-        if name == b"connection" and value not in _NAMES_NO_FIELD:
-            dropped = (_DROPPED_INBOUND | connection_options(head.headers)) - _CONTENT_LENGTH
+    if not head.options <= _NAMES_NO_FIELD:
+        dropped = (dropped | head.options) - _CONTENT_LENGTH
     if head.status == _NO_CONTENT:
         dropped |= _CONTENT_LENGTH
     if hide_challenge:
         dropped |= {b"www-authenticate"}
     if cors:
-        dropped |= {name for name in names if name.startswith(b"access-control-")}
+        dropped |= {name for name in noted if name.startswith(b"access-control-")}
     lines = head.lines
-    if origin is not None and b"location" in names:
+    if origin is not None and b"location" in noted:
         lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2], base, origin), lines)
     if dropped is not _DROPPED_INBOUND:
         lines = _FIELD_LINE.sub(lambda line: b"" if line[1].lower() in dropped else line[0], lines)
-    elif not dropped.isdisjoint(names):
+    elif not dropped.isdisjoint(noted):
         lines = _HOP_LINE.sub(b"", lines)
-    passed = names - dropped
+    passed = noted.keys() - dropped
     if b"x-request-id" not in passed:
         added = b"X-Request-Id: %b\r\n%b" % (request_id, added)
     if passed.isdisjoint(_FRESHNESS):

@@ -149,6 +149,7 @@ class ClientConnection(RequestHandler):
     """
 
     __slots__ = (
+        "_begun",
         "_body",
         "_chunks",
         "_deaf",
@@ -165,6 +166,7 @@ class ClientConnection(RequestHandler):
     def __init__(self, server: Server, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
         super().__init__(server, **kwargs)
         self._server = server
+        self._begun = False
         self._deaf = False
         self._head = bytearray()
         self._head_timer: asyncio.TimerHandle | None = None
@@ -177,9 +179,19 @@ class ClientConnection(RequestHandler):
         self.lane: Lane | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, and give the client its time for the first byte."""
-        super().connection_made(transport)
+        """Begin, and give the client its time for the first byte.
+
+        aiohttp's own would begin a task here, which a connection of plain reads never needs.
+        """
+        self.transport = cast("asyncio.Transport", transport)
+        self._server.connection_made(self, self.transport)
         self._start_head_timer()
+
+    def _begin_task(self) -> None:
+        """Let aiohttp serve what comes from here on."""
+        if not self._begun:
+            self._begun = True
+            self._task_handler = self._loop.create_task(self.start())
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End; aiohttp cancels the handler."""
@@ -253,7 +265,7 @@ class ClientConnection(RequestHandler):
         """Take what is one whole head and nothing else; return whether it was."""
         if len(data) > MAX_LINE or type(data) is not bytes:
             return False
-        if self._current_request is None and not self._messages and not self._force_close:
+        if not (self._messages or self._force_close) and (not self._begun or self._waits):
             self.lane = self._server.send_at_once(self, data)
             if self.lane is not None:
                 self._stop_head_timer()
@@ -291,14 +303,18 @@ class ClientConnection(RequestHandler):
             self.data_received(data)
 
     @property
+    def _waits(self) -> bool:
+        """Whether aiohttp's task waits for a request; in a request's time there are gaps in all else."""
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
     def serving(self) -> bool:
         """Whether a request is being served or waits for that, or a refused client may still be reading why."""
         if self.lane is not None:
             return True
         if self._task_handler is None or self._task_handler.done():
             return False
-        waits = self._waiter is not None and not self._waiter.done()
-        return bool(self._messages) or not waits
+        return bool(self._messages) or not self._waits
 
     @property
     def unsent(self) -> bool:
@@ -346,6 +362,7 @@ class ClientConnection(RequestHandler):
         """
         if self._head_timer is not None:
             self._stop_head_timer()
+        self._begin_task()
         count = self._request_count
         RequestHandler.data_received(self, data)
         if self._request_count == count:
@@ -393,6 +410,7 @@ class ClientConnection(RequestHandler):
 
     def _feed(self, data: bytes) -> bool:
         """Hand bytes to the parser; in a body, or in a part of a head, return whether it refused them."""
+        self._begin_task()
         count = self._request_count
         super().data_received(data)
         if self._request_count == count:
@@ -413,11 +431,14 @@ class ClientConnection(RequestHandler):
             self._keepalive_handle = None
         else:
             super()._process_keepalive()
+            if self._keepalive_handle is None and not self._begun:  # aiohttp looks whether its task waits
+                self.force_close()
 
     def _refuse(self, status: int, exc: BaseException | None) -> None:
         """Queue a refusal behind the requests that came before it, and read no more."""
         self._deaf = True
         self._stop_head_timer()
+        self._begin_task()
         self._messages.append((_ErrInfo(status=status, exc=exc or TimeoutError(), message=""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -744,10 +765,13 @@ class Server(web.Server):
         plain = read_plain(data)
         if plain is None:
             return None
-        method, raw_target, lines = plain
+        method, target, lines = plain
         head, keep = self._plain_heads.get(lines) or self._plain_head(lines)
-        if head is None:
-            return None
+        return None if head is None else self._send_at_once(connection, data, method, target, head, keep=keep)
+
+    def _send_at_once(  # noqa: PLR0913 - the parts of one request
+        self, connection: ClientConnection, data: bytes, method: str, raw_target: str, head: RequestHead, *, keep: bool
+    ) -> Lane | None:
         try:
             target = self._rules.parse(method, raw_target)
             admission = self._gate.check(method, target, head, time.time())

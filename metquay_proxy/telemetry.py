@@ -153,7 +153,7 @@ class Telemetry:
         self.active -= 1
         self.finished += 1
         own = exchange.path.startswith("/-/")
-        route = self._own_route(exchange.path) if own else self._route(exchange.path)
+        route = self._route(exchange.path)
         key = (exchange.method, route, exchange.status, exchange.answered_by)
         self._requests[key] = self._requests.get(key, 0) + 1
         if not own:
@@ -179,8 +179,7 @@ class Telemetry:
             self._minutes.append(minute)
         minute[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += 1  # noqa: PLR2004 - classes of status
         minute[4] += milliseconds
-        if milliseconds > minute[5]:
-            minute[5] = milliseconds
+        minute[5] = max(minute[5], milliseconds)
         self._recent.append(exchange)
         self._remembered += 1
 
@@ -188,11 +187,8 @@ class Telemetry:
         """Return the template of a path; of these there are few, whatever is asked for."""
         known = self._known.match(path)
         if known is None:
-            return "other"
+            return path if path.startswith("/-/") and path[3:] in _OWN_PAGES else "other"
         return f"/{known[1]}/{{id}}" if known[2] else f"/{known[1]}"
-
-    def _own_route(self, path: str) -> str:
-        return path if path[3:] in _OWN_PAGES else "other"
 
     def since(self, number: int) -> tuple[list[str], int, int]:
         """Return (the exchanges after the ``number``-th, as JSON; how many of them are lost; the last number)."""
