@@ -1353,12 +1353,14 @@ class Proxy:
                 self._listeners.append(listener)
         self.addresses = list(dict.fromkeys(self.addresses))
         self.tokens.start()
+        self._transport.keep_warm()
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 - it does not cut itself short, it lets others end
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
         server, loop = self.server, asyncio.get_running_loop()
         deadline = loop.time() + timeout
         server.drain()
+        self._transport.let_cool()
         self._admin.close()
         await asyncio.sleep(_TURN)  # who came before is let in, and told
         for listener in self._listeners:

@@ -103,9 +103,23 @@ async def test_the_figures(bench: Bench) -> None:
 @rule("9112 9.5", max_idle=(0.15, 0.1), read_timeout="0.3")
 async def test_idle_connections_closed(bench: Bench) -> None:
     """A connection that idled too long is closed by the proxy."""
+    bench.proxy._transport.let_cool()
     assert 200 == (await bench.ask(get())).status
     await bench.upstream.peers[0].gone()
     assert (0, 0) == bench.proxy._transport.connections
+
+
+@rule("ours", max_idle=(0.15, 0.1), read_timeout="0.3")
+async def test_ready_before_the_first_request(bench: Bench) -> None:
+    """After the start a connection stays ready, longer than one may idle, until the drain begins."""
+    transport = bench.proxy._transport
+    await asyncio.sleep(0.4)
+    assert (0, 1) <= transport.connections
+    bench.upstream.plays(OK)
+    assert 200 == (await bench.ask(get())).status
+    await bench.proxy.stop(5.0)
+    await asyncio.sleep(0.1)
+    assert (0, 0) == transport.connections
 
 
 @rule("9112 9.3.1")
