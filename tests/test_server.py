@@ -432,6 +432,18 @@ class TestAtOnce:
             request.line.split()[1].removeprefix(b"/api/v1") for request in bench.upstream.requests[1:]
         ]
 
+    @rule("ours", max_idle=(0.15, 0.1), read_timeout="0.3")
+    async def test_ready_before_the_first_request(self, bench: Bench) -> None:
+        """After the start a connection stays ready, longer than one may idle, until the drain begins."""
+        transport = bench.proxy._transport
+        await asyncio.sleep(0.4)
+        assert (0, 1) <= transport.connections
+        bench.upstream.plays(OK)
+        assert 200 == (await bench.ask(get())).status
+        await bench.proxy.stop(5.0)
+        await asyncio.sleep(0.1)
+        assert (0, 0) == transport.connections
+
     @rule("ours", bounds=Bounds(idle=0.2))
     async def test_idle_connections_end(self, bench: Bench) -> None:
         """A connection that has brought nothing but such reads is closed after the idle time, counted from the last."""

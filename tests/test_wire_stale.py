@@ -109,19 +109,6 @@ async def test_idle_connections_closed(bench: Bench) -> None:
     assert (0, 0) == bench.proxy._transport.connections
 
 
-@rule("ours", max_idle=(0.15, 0.1), read_timeout="0.3")
-async def test_ready_before_the_first_request(bench: Bench) -> None:
-    """After the start a connection stays ready, longer than one may idle, until the drain begins."""
-    transport = bench.proxy._transport
-    await asyncio.sleep(0.4)
-    assert (0, 1) <= transport.connections
-    bench.upstream.plays(OK)
-    assert 200 == (await bench.ask(get())).status
-    await bench.proxy.stop(5.0)
-    await asyncio.sleep(0.1)
-    assert (0, 0) == transport.connections
-
-
 @rule("9112 9.3.1")
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("wait", [0.0, 0.02])
