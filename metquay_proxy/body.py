@@ -77,9 +77,9 @@ class RequestBody:
 
         Raises ``RuntimeError`` where it is not replayable any more.
         """
-        self._check_replayable()
-        if self.ended and not self._kept:
+        if self.ended and self.replayable and not self._kept:
             return b""
+        self._check_replayable()
         if not self.ended:
             if not self._source.is_eof():
                 return None

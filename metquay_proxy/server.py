@@ -486,6 +486,7 @@ class Lane:
     def leave(self) -> None:
         """Go on in a task."""
         self.left = True
+        self.request.body = self._server.no_body(sent=True)
         self.begun.response.notify = None
         self._connection.take_over(self._data)
 
@@ -673,6 +674,8 @@ class Server(web.Server):
         self._replay_limit = replay_limit
         self._budget = ReplayBudget(_REPLAY_TOTAL)
         self._read_timeout = read_timeout
+        self._nothing = self.no_body(sent=True)
+        """The body of every read that is sent at once, until it leaves its lane."""
         self.bounds = bounds
         self._plain_heads: dict[bytes, tuple[RequestHead, bool]] = {}
         self._detached: set[asyncio.Task[None]] = set()
@@ -782,7 +785,7 @@ class Server(web.Server):
         exchange = Exchange(method, target.sent)
         exchange.client = admission.client
         exchange.caller = admission.client or head.text(b"user-agent") or ""
-        request = Request(method, target, head, self._no_body(), exchange.caller, admission.read_only)
+        request = Request(method, target, head, self._nothing, exchange.caller, admission.read_only)
         begun = self._forwarder.begin(request, exchange)
         if begun is None:
             return None
@@ -828,10 +831,13 @@ class Server(web.Server):
         self.telemetry.opened()
         return Exchange(message.method, "-")
 
-    def _no_body(self) -> RequestBody:
-        return RequestBody(
+    def no_body(self, *, sent: bool = False) -> RequestBody:
+        """Return the body of a request that has none; ``sent``: an attempt has been made already."""
+        body = RequestBody(
             EMPTY_PAYLOAD, present=False, chunked=False, limit=0, budget=self._budget, timeout=self._read_timeout
         )
+        body.sent = sent
+        return body
 
     def _body(self, request: web.BaseRequest, message: RawRequestMessage) -> RequestBody:
         return RequestBody(
@@ -928,7 +934,7 @@ class Server(web.Server):
         exchange = Exchange("GET", target.sent)
         exchange.caller = "test of the connection"
         head = RequestHead([(b"Accept", b"application/json")])
-        request = Request("GET", target, head, self._no_body(), exchange.caller)
+        request = Request("GET", target, head, self.no_body(), exchange.caller)
         self.telemetry.opened()
         try:
             response = await self._forwarder.forward(request, exchange)
