@@ -117,14 +117,20 @@ class ResponseReader:
     answer ended cleanly. ``surplus``: bytes came after its end, so that the connection must never be used again.
     """
 
-    head: ResponseHead | None = None
-    started = False
-    complete = False
-    surplus = False
-    _buffer: bytearray | None = None
-    _left = 0
-    _trailers = False
-    _broken = False
+    __slots__ = (
+        "_broken",
+        "_buffer",
+        "_interim",
+        "_left",
+        "_max_fields",
+        "_max_head",
+        "_method",
+        "_trailers",
+        "complete",
+        "head",
+        "started",
+        "surplus",
+    )
 
     def __init__(
         self, method: bytes | str, *, max_head: int = 131072, max_fields: int = 256, max_interim: int = 32
@@ -134,6 +140,14 @@ class ResponseReader:
         ``max_head`` is for each head, and for the trailers, in bytes with the blank line; ``max_fields`` for the fields
         of each; ``max_interim`` for the 1xx answers before the final one.
         """
+        self.head: ResponseHead | None = None
+        self.started = False
+        self.complete = False
+        self.surplus = False
+        self._buffer: bytearray | None = None
+        self._left = 0
+        self._trailers = False
+        self._broken = False
         self._method = method.encode() if isinstance(method, str) else method
         self._max_head = max_head
         self._max_fields = max_fields

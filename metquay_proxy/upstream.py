@@ -112,18 +112,19 @@ class UpstreamFailure(ProxyError):
 class Response:
     """One answer that is arriving: first its head, then its body as a stream of pieces."""
 
-    upload: asyncio.Task[None] | None = None
-    notify: Callable[[], None] | None = None
-    """Called once, at the next news, in place of waking who waits."""
-    paused = False
-    _size = 0
-    _error: ProxyError | None = None
-    _waiter: asyncio.Future[None] | None = None
+    __slots__ = ("_body", "_connection", "_error", "_size", "_waiter", "notify", "paused", "reader", "upload")
 
     def __init__(self, connection: Connection, method: str) -> None:
         self.reader = ResponseReader(method)
+        self.upload: asyncio.Task[None] | None = None
+        self.notify: Callable[[], None] | None = None
+        """Called once, at the next news, in place of waking who waits."""
         self._connection = connection
         self._body: deque[bytes] = deque()
+        self._size = 0
+        self.paused = False
+        self._error: ProxyError | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def head(self) -> ResponseHead:
