@@ -37,7 +37,7 @@ _DROPPED_PREFIXES: Final = (b"proxy-", b"x-forwarded-")
 _DROPPED_INBOUND: Final = _HOP_BY_HOP | {b"proxy-authenticate", b"proxy-authentication-info", b"proxy-connection"}
 _HOP_LINE: Final = re.compile(rb"\r\n(?i:%b):[^\r]*+" % b"|".join(sorted(_DROPPED_INBOUND)))
 _FIELD_LINE: Final = re.compile(rb"\r\n([^:\r]++):[^\r]*+")
-_LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*?)(?=[ \t]*(?:\r|\Z))")
+_LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*+)")
 _OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 _JUDGED: Final = _DROPPED | {
     b"origin",
@@ -274,7 +274,7 @@ def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to
         dropped |= {name for name in noted if name.startswith(b"access-control-")}
     lines = head.lines
     if origin is not None and b"location" in noted:
-        lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2], base, origin), lines)
+        lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines)
     if dropped is not _DROPPED_INBOUND:
         lines = _FIELD_LINE.sub(lambda line: b"" if line[1].lower() in dropped else line[0], lines)
     elif not dropped.isdisjoint(noted):

@@ -653,6 +653,13 @@ class TestInbound:
         line = name + b": https://lab.metquay.co/api/v1/customers/7"
         assert [line, *PASSED] == received(line + b"\r\n" + PLAIN)
 
+    def test_location_takes_linear_time(self) -> None:
+        """However many spaces a Location holds, it is read once."""
+        value = b"x" + b" " * 100_000 + b"y"
+        began = time.perf_counter()
+        assert b"Location: " + value in received(b"Location: " + value)
+        assert time.perf_counter() - began < 1.0
+
     def test_location_for_absolute_form(self) -> None:
         """A tool that uses us as its HTTP proxy keeps the upstream's own address."""
         line = b"Location: https://lab.metquay.co/api/v1/customers/7\r\n" + PLAIN
