@@ -77,6 +77,8 @@ class RequestBody:
 
         Raises ``RuntimeError`` where it is not replayable any more.
         """
+        if self.ended and self.replayable and not self._kept:
+            return b""
         self._check_replayable()
         if not self.ended:
             if not self._source.is_eof():

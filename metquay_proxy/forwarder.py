@@ -531,19 +531,7 @@ def _replayed(answer: Answer) -> _Begun:
     body = answer.body or b""
     fields = [(name, value) for name, value in answer.fields if name.lower() != b"content-length"]
     fields += [(b"Content-Length", b"%d" % len(body)), (b"Idempotency-Replayed", b"true")]
-    head = ResponseHead(
-        status=answer.status,
-        reason=answer.reason,
-        minor=1,
-        headers=fields,
-        names=[name.lower() for name, _ in fields],
-        length=len(body),
-        chunked=False,
-        until_close=False,
-        keep_alive=True,
-        no_body=False,
-    )
-    return _Begun(head, body)
+    return _Begun(ResponseHead.made(answer.status, answer.reason, fields, len(body)), body)
 
 
 async def _beside(what: Coroutine[Any, Any, T], reading: Coroutine[Any, Any, None]) -> T:
@@ -574,10 +562,7 @@ async def _beginning(response: Response, limit: int) -> bytes:
 
 
 def _field(head: ResponseHead, name: bytes) -> str | None:
-    for lower, (_, value) in zip(head.names, head.headers, strict=True):
-        if lower == name:
-            return value.decode("latin-1")
-    return None
+    return next((value.decode("latin-1") for noted, value in head.noted if noted == name), None)
 
 
 def _quota_exceeded(seconds: float) -> ProxyError:

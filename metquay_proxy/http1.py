@@ -31,26 +31,38 @@ from typing import Final, NoReturn
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
-# Quantifiers are possessive throughout: with backtracking a hostile line costs quadratic time.
+# Quantifiers of single characters are possessive: with backtracking a hostile line costs quadratic time. Those of
+# groups are not, since CPython before 3.11.5 gets such wrong: no part of theirs can match in two ways, so that time
+# stays linear.
 _PLAIN_LINE: Final = re.compile(rb"(GET|HEAD) (/[\x21-\x7e]*+) HTTP/1\.1(?=\r\n)")
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?+(?=\r\n)")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?(?=\r\n)")
 _FIELD: Final = re.compile(rb"\r\n(" + _TOKEN + rb"):[ \t]*+(" + _TEXT + rb")(?=\r\n)")
 _TIDY_FIELD: Final = re.compile(_FIELD.pattern + rb"(?<![ \t])")
-_QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
+_FIELD_LINES: Final = re.compile(rb"(?:\r\n" + _TOKEN + rb":" + _TEXT + rb")*\r\n\r\n")
+_NOTED: Final = re.compile(
+    rb"\r\n(c(?:onnection|ontent-length|ache-control)|t(?:ransfer-encoding|e|railer)|location|x-request-id|"
+    rb"www-authenticate|access-control-[^:]*+|keep-alive|upgrade|http2-settings|e(?:xpires|tag)|pragma|last-modified|"
+    rb"proxy-(?:authenticate|authentication-info|connection)|retry-after):[ \t]*+([^\r]*+)"
+)
+_QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
 _VALUE: Final = rb"[ \t]*+=[ \t]*+(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
-_EXTENSION: Final = rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:" + _VALUE + rb")?+"
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15}+)(?:" + _EXTENSION + rb")*+\r\n")
+_EXTENSION: Final = rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:" + _VALUE + rb")?"
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15}+)(?:" + _EXTENSION + rb")*\r\n")
 _FOUL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 
 _START: Final = b"HTTP/1."
 _CRLF: Final = b"\r\n"
 _BLANK_LINE: Final = b"\r\n\r\n"
+_SHORTEST_FIELD: Final = len(b"\r\na:")
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 _MAX_CHUNK_LINE: Final = 4096
 _MAX_LENGTH_DIGITS: Final = 18
 _SWITCHING_PROTOCOLS: Final = 101
 _SUCCESS: Final = range(200, 300)
 _BODILESS: Final = frozenset({204, 304})
+_NOTHING: Final[frozenset[bytes]] = frozenset()
+_KEEP_ALIVE: Final = frozenset({b"keep-alive"})
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class ProtocolError(Exception):
@@ -65,22 +77,37 @@ class ClosedBeforeHead(ProtocolError):
 class ResponseHead:
     """A final answer's head, and what it says about the body.
 
-    ``names`` are the names of ``headers``, lower-cased, in the same order, so that ``frozenset.isdisjoint(names)``
-    finds out whether any of a set occurs. ``length`` is in bytes: None when chunked or until close, 0 without a body.
-    ``no_body`` (HEAD, 204, 304, a 2xx to CONNECT): the framing fields are no statement about this body.
-    ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus bytes.
+    ``lines`` holds its field lines as they came, each after its CRLF. ``noted`` are the fields of those names that
+    somebody reads (``_NOTED``), names and values in lower case, in order. ``options`` are those of Connection.
+    ``length`` is in bytes: None when chunked or until close, 0 without a body. ``no_body`` (HEAD, 204, 304, a 2xx to
+    CONNECT): the framing fields are no statement about this body. ``keep_alive``: the connection may be used again
+    after the body, unless the reader has seen surplus bytes.
     """
 
     status: int
     reason: bytes
     minor: int
-    headers: list[tuple[bytes, bytes]]
-    names: list[bytes]
+    lines: bytes
+    noted: list[tuple[bytes, bytes]]
+    options: frozenset[bytes]
     length: int | None
     chunked: bool
     until_close: bool
     keep_alive: bool
     no_body: bool
+
+    @classmethod
+    def made(cls, status: int, reason: bytes, fields: list[tuple[bytes, bytes]], length: int | None) -> ResponseHead:
+        """Make one that no upstream sent just now."""
+        lines = b"".join(b"\r\n%b: %b" % field for field in fields)
+        noted = noted_fields(lines)
+        chunked = length is None
+        return cls(status, reason, 1, lines, noted, _listed(noted), length, chunked, False, True, False)  # noqa: FBT003 - its fields in order
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Its fields, in order and case, values without the space around them."""
+        return [(name, value.rstrip(b" \t")) for name, value in _FIELD.findall(self.lines + _CRLF)]
 
 
 class ResponseReader:
@@ -117,14 +144,14 @@ class ResponseReader:
         self.started = False
         self.complete = False
         self.surplus = False
-        self._method = method.encode() if isinstance(method, str) else method
-        self._max_head = max_head
-        self._max_fields = max_fields
-        self._interim = max_interim
         self._buffer: bytearray | None = None
         self._left = 0
         self._trailers = False
         self._broken = False
+        self._method = method.encode() if isinstance(method, str) else method
+        self._max_head = max_head
+        self._max_fields = max_fields
+        self._interim = max_interim
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece, and return the bytes of the decoded body that it holds, maybe none.
@@ -212,7 +239,7 @@ class ResponseReader:
             elif self._trailers:
                 block, start = self._take(data, start, _BLANK_LINE, self._max_head, "trailer section")
                 if block:
-                    _parse_fields(block, 0, self._max_fields)
+                    _check_fields(block, 0, self._max_fields)
                     self.complete = True
                     self.surplus = start < end
                     break
@@ -334,24 +361,31 @@ class ChunkTracker:
                 _refuse("the request has malformed trailers, or too many")
 
 
-def read_plain(data: bytes, max_fields: int) -> tuple[bytes, bytes, list[tuple[bytes, bytes]]] | None:
-    """Return method, target and fields where ``data`` is the head of one HTTP/1.1 GET or HEAD, in its tidiest form.
+def read_plain(data: bytes) -> tuple[str, str, bytes] | None:
+    """Return method, target and field lines where ``data`` may be the head of one HTTP/1.1 GET or HEAD, and only that.
 
     None for everything else, whatever that is: this reader judges nothing, and what the fields mean is not its affair.
+    ``plain_fields`` says whether the lines are such that the answer holds.
     """
     line = _PLAIN_LINE.match(data)
-    if line is None or not data.endswith(_BLANK_LINE):
-        return None
-    start = line.end()
-    fields: list[tuple[bytes, bytes]] = _TIDY_FIELD.findall(data, start)
+    return None if line is None else (line[1].decode(), line[2].decode(), data[line.end() :])
+
+
+def plain_fields(lines: bytes, max_fields: int) -> list[tuple[bytes, bytes]] | None:
+    """Return the fields of lines in their tidiest form, from the CRLF before them to the blank line; else None."""
+    fields: list[tuple[bytes, bytes]] = _TIDY_FIELD.findall(lines)
     # As many as line feeds means that every line is a field, and that the blank line is the only one.
-    if not 0 < len(fields) == data.count(b"\n", start) - 2 <= max_fields:
-        return None
-    return line[1], line[2], fields
+    tidy = 0 < len(fields) == lines.count(b"\n") - 2 <= max_fields and lines.endswith(_BLANK_LINE)
+    return fields if tidy else None
 
 
 def _refuse(why: str) -> NoReturn:
     raise ProtocolError(why)
+
+
+def noted_fields(lines: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the fields that somebody reads of lines that are valid, in lower case."""
+    return _NOTED.findall(lines.lower())
 
 
 def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | None:
@@ -359,66 +393,64 @@ def _parse_head(block: bytes, method: bytes, max_fields: int) -> ResponseHead | 
     line = _STATUS_LINE.match(block)
     if line is None:
         _refuse(f"the status line of the upstream's answer is malformed: it begins with {block[:16]!r}")
-    headers = _parse_fields(block, line.end(), max_fields)
+    start = line.end()
+    _check_fields(block, start, max_fields)
     minor, status = int(line[1]), int(line[2])
-    if status < _SUCCESS.start:
+    if status < 200:  # noqa: PLR2004 - RFC 9110 section 15.2, the interim class
         if status == _SWITCHING_PROTOCOLS:
             _refuse("the upstream switched protocols, which nobody asked for")
         if not minor:
             _refuse("the upstream sent an interim answer, which HTTP/1.0 does not know")
         return None
-    names = [name.lower() for name, _ in headers]
+    lines = block[start : -len(_BLANK_LINE)]
+    noted = noted_fields(lines)
     tunnel = method == b"CONNECT" and status in _SUCCESS
-    length, chunked = (None, False) if tunnel else _parse_framing(headers, names, minor)
+    length, chunked = (None, False) if tunnel else _parse_framing(noted, minor)
     no_body = tunnel or method == b"HEAD" or status in _BODILESS
     if no_body:
         length, chunked = 0, False
     until_close = length is None and not chunked
-    keep_alive = not until_close and _persists(headers, names, minor)
-    return ResponseHead(
-        status, line[3] or b"", minor, headers, names, length, chunked, until_close, keep_alive, no_body
-    )
+    options = _listed(noted)
+    persists = b"close" not in options and (minor == 1 or b"keep-alive" in options)
+    keep_alive = persists and not until_close
+    reason = line[3] or b""
+    return ResponseHead(status, reason, minor, lines, noted, options, length, chunked, until_close, keep_alive, no_body)
 
 
-def _parse_fields(block: bytes, start: int, max_fields: int) -> list[tuple[bytes, bytes]]:
-    """Parse the fields from the CRLF at ``start`` to the blank line that ends ``block``."""
-    count = block.count(b"\n", start) - 2
-    if count > max_fields:
+def _check_fields(block: bytes, start: int, max_fields: int) -> None:
+    """Refuse what is not fields from the CRLF at ``start`` to the blank line that ends ``block``."""
+    if len(block) > _SHORTEST_FIELD * max_fields and block.count(b"\n", start) - 2 > max_fields:
         _refuse(f"the upstream's answer has more than {max_fields} header fields")
-    fields: list[tuple[bytes, bytes]] = _TIDY_FIELD.findall(block, start)
-    # Each match begins with a CRLF and ends before the next: as many as line feeds means that every line is a field.
-    if len(fields) == count:
-        return fields
-    fields = [(name, value.rstrip(b" \t")) for name, value in _FIELD.findall(block, start)]
-    if len(fields) != count:
+    if _FIELD_LINES.fullmatch(block, start) is None:
         _refuse("a header field of the upstream's answer is malformed")
-    return fields
 
 
-def _parse_framing(headers: list[tuple[bytes, bytes]], names: list[bytes], minor: int) -> tuple[int | None, bool]:
+def _listed(noted: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """Return the options of every Connection field."""
+    options = _NOTHING
+    for name, value in noted:
+        if name == b"connection":
+            options |= _KEEP_ALIVE if value == b"keep-alive" else {option.strip(b" \t") for option in value.split(b",")}
+    return options
+
+
+def _parse_framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:
     """Return the body's length in bytes, None when no field says it, and whether the body is chunked."""
-    lengths = names.count(b"content-length")
-    codings = names.count(b"transfer-encoding")
-    if lengths + codings > 1:
-        _refuse("the upstream's answer says more than once how long its body is")
-    if lengths:
-        value = headers[names.index(b"content-length")][1]
+    framing = None
+    for field in noted:
+        if field[0] in _FRAMING:
+            if framing is not None:
+                _refuse("the upstream's answer says more than once how long its body is")
+            framing = field
+    if framing is None:
+        return None, False
+    value = framing[1].rstrip(b" \t")
+    if framing[0] == b"content-length":
         if not value.isdigit() or len(value) > _MAX_LENGTH_DIGITS:
             _refuse("the Content-Length of the upstream's answer is not a number")
         return int(value), False
-    if codings:
-        if headers[names.index(b"transfer-encoding")][1].lower() != b"chunked":
-            _refuse("the upstream's answer has a Transfer-Encoding other than chunked")
-        if not minor:
-            _refuse("the upstream's answer has a Transfer-Encoding, which HTTP/1.0 does not know")
-    return None, codings == 1
-
-
-def _persists(headers: list[tuple[bytes, bytes]], names: list[bytes], minor: int) -> bool:
-    if b"connection" not in names:
-        return minor == 1
-    value = headers[names.index(b"connection")][1]
-    if names.count(b"connection") > 1:
-        value = b",".join(headers[index][1] for index, name in enumerate(names) if name == b"connection")
-    options = {*map(bytes.strip, value.lower().split(b","))}
-    return b"close" not in options and (minor == 1 or b"keep-alive" in options)
+    if value != b"chunked":
+        _refuse("the upstream's answer has a Transfer-Encoding other than chunked")
+    if not minor:
+        _refuse("the upstream's answer has a Transfer-Encoding, which HTTP/1.0 does not know")
+    return None, True

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from metquay_proxy.target import API_PREFIX, split_authority
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from metquay_proxy.http1 import ResponseHead
 
@@ -35,6 +35,9 @@ _HOP_BY_HOP: Final = frozenset(
 _DROPPED: Final = _HOP_BY_HOP | {b"host", b"authorization", b"x-proxy-key", b"expect", b"forwarded"}
 _DROPPED_PREFIXES: Final = (b"proxy-", b"x-forwarded-")
 _DROPPED_INBOUND: Final = _HOP_BY_HOP | {b"proxy-authenticate", b"proxy-authentication-info", b"proxy-connection"}
+_HOP_LINE: Final = re.compile(rb"\r\n(?i:%b):[^\r]*+" % b"|".join(sorted(_DROPPED_INBOUND)))
+_FIELD_LINE: Final = re.compile(rb"\r\n([^:\r]++):[^\r]*+")
+_LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*+)")
 _OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 _JUDGED: Final = _DROPPED | {
     b"origin",
@@ -160,7 +163,7 @@ class RequestHead:
     ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
     """
 
-    __slots__ = ("_fields", "_kept", "judged")
+    __slots__ = ("_fields", "_kept", "_names_no_field", "judged")
 
     def __init__(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
         """Take the fields as the parser gave them: in order and case, values without surrounding white space."""
@@ -175,8 +178,10 @@ class RequestHead:
             elif lower.startswith(_DROPPED_PREFIXES):
                 continue
             kept += (name, b": ", value, b"\r\n")
-        self.judged = judged
-        self._kept = kept
+        connection = judged.get(b"connection", b"")
+        self.judged: Mapping[bytes, bytes | None] = judged
+        self._names_no_field = connection is not None and connection.lower() in _NAMES_NO_FIELD
+        self._kept = b"".join(kept)
         self._fields = fields
 
     def text(self, name: bytes) -> str | None:
@@ -201,38 +206,33 @@ class RequestHead:
         ``keep_authorization`` is for pass-through targets, which get no token; of two Authorization fields the gate
         could judge neither, so that none is kept.
         """
-        judged = self.judged
         kept = self._kept
-        connection = judged.get(b"connection", b"")
         if (
             read_only
             or keep_authorization
-            or connection is None
-            or connection.lower() not in _NAMES_NO_FIELD
-            or (chunked and b"content-length" in judged)
+            or not self._names_no_field
+            or (chunked and b"content-length" in self.judged)
         ):
             dropped = _DROPPED
-            if keep_authorization and judged.get(b"authorization") is not None:
+            if keep_authorization and self.judged.get(b"authorization") is not None:
                 dropped -= {b"authorization"}
             if read_only:
                 dropped |= _OVERRIDES
             dropped |= connection_options(self._fields)
             kept = self._without(dropped | _CONTENT_LENGTH if chunked else dropped - _CONTENT_LENGTH)
-        head = [f"{method} {target} HTTP/1.1\r\nHost: ".encode("ascii"), host, b"\r\n", *kept]
-        if chunked:
-            head.append(b"Transfer-Encoding: chunked\r\n")
+        attached = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         if authorization is not None:
-            head += (b"Authorization: ", authorization, b"\r\n")
-        head.append(b"\r\n")
-        return b"".join(head)
+            attached += b"Authorization: %b\r\n" % authorization
+        line = f"{method} {target} HTTP/1.1".encode("ascii")
+        return b"%b\r\nHost: %b\r\n%b%b\r\n" % (line, host, kept, attached)
 
-    def _without(self, dropped: frozenset[bytes]) -> list[bytes]:
+    def _without(self, dropped: frozenset[bytes]) -> bytes:
         kept: list[bytes] = []
         for name, value in self._fields:
             lower = name.lower()
             if lower not in dropped and not lower.startswith(_DROPPED_PREFIXES):
                 kept += (name, b": ", value, b"\r\n")
-        return kept
+        return b"".join(kept)
 
 
 def connection_options(fields: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
@@ -262,31 +262,29 @@ def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to
     in a row must not make the tool ask a person for a password that nobody has. ``cors``: the gate, not the upstream,
     says which pages may read.
     """
-    names = head.names
+    noted = dict(head.noted)
     dropped = _DROPPED_INBOUND
-    if b"connection" in names:
-        dropped = (dropped | connection_options(head.headers)) - _CONTENT_LENGTH
+    if not head.options <= _NAMES_NO_FIELD:
+        dropped = (dropped | head.options) - _CONTENT_LENGTH
     if head.status == _NO_CONTENT:
         dropped |= _CONTENT_LENGTH
     if hide_challenge:
         dropped |= {b"www-authenticate"}
     if cors:
-        dropped |= {name for name in names if name.startswith(b"access-control-")}
-    lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
-    for lower, (name, value) in zip(names, head.headers, strict=True):
-        if lower in dropped:
-            continue
-        if lower == b"location" and origin is not None:
-            lines += (name, b": ", rewrite_location(value, base, origin), b"\r\n")
-        else:
-            lines += (name, b": ", value, b"\r\n")
-    passed = frozenset(names) - dropped
-    if passed.isdisjoint(_FRESHNESS):
-        lines.append(b"Cache-Control: no-store\r\n")
+        dropped |= {name for name in noted if name.startswith(b"access-control-")}
+    lines = head.lines
+    if origin is not None and b"location" in noted:
+        lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines)
+    if dropped is not _DROPPED_INBOUND:
+        lines = _FIELD_LINE.sub(lambda line: b"" if line[1].lower() in dropped else line[0], lines)
+    elif not dropped.isdisjoint(noted):
+        lines = _HOP_LINE.sub(b"", lines)
+    passed = noted.keys() - dropped
     if b"x-request-id" not in passed:
-        lines += (b"X-Request-Id: ", request_id, b"\r\n")
-    lines += (added, b"\r\n")
-    return b"".join(lines)
+        added = b"X-Request-Id: %b\r\n%b" % (request_id, added)
+    if passed.isdisjoint(_FRESHNESS):
+        added = b"Cache-Control: no-store\r\n" + added
+    return b"HTTP/1.1 %d %b%b\r\n%b\r\n" % (head.status, head.reason, lines, added)
 
 
 def rewrite_location(value: bytes, base: BaseURL, origin: bytes) -> bytes:

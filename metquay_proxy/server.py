@@ -52,7 +52,7 @@ from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.forwarder import READING, Forwarder, Request
 from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
-from metquay_proxy.http1 import ChunkTracker, ProtocolError, read_plain
+from metquay_proxy.http1 import ChunkTracker, ProtocolError, plain_fields, read_plain
 from metquay_proxy.line import Line
 from metquay_proxy.quota import Quota
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
@@ -93,6 +93,9 @@ _MAX_LENGTH_DIGITS: Final = 18
 _NOT_PLAIN: Final = frozenset(
     {b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"origin", b"http2-settings"}
 )
+_SECRETS: Final = frozenset({b"authorization", b"proxy-authorization", b"x-proxy-key", b"cookie"})
+_REMEMBERED: Final = 64
+_LONGEST_REMEMBERED: Final = 2048
 _PERSISTENCE: Final[dict[bytes | None, bool]] = {b"keep-alive": True, b"Keep-Alive": True, b"close": False}
 
 log = structlog.get_logger("metquay_proxy")
@@ -148,6 +151,7 @@ class ClientConnection(RequestHandler):
     """
 
     __slots__ = (
+        "_begun",
         "_body",
         "_chunks",
         "_deaf",
@@ -164,6 +168,7 @@ class ClientConnection(RequestHandler):
     def __init__(self, server: Server, **kwargs: Any) -> None:  # noqa: ANN401 - aiohttp's own
         super().__init__(server, **kwargs)
         self._server = server
+        self._begun = False
         self._deaf = False
         self._head = bytearray()
         self._head_timer: asyncio.TimerHandle | None = None
@@ -176,9 +181,19 @@ class ClientConnection(RequestHandler):
         self.lane: Lane | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, and give the client its time for the first byte."""
-        super().connection_made(transport)
+        """Begin, and give the client its time for the first byte.
+
+        aiohttp's own would begin a task here, which a connection of plain reads never needs.
+        """
+        self.transport = cast("asyncio.Transport", transport)
+        self._server.connection_made(self, self.transport)
         self._start_head_timer()
+
+    def _begin_task(self) -> None:
+        """Let aiohttp serve what comes from here on."""
+        if not self._begun:
+            self._begun = True
+            self._task_handler = self._loop.create_task(self.start())
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End; aiohttp cancels the handler."""
@@ -252,7 +267,7 @@ class ClientConnection(RequestHandler):
         """Take what is one whole head and nothing else; return whether it was."""
         if len(data) > MAX_LINE or type(data) is not bytes:
             return False
-        if self._current_request is None and not self._messages and not self._force_close:
+        if not (self._messages or self._force_close) and (not self._begun or self._waits):
             self.lane = self._server.send_at_once(self, data)
             if self.lane is not None:
                 self._stop_head_timer()
@@ -290,14 +305,18 @@ class ClientConnection(RequestHandler):
             self.data_received(data)
 
     @property
+    def _waits(self) -> bool:
+        """Whether aiohttp's task waits for a request; in a request's time there are gaps in all else."""
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
     def serving(self) -> bool:
         """Whether a request is being served or waits for that, or a refused client may still be reading why."""
         if self.lane is not None:
             return True
         if self._task_handler is None or self._task_handler.done():
             return False
-        waits = self._waiter is not None and not self._waiter.done()
-        return bool(self._messages) or not waits
+        return bool(self._messages) or not self._waits
 
     @property
     def unsent(self) -> bool:
@@ -345,6 +364,7 @@ class ClientConnection(RequestHandler):
         """
         if self._head_timer is not None:
             self._stop_head_timer()
+        self._begin_task()
         count = self._request_count
         RequestHandler.data_received(self, data)
         if self._request_count == count:
@@ -392,6 +412,7 @@ class ClientConnection(RequestHandler):
 
     def _feed(self, data: bytes) -> bool:
         """Hand bytes to the parser; in a body, or in a part of a head, return whether it refused them."""
+        self._begin_task()
         count = self._request_count
         super().data_received(data)
         if self._request_count == count:
@@ -412,11 +433,14 @@ class ClientConnection(RequestHandler):
             self._keepalive_handle = None
         else:
             super()._process_keepalive()
+            if self._keepalive_handle is None and not self._begun:  # aiohttp looks whether its task waits
+                self.force_close()
 
     def _refuse(self, status: int, exc: BaseException | None) -> None:
         """Queue a refusal behind the requests that came before it, and read no more."""
         self._deaf = True
         self._stop_head_timer()
+        self._begin_task()
         self._messages.append((_ErrInfo(status=status, exc=exc or TimeoutError(), message=""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -464,6 +488,7 @@ class Lane:
     def leave(self) -> None:
         """Go on in a task."""
         self.left = True
+        self.request.body = self._server.no_body(sent=True)
         self.begun.response.notify = None
         self._connection.take_over(self._data)
 
@@ -651,7 +676,10 @@ class Server(web.Server):
         self._replay_limit = replay_limit
         self._budget = ReplayBudget(_REPLAY_TOTAL)
         self._read_timeout = read_timeout
+        self._nothing = self.no_body(sent=True)
+        """The body of every read that is sent at once, until it leaves its lane."""
         self.bounds = bounds
+        self._plain_heads: dict[bytes, tuple[RequestHead, bool]] = {}
         self._detached: set[asyncio.Task[None]] = set()
         self.draining = False
         self.stopping = False
@@ -739,12 +767,12 @@ class Server(web.Server):
         """
         if self.draining or connection.writing_paused:
             return None
-        plain = read_plain(data, MAX_FIELDS)
+        plain = read_plain(data)
         if plain is None:
             return None
-        method, target, head = plain[0].decode(), plain[1].decode(), RequestHead(plain[2])
-        keep = _persists(head)
-        return None if keep is None else self._send_at_once(connection, data, method, target, head, keep=keep)
+        method, target, lines = plain
+        head, keep = self._plain_heads.get(lines) or self._plain_head(lines)
+        return None if head is None else self._send_at_once(connection, data, method, target, head, keep=keep)
 
     def _send_at_once(  # noqa: PLR0913 - the parts of one request
         self, connection: ClientConnection, data: bytes, method: str, raw_target: str, head: RequestHead, *, keep: bool
@@ -759,12 +787,28 @@ class Server(web.Server):
         exchange = Exchange(method, target.sent)
         exchange.client = admission.client
         exchange.caller = admission.client or head.text(b"user-agent") or ""
-        request = Request(method, target, head, self._no_body(), exchange.caller, admission.read_only)
+        request = Request(method, target, head, self._nothing, exchange.caller, admission.read_only)
         begun = self._forwarder.begin(request, exchange)
         if begun is None:
             return None
         self.telemetry.opened()
         return Lane(self, connection, data, request, exchange, begun, keep=keep)
+
+    def _plain_head(self, lines: bytes) -> tuple[RequestHead | None, bool]:
+        """Return the head of these field lines, and whether the connection stays; no head where they are not plain.
+
+        A tool sends the same lines with each request, so that a few heads are remembered, but none that holds a secret.
+        """
+        fields = plain_fields(lines, MAX_FIELDS)
+        head = None if fields is None else RequestHead(fields)
+        keep = None if head is None else _persists(head)
+        if fields is None or head is None or keep is None:
+            return None, False
+        if len(lines) <= _LONGEST_REMEMBERED and _SECRETS.isdisjoint([name.lower() for name, _ in fields]):
+            if len(self._plain_heads) >= _REMEMBERED:
+                self._plain_heads.clear()
+            self._plain_heads[lines] = head, keep
+        return head, keep
 
     def answer_at_once(self, lane: Lane) -> bytes | None:
         """Return the answer's bytes for the client; None where it is no plain one, or not all there."""
@@ -789,10 +833,13 @@ class Server(web.Server):
         self.telemetry.opened()
         return Exchange(message.method, "-")
 
-    def _no_body(self) -> RequestBody:
-        return RequestBody(
+    def no_body(self, *, sent: bool = False) -> RequestBody:
+        """Return the body of a request that has none; ``sent``: an attempt has been made already."""
+        body = RequestBody(
             EMPTY_PAYLOAD, present=False, chunked=False, limit=0, budget=self._budget, timeout=self._read_timeout
         )
+        body.sent = sent
+        return body
 
     def _body(self, request: web.BaseRequest, message: RawRequestMessage) -> RequestBody:
         return RequestBody(
@@ -889,7 +936,7 @@ class Server(web.Server):
         exchange = Exchange("GET", target.sent)
         exchange.caller = "test of the connection"
         head = RequestHead([(b"Accept", b"application/json")])
-        request = Request("GET", target, head, self._no_body(), exchange.caller)
+        request = Request("GET", target, head, self.no_body(), exchange.caller)
         self.telemetry.opened()
         try:
             response = await self._forwarder.forward(request, exchange)
@@ -1321,12 +1368,14 @@ class Proxy:
                 self._listeners.append(listener)
         self.addresses = list(dict.fromkeys(self.addresses))
         self.tokens.start()
+        self._transport.keep_warm()
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 - it does not cut itself short, it lets others end
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
         server, loop = self.server, asyncio.get_running_loop()
         deadline = loop.time() + timeout
         server.drain()
+        self._transport.let_cool()
         self._admin.close()
         await asyncio.sleep(min(_TURN, timeout + _BRIEFLY))  # who came before is let in, and told
         for listener in self._listeners:

@@ -11,8 +11,7 @@ generated clients ask for ``/api/v1//customers``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import unquote
 
 from metquay_proxy.errors import ProxyError
@@ -30,10 +29,11 @@ _PORT: Final = re.compile(r"[0-9]{1,5}")
 _MAX_PORT: Final = 65535
 _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 _DECODINGS: Final = 4
+_REMEMBERED: Final = 256
+_LONGEST_REMEMBERED: Final = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """One canonical target.
 
     ``sent`` is what goes upstream, byte for byte (ASCII); ``local`` is the path below the API's prefix, or below the
@@ -91,9 +91,23 @@ class TargetRules:
         self._prefixes = tuple(sorted({prefix, API_PREFIX}, key=len, reverse=True))
         self._authorities = authorities
         self._pass_through = pass_through
+        self._remembered: dict[str, Target] = {}
 
     def parse(self, method: str, raw: str) -> Target:
-        """Return the canonical target; raise ``ProxyError`` bad-target where nothing may be sent."""
+        """Return the canonical target; raise ``ProxyError`` bad-target where nothing may be sent.
+
+        Tools ask for the same again and again: of a path, the result depends on nothing else, and is remembered.
+        """
+        target = self._remembered.get(raw)
+        if target is None:
+            target = self._parse(method, raw)
+            if raw.startswith("/") and len(raw) <= _LONGEST_REMEMBERED:
+                if len(self._remembered) >= _REMEMBERED:
+                    self._remembered.clear()
+                self._remembered[raw] = target
+        return target
+
+    def _parse(self, method: str, raw: str) -> Target:
         if match := _FORBIDDEN.search(raw):
             raise _bad(f"it holds {_name(match.group())}, which must be percent-encoded")
         absolute = not raw.startswith("/")

@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from bisect import bisect_left
@@ -45,20 +46,15 @@ _HELD: Final = 0.2
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
-_RESOURCES: Final = frozenset({"customers", "customer-instrument-details", "instrument-categories", "works"})
+_RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
 _OUTAGE: Final = frozenset({502, 503, 504})
 _RUN: Final = os.urandom(4).hex()
 _NUMBERS: Final = count(1)
 
 
-@dataclass(slots=True, eq=False)
 class Exchange:
     """One request and its answer, from the parsed head to the last byte. Durations are in seconds."""
 
-    method: str
-    path: str
-    """A dash until the canonical target is known: a refused one may hold anything."""
-    id: str = ""
     client: str | None = None
     """The name of its client key."""
     caller: str = ""
@@ -67,10 +63,8 @@ class Exchange:
     answered_by: Literal["metquay", "proxy"] = "proxy"
     error: str | None = None
     attempts: int = 0
-    began: float = 0.0
-    """A reading of ``time.perf_counter``, as is"""
     head_at: float = 0.0
-    """when Metquay's answer was there to be passed on; 0 if never."""
+    """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
     waited: float = 0.0
     """For token and quota, and backing off."""
     upstream: float = 0.0
@@ -88,8 +82,10 @@ class Exchange:
     client_left: bool = False
     audited: bool = False
 
-    def __post_init__(self) -> None:
-        """Begin."""
+    def __init__(self, method: str, path: str) -> None:
+        """Begin; ``path`` is a dash until the canonical target is known: a refused one may hold anything."""
+        self.method = method
+        self.path = path
         self.id = f"{_RUN}{next(_NUMBERS):08x}"
         self.began = time.perf_counter()
 
@@ -119,9 +115,12 @@ class Histogram:
     total: float = 0.0
 
     def observe(self, seconds: float) -> None:
-        """Count one."""
-        self.counts[bisect_left(BOUNDS, seconds)] += 1
-        self.total += seconds
+        """Count one; less than nothing, which two clock readings can come to, is nothing."""
+        if seconds > 0.0:
+            self.counts[bisect_left(BOUNDS, seconds)] += 1
+            self.total += seconds
+        else:
+            self.counts[0] += 1
 
 
 class Telemetry:
@@ -134,7 +133,7 @@ class Telemetry:
         self.trouble: Exchange | None = None
         """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
         self.logs_requests = logging.getLogger("metquay_proxy").isEnabledFor(logging.INFO)
-        self._prefix = f"{prefix}/"
+        self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
         self._requests: dict[tuple[str, str, int, str], int] = {}
         self._retries = 0
         self._upstream, self._own, self._waited = Histogram(), Histogram(), Histogram()
@@ -153,21 +152,23 @@ class Telemetry:
         exchange.seconds = now - exchange.began
         self.active -= 1
         self.finished += 1
-        key = (exchange.method, self._route(exchange.path), exchange.status, exchange.answered_by)
+        own = exchange.path.startswith("/-/")
+        route = self._route(exchange.path)
+        key = (exchange.method, route, exchange.status, exchange.answered_by)
         self._requests[key] = self._requests.get(key, 0) + 1
-        if not exchange.path.startswith("/-/"):
+        if not own:
             self._remember(exchange, now)
         if self.logs_requests:
             _output.request(exchange)
 
     def _remember(self, exchange: Exchange, now: float) -> None:
-        if exchange.attempts:
-            self._waited.observe(exchange.waited)
-            self._upstream.observe(exchange.upstream)
-            own = (exchange.head_at or now) - exchange.began - exchange.waited - exchange.upstream
-            self._own.observe(max(0.0, own))
-            self._retries += exchange.attempts - 1
-        status = exchange.status
+        status, attempts = exchange.status, exchange.attempts
+        if attempts:
+            waited, upstream = exchange.waited, exchange.upstream
+            self._waited.observe(waited)
+            self._upstream.observe(upstream)
+            self._own.observe((exchange.head_at or now) - exchange.began - waited - upstream)
+            self._retries += attempts - 1
         if exchange.answered_by == "metquay":
             self.trouble = exchange if status in _OUTAGE else None
         elif exchange.error is not None and exchange.error.startswith("upstream-"):
@@ -184,14 +185,10 @@ class Telemetry:
 
     def _route(self, path: str) -> str:
         """Return the template of a path; of these there are few, whatever is asked for."""
-        if path.startswith("/-/"):
-            return path if path[3:] in _OWN_PAGES else "other"
-        if not path.startswith(self._prefix):
-            return "other"
-        resource, slash, rest = path[len(self._prefix) :].partition("?")[0].partition("/")
-        if resource not in _RESOURCES or "/" in rest:
-            return "other"
-        return f"/{resource}/{{id}}" if slash else f"/{resource}"
+        known = self._known.match(path)
+        if known is None:
+            return path if path.startswith("/-/") and path[3:] in _OWN_PAGES else "other"
+        return f"/{known[1]}/{{id}}" if known[2] else f"/{known[1]}"
 
     def since(self, number: int) -> tuple[list[str], int, int]:
         """Return (the exchanges after the ``number``-th, as JSON; how many of them are lost; the last number)."""

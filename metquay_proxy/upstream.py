@@ -18,6 +18,7 @@ import contextlib
 import errno
 import functools
 import json
+import math
 import select
 import socket
 import ssl
@@ -53,6 +54,8 @@ MAX_IDLE: Final = 4.0
 MAX_IDLE_UNSAFE: Final = 2.0
 """The same for requests that must not be repeated."""
 _MAX_IDLE_CONNECTIONS: Final = 512
+_WARM: Final = 60.0
+"""Seconds after a tool's last request in which a connection is kept ready for the next one."""
 _CA_FILES: Final = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
@@ -370,7 +373,6 @@ class Connection(asyncio.Protocol):
         response.let_go()
         reader = response.reader
         if self.body is not None and self.body.sent and response.head.keep_alive and not reader.surplus:
-            self.used = True
             self.body = None
             self._owner.put_back(self)
         else:
@@ -498,6 +500,10 @@ class Transport:
         self._looking: tuple[float, asyncio.Future[Sequence[AddrInfoType]]] | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._tick = max(0.01, min(1.0, read_timeout / 10))
+        self._pace = max(self._max_idle - self._tick, self._max_idle / 2)
+        """Seconds from one connection that is kept ready to the next: before the last one is too old to be used."""
+        self._warm_until = self._opened_ahead = -math.inf
+        self._cold = self._closed = False
 
     @property
     def connections(self) -> tuple[int, int]:
@@ -505,14 +511,18 @@ class Transport:
         return len(self._busy), len(self._idle)
 
     async def send(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
-        """Send a request and wait for the head of its answer; raise ``UpstreamFailure``.
+        """Send a tool's request and wait for the head of its answer; raise ``UpstreamFailure``.
 
         ``fresh``: on a new connection, because a pooled one has just failed.
         """
+        self._warm_until = self._clock() + _WARM
+        return await self.send_own(method, head, body, fresh=fresh)
+
+    async def send_own(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
+        """Send a request of the program's own, after which no connection is kept ready; otherwise like ``send``."""
         body.sent = False
-        connection = (
-            None if fresh else self._take(self._max_idle if method in _REPEATABLE_METHODS else self._max_idle_unsafe)
-        )
+        max_idle = self._max_idle if method in _REPEATABLE_METHODS else self._max_idle_unsafe
+        connection = None if fresh else self._take(self._clock() - max_idle)
         if connection is None:
             connection = await self._connect()
         try:
@@ -528,30 +538,42 @@ class Transport:
         return response
 
     def begin(self, method: str, head: bytes, body: RequestBody) -> Response | None:
-        """Send a request that may be repeated, if a pooled connection is there; its answer has yet to start."""
-        connection = self._take(self._max_idle)
+        """Send a tool's request that may be repeated, if a connection is there; its answer has yet to start."""
+        now = self._clock()
+        self._warm_until = now + _WARM
+        connection = self._take(now - self._max_idle)
         return None if connection is None else self._begin(connection, method, head, body)
 
     def _begin(self, connection: Connection, method: str, head: bytes, body: RequestBody) -> Response:
         response = connection.begin(method, head, body)
         self._busy.add(connection)
         if self._watchdog is None:
-            self._watchdog = self.loop.call_later(self._tick, self._watch)
+            self._start_watchdog()
         return response
 
     async def warm(self) -> None:
         """Open a connection for the next request."""
         self.put_back(await self._connect())
 
+    def keep_warm(self) -> None:
+        """Keep a connection ready from now on as though a tool had just asked for something."""
+        self._warm_until = self._clock() + _WARM
+        self._start_watchdog()
+
+    def let_cool(self) -> None:
+        """Keep no connection ready any more, whatever is still sent."""
+        self._cold = True
+
     def put_back(self, connection: Connection) -> None:
-        """Take a connection that has finished its exchange."""
+        """Take a connection that has finished its exchange, or has not had one yet."""
         self._busy.discard(connection)
-        if len(self._idle) >= _MAX_IDLE_CONNECTIONS:
+        if self._closed or len(self._idle) >= _MAX_IDLE_CONNECTIONS:
             connection.abort()
             return
+        connection.used = True
         self._idle.append((self._clock(), connection))
         if self._watchdog is None:
-            self._watchdog = self.loop.call_later(self._tick, self._watch)
+            self._start_watchdog()
 
     def forget(self, connection: Connection) -> None:
         """Drop a connection that was lost."""
@@ -560,7 +582,8 @@ class Transport:
             self._idle = [pair for pair in self._idle if pair[1] is not connection]
 
     def close(self) -> None:
-        """Close every connection at once."""
+        """Close every connection at once; none is opened any more."""
+        self._closed = self._cold = True
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None
@@ -570,8 +593,7 @@ class Transport:
             connection.abort()
         self._idle.clear()
 
-    def _take(self, max_idle: float) -> Connection | None:
-        oldest = self._clock() - max_idle
+    def _take(self, oldest: float) -> Connection | None:
         while self._idle:
             since, connection = self._idle[-1]
             if since < oldest:
@@ -587,27 +609,53 @@ class Transport:
         for connection in tuple(self._busy):
             if not (connection.stalled or connection.moved(now)) and now - connection.active_at > self._read_timeout:
                 connection.time_out(self._read_timeout)
-        oldest = self._clock() - self._max_idle
+        self._watchdog = None
+        idled = self._clock()
+        oldest = idled - self._max_idle
         expired = [connection for since, connection in self._idle if since < oldest]
         self._idle = [pair for pair in self._idle if pair[0] >= oldest]
         for connection in expired:
             connection.abort()
-        self._watchdog = self.loop.call_later(self._tick, self._watch) if self._busy or self._idle else None
+        warm = not self._cold and idled < self._warm_until
+        if warm and not self._busy:
+            self._open_ahead(idled)
+        if warm or self._busy or self._idle:
+            self._start_watchdog()
+
+    def _start_watchdog(self) -> None:
+        if self._watchdog is None and not self._closed:
+            self._watchdog = self.loop.call_later(self._tick, self._watch)
+
+    def _open_ahead(self, now: float) -> None:
+        """Open a connection for the next request, where none is young enough and none was just opened in vain."""
+        latest = max(self._opened_ahead, self._idle[-1][0] if self._idle else -math.inf)
+        if not self._opening and now - latest >= self._pace:
+            self._opened_ahead = now
+            self._start_opening().add_done_callback(self._opened)
 
     async def _connect(self) -> Connection:
         """Return a new connection. One whose request is given up meanwhile is opened all the same, for the next one."""
-        task = self.loop.create_task(self._open())
-        self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
+        task = self._start_opening()
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(self._opened)
             raise
 
+    def _start_opening(self) -> asyncio.Task[Connection]:
+        task = self.loop.create_task(self._open())
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+        return task
+
     def _opened(self, task: asyncio.Task[Connection]) -> None:
-        if not task.cancelled() and task.exception() is None:
+        """Keep what nobody waits for; where that fails, wait for the next request, which will be told why."""
+        if task.cancelled():
+            return
+        if task.exception() is None:
             self.put_back(task.result())
+        else:
+            self._warm_until = -math.inf
 
     async def _open(self) -> Connection:
         base = self._base
@@ -801,7 +849,7 @@ class Login:
         body = RequestBody(
             _Ready(data), present=True, chunked=False, limit=len(data), budget=ReplayBudget(len(data)), timeout=1.0
         )
-        response = await self._transport.send("POST", head, body)
+        response = await self._transport.send_own("POST", head, body)
         answer = b""
         try:
             while piece := await response.read():

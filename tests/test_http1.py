@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metquay_proxy import http1
-from metquay_proxy.http1 import ChunkTracker, ClosedBeforeHead, ProtocolError, ResponseHead, ResponseReader, read_plain
+from metquay_proxy.http1 import (
+    ChunkTracker,
+    ClosedBeforeHead,
+    ProtocolError,
+    ResponseHead,
+    ResponseReader,
+    plain_fields,
+    read_plain,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -142,16 +150,6 @@ class TestHead:
             (b"L", b"caf\xe9\x80\xff\tz"),
             (b"!#$%&'*+-.^_`|~0Zz", b"a:b"),
         ] == head.headers
-        assert [
-            b"b",
-            b"set-cookie",
-            b"a",
-            b"set-cookie",
-            b"e",
-            b"f",
-            b"l",
-            b"!#$%&'*+-.^_`|~0zz",
-        ] == head.names
 
     @pytest.mark.parametrize(
         "line",
@@ -854,9 +852,9 @@ class TestPlainRequest:
     @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
     def test_taken(self, method: bytes) -> None:
         """Method, target and fields are there, byte for byte."""
-        assert (method, b"/a%2F?b", [(b"Host", b"x"), (b"X-Empty", b""), (b"X", b"a  b\xff")]) == read_plain(
-            method + b" /a%2F?b HTTP/1.1\r\n" + self.FIELDS, 3
-        )
+        plain = read_plain(method + b" /a%2F?b HTTP/1.1\r\n" + self.FIELDS)
+        assert plain == (method.decode(), "/a%2F?b", b"\r\n" + self.FIELDS)
+        assert [(b"Host", b"x"), (b"X-Empty", b""), (b"X", b"a  b\xff")] == plain_fields(plain[2], 3)
 
     @pytest.mark.parametrize(
         "data",
@@ -890,4 +888,11 @@ class TestPlainRequest:
     )
     def test_left_alone(self, data: bytes) -> None:
         """Other methods, versions and forms, more than one message, too many fields, and whatever is untidy."""
-        assert read_plain(data, 3) is None
+        plain = read_plain(data)
+        assert plain is None or plain_fields(plain[2], 3) is None
+
+
+def test_no_possessive_groups() -> None:
+    """No quantifier of a group is possessive: CPython before 3.11.5 lets some of those match what they must not."""
+    patterns = [value.pattern for value in vars(http1).values() if isinstance(value, re.Pattern)]
+    assert not [pattern for pattern in patterns if re.search(rb"\)(?:[*+?]|\{[^}]*\})\+", pattern)]

@@ -567,6 +567,12 @@ class TestInbound:
         """What the upstream says to this proxy is not said to the client."""
         assert PASSED == received(name + b": close\r\n" + PLAIN + b"\r\n" + name.upper() + b": close")
 
+    def test_every_connection_field_counts(self) -> None:
+        """What one Connection field lists is dropped, whatever the others say."""
+        for values in ((b"x-hop", b"close"), (b"close", b"x-hop")):
+            fields = b"".join(b"Connection: %b\r\n" % value for value in values)
+            assert PASSED == received(fields + b"X-Hop: 1\r\n" + PLAIN)
+
     def test_transfer_encoding_is_dropped(self) -> None:
         """The client's side has a framing of its own, which the caller adds."""
         assert [*PASSED, b"Transfer-Encoding: chunked"] == received(
@@ -646,6 +652,13 @@ class TestInbound:
         """Any other field that holds an address is passed on as it is."""
         line = name + b": https://lab.metquay.co/api/v1/customers/7"
         assert [line, *PASSED] == received(line + b"\r\n" + PLAIN)
+
+    def test_location_takes_linear_time(self) -> None:
+        """However many spaces a Location holds, it is read once."""
+        value = b"x" + b" " * 100_000 + b"y"
+        began = time.perf_counter()
+        assert b"Location: " + value in received(b"Location: " + value)
+        assert time.perf_counter() - began < 1.0
 
     def test_location_for_absolute_form(self) -> None:
         """A tool that uses us as its HTTP proxy keeps the upstream's own address."""

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import stat
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from aiohttp import web
 
 from metquay_proxy.address import Address
 from metquay_proxy.errors import ProxyError
-from metquay_proxy.server import bind
+from metquay_proxy.server import Bounds, bind
 from tests.wire import BLANK, OK, Broken, Client, Peer, answered, chunked, eventually, get, head, post, rule, running
 
 if TYPE_CHECKING:
@@ -383,9 +384,9 @@ class TestAtOnce:
 
     @rule("ours")
     async def test_no_task(self, bench: Bench) -> None:
-        """Neither the parser's task nor any other sees it."""
+        """Neither the parser's task nor any other sees it, on an old connection or on a new one."""
         client = await bench.client()
-        bench.upstream.plays(OK, OK)
+        bench.upstream.plays(OK, OK, OK)
         await client.send(get())
         await client.answer()
         made: list[str] = []
@@ -397,8 +398,9 @@ class TestAtOnce:
 
         loop.set_task_factory(make)
         try:
-            await client.send(get())
-            assert 200 == (await client.answer()).status
+            for each in (client, await bench.client()):
+                await each.send(get())
+                assert 200 == (await each.answer()).status
         finally:
             loop.set_task_factory(None)
         assert [] == [name for name in made if name.startswith(("Server", "RequestHandler", "Forwarder"))]
@@ -429,6 +431,87 @@ class TestAtOnce:
         assert [b"/late", b"/a", b"/b", b"/c"] == [
             request.line.split()[1].removeprefix(b"/api/v1") for request in bench.upstream.requests[1:]
         ]
+
+    @rule("ours", max_idle=(0.15, 0.1), read_timeout="0.3")
+    async def test_ready_before_the_first_request(self, bench: Bench) -> None:
+        """After the start a connection stays ready, longer than one may idle, until the drain begins."""
+        transport = bench.proxy._transport
+        await asyncio.sleep(0.4)
+        assert (0, 1) <= transport.connections
+        bench.upstream.plays(OK)
+        assert 200 == (await bench.ask(get())).status
+        await bench.proxy.stop(5.0)
+        await asyncio.sleep(0.1)
+        assert (0, 0) == transport.connections
+
+    @rule("ours", bounds=Bounds(idle=0.2))
+    async def test_idle_connections_end(self, bench: Bench) -> None:
+        """A connection that has brought nothing but such reads is closed after the idle time, counted from the last."""
+        bench.upstream.plays(OK, OK, OK)
+        await bench.ask(get())
+        client = await bench.client()
+        began = time.monotonic()
+        for pause in (0.15, 0.0):
+            await client.send(get())
+            assert 200 == (await client.answer()).status
+            await asyncio.sleep(pause)
+        await client.ended()
+        assert 0.3 < time.monotonic() - began
+
+    @rule("ours", client_keys="shop:key-of-the-shop-x")
+    async def test_remembered_heads(self, bench: Bench) -> None:
+        """Of the heads that are remembered none holds a secret, none is long, and there are only so many."""
+        server = bench.proxy.server
+        key = "X-Proxy-Key: key-of-the-shop-x"
+        client = await bench.client()
+        for fields in ([key], [key], [key, "Cookie: a=b"], ["Authorization: Bearer key-of-the-shop-x"]):
+            bench.upstream.plays(OK)
+            await client.send(get("/x", *fields))
+            assert 200 == (await client.answer()).status
+        assert {} == server._plain_heads
+        for number in range(100):
+            assert server._plain_head(get("/x", f"X-Number: {number}").partition(b" HTTP/1.1")[2])[1]
+        assert 0 < len(server._plain_heads) <= 64
+        server._plain_heads.clear()
+        assert server._plain_head(get("/x", f"X-Long: {'x' * 4000}").partition(b" HTTP/1.1")[2])[1]
+        assert {} == server._plain_heads
+
+    @rule("ours", client_keys="shop:key-of-the-shop-x")
+    async def test_remembered_heads_are_judged_anew(self, bench: Bench) -> None:
+        """Lines that were passed once are no pass for another request: without its key none is sent."""
+        client = await bench.client()
+        for fields, status in (([], 403), (["X-Proxy-Key: key-of-the-shop-x"], 200), ([], 403), ([], 403)):
+            bench.upstream.plays(OK)
+            await client.send(get("/x", *fields))
+            assert status == (await client.answer()).status
+        assert 1 == len(bench.upstream.requests)
+
+    @rule("ours")
+    async def test_overtakes_nothing(self, bench: Bench) -> None:
+        """A read that comes when another request has just been taken up is answered after that one."""
+        may_answer = asyncio.Event()
+
+        async def late(peer: Peer) -> None:
+            await may_answer.wait()
+            await peer.send(answered(body=b"first"))
+
+        client = await bench.client()
+        bench.upstream.plays(OK, late, OK)
+        await client.send(get())
+        await client.answer()
+        [connection] = bench.proxy.server.connections
+        for turns in range(4):
+            connection.data_received(post(b"{}"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            connection.data_received(get("/second"))
+            await eventually(lambda: b"POST" in bench.upstream.requests[-1].line)
+            await asyncio.sleep(0.01)
+            assert b"POST" in bench.upstream.requests[-1].line
+            may_answer.set()
+            assert [b"first", b"ok"] == [(await client.answer()).body for _ in range(2)]
+            may_answer.clear()
+            bench.upstream.plays(late, OK)
 
     @rule("ours")
     async def test_too_much_behind_it(self, bench: Bench) -> None:

@@ -16,7 +16,7 @@ from metquay_proxy.auth import Credentials, LoginFailed
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.rewrite import BaseURL
-from metquay_proxy.upstream import Login, OutboundProxy, Transport
+from metquay_proxy.upstream import Login, OutboundProxy, Transport, UpstreamFailure
 from tests.wire import OK, Upstream, answered, eventually
 
 if TYPE_CHECKING:
@@ -113,6 +113,127 @@ async def test_warm(far: Upstream) -> None:
     await transport.send("GET", GET, no_body())
     assert 1 == len(far.peers)
     transport.close()
+
+
+class Warmth:
+    """A transport on a clock that stands still, and the connections that its upstream has accepted so far."""
+
+    def __init__(self, *, answers: bool = True, tls: ssl.SSLContext | None = None) -> None:
+        self.now = 1000.0
+        self.accepted: list[asyncio.StreamWriter] = []
+        self._answers = answers
+        self._tls = tls
+
+    async def _play(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted.append(writer)
+        while self._answers:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(OK)
+        writer.transport.abort()
+
+    @contextlib.asynccontextmanager
+    async def transport(self) -> AsyncIterator[Transport]:
+        """Yield the transport; it looks after its connections a hundred times a second."""
+        async with speaking(self._play) as port:
+            url = f"http{'s' if self._tls else ''}://127.0.0.1:{port}"
+            made = Transport(
+                BaseURL.parse(url),
+                ssl_context=self._tls,
+                connect_timeout=5.0,
+                read_timeout=0.1,
+                clock=lambda: self.now,
+            )
+            yield made
+            made.close()
+
+    async def passes(self, seconds: float) -> int:
+        """Let time pass at once, and the transport look several times; return how many connections were accepted."""
+        self.now += seconds
+        await asyncio.sleep(0.06)
+        return len(self.accepted)
+
+
+class TestKeptWarm:
+    """For a while after a tool's request a connection is ready for the next one."""
+
+    @pytest.mark.parametrize("begins", ["request", "start"])
+    async def test_while_tools_are_active(self, begins: str) -> None:
+        """It is replaced before it is too old, for a minute; the next request uses it."""
+        warmth = Warmth()
+        async with warmth.transport() as transport:
+            if begins == "start":
+                transport.keep_warm()
+                await eventually(lambda: (0, 1) == transport.connections)
+            else:
+                await (await transport.send("GET", GET, no_body())).read()
+            for opened in range(2, 16):
+                assert opened == await warmth.passes(3.995)
+                await eventually(lambda: (0, 2) >= transport.connections)
+            await (await transport.send("GET", GET, no_body())).read()
+            assert [16, 17] == [await warmth.passes(3.995), await warmth.passes(3.995)]
+            assert [17, 17] == [await warmth.passes(60.0), await warmth.passes(60.0)]
+            assert (0, 0) == transport.connections
+
+    async def test_at_once_counts_as_well(self) -> None:
+        """A request that is sent without waiting is a tool's, too."""
+        warmth = Warmth()
+        async with warmth.transport() as transport:
+            await transport.warm()
+            response = transport.begin("GET", GET, no_body())
+            assert response is not None
+            await response.started()
+            assert [2, 3] == [await warmth.passes(3.995), await warmth.passes(3.995)]
+
+    async def test_not_for_ourselves(self) -> None:
+        """A login keeps nothing warm."""
+        warmth = Warmth()
+        async with warmth.transport() as transport:
+            await (await transport.send_own("POST", GET, no_body())).read()
+            assert [1, 1] == [await warmth.passes(3.995), await warmth.passes(3.995)]
+            assert (0, 0) == transport.connections
+
+    async def test_closed_by_the_upstream(self) -> None:
+        """A connection that the upstream closes is replaced, no sooner than it would have been anyway."""
+        warmth = Warmth(answers=False)
+        async with warmth.transport() as transport:
+            transport.keep_warm()
+            await eventually(lambda: warmth.accepted)
+            assert [1, 1, 2, 2] == [await warmth.passes(seconds) for seconds in (0.0, 3.0, 1.0, 0.0)]
+
+    async def test_out_of_reach(self) -> None:
+        """Where none can be opened, none is tried again before the next request."""
+        warmth = Warmth(answers=False, tls=ssl.create_default_context())
+        async with warmth.transport() as transport:
+            transport.keep_warm()
+            await eventually(lambda: warmth.accepted)
+            assert [1, 1, 1] == [await warmth.passes(seconds) for seconds in (0.0, 4.0, 8.0)]
+            with pytest.raises(ProxyError):
+                await transport.send("GET", GET, no_body())
+            assert [2, 2] == [await warmth.passes(0.0), await warmth.passes(4.0)]
+
+    @pytest.mark.parametrize("end", [Transport.let_cool, Transport.close])
+    async def test_not_in_a_drain(self, end: Callable[[Transport], None]) -> None:
+        """From a drain on, and after the end, none is opened, whatever is still sent."""
+        warmth = Warmth()
+        async with warmth.transport() as transport:
+            await (await transport.send("GET", GET, no_body())).read()
+            end(transport)
+            transport.keep_warm()
+            assert [1, 1] == [await warmth.passes(3.995), await warmth.passes(3.995)]
+            assert (0, 0) == transport.connections
+
+    async def test_stale(self) -> None:
+        """One that the upstream closes in the moment in which it is first used is stale like any that idled."""
+        warmth = Warmth()
+        async with warmth.transport() as transport:
+            await transport.warm()
+            await eventually(lambda: warmth.accepted)
+            response = transport.begin("GET", GET, no_body())
+            assert response is not None
+            warmth.accepted[0].transport.abort()
+            with pytest.raises(UpstreamFailure) as caught:
+                await response.started()
+            assert caught.value.stale
 
 
 async def test_cancelled_while_connecting(far: Upstream) -> None:

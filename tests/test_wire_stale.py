@@ -103,6 +103,7 @@ async def test_the_figures(bench: Bench) -> None:
 @rule("9112 9.5", max_idle=(0.15, 0.1), read_timeout="0.3")
 async def test_idle_connections_closed(bench: Bench) -> None:
     """A connection that idled too long is closed by the proxy."""
+    bench.proxy._transport.let_cool()
     assert 200 == (await bench.ask(get())).status
     await bench.upstream.peers[0].gone()
     assert (0, 0) == bench.proxy._transport.connections
