@@ -348,6 +348,7 @@ async def test_who_does_not_share_has_no_redis() -> None:
 
 
 @needs_redis
+@pytest.mark.slow
 async def test_redis_answers_is_gone_or_hangs(tmp_path: Path) -> None:
     """It is well, dead or frozen, and the last two say what it means for the quota; all else is tried just so."""
     with redis_server(tmp_path / "redis") as redis:

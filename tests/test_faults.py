@@ -233,6 +233,7 @@ async def test_a_flood_without_a_token() -> None:
         assert await lab.healed() < HEALED
 
 
+@pytest.mark.slow
 async def test_the_login_is_down_for_an_hour(capsys: pytest.CaptureFixture[str]) -> None:
     """The token that is there serves to its real end; then 503 until the login is back, and no tool ever sees a 401."""
     async with laboratory() as lab:
@@ -270,6 +271,7 @@ def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("late", [False, True])
+@pytest.mark.slow
 async def test_keys_rotated_on_disk(key_file: Path, late: bool) -> None:  # noqa: FBT001 - a column
     """Keys that are replaced before the token ends fail no request; later, it takes a minute, and nobody restarts."""
     time_ = SocketTime()
@@ -368,6 +370,7 @@ async def linked(time_: FastTime | None = None, **settings: Any) -> AsyncIterato
             await link.stop()
 
 
+@pytest.mark.slow
 async def test_metquay_restarts() -> None:
     """A restart that takes a moment is not noticed by reads and replacements; what is created is created once."""
     async with simulated() as sandbox, running(sandbox.url, rate_limit="off") as (_, url), tool(url) as asking:
@@ -404,6 +407,7 @@ async def test_metquay_restarts() -> None:
         assert told["201"] <= executed <= told["201"] + told["unknown"]
 
 
+@pytest.mark.slow
 async def test_metquay_is_away() -> None:
     """While nothing listens each request says so at once, with a live token; the first one after that is served."""
     async with linked() as line:

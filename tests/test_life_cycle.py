@@ -424,6 +424,7 @@ async def ended(command: Process, *numbers: int) -> float:
 
 @posix_only
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
 async def test_a_process_that_is_told_to_stop(tmp_path: Path, number: int) -> None:
     """What is under way ends as it should, what does not is cut in time, and the process ends with 0."""
     path = tmp_path / "socket"
@@ -467,6 +468,7 @@ async def test_a_process_that_is_told_to_stop(tmp_path: Path, number: int) -> No
 
 
 @posix_only
+@pytest.mark.slow
 async def test_a_second_signal(tmp_path: Path) -> None:
     """A second signal ends the drain at once, in order: the client is told, the socket is gone, the code is 0."""
     path = tmp_path / "socket"

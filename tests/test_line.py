@@ -109,6 +109,7 @@ async def laboratory(rate: str, limit: tuple[int, float]) -> AsyncIterator[Labor
         await sandbox.stop()
 
 
+@pytest.mark.slow
 async def test_three_hundred_at_once_at_twenty_a_second() -> None:
     """Three tools that ask for 300 records at once get them all, in the time that the quota needs for them."""
     async with (
@@ -135,6 +136,7 @@ async def test_a_sequential_tool() -> None:
         assert lab.time.now() - began < 250 / 100 * 60 * 1.01
 
 
+@pytest.mark.slow
 async def test_eight_sequential_tools() -> None:
     """Eight tools that work at once at 100/minute wait less than 20 s for each answer, and none is refused."""
     async with laboratory("100/minute", (100, 60.0)) as lab, contextlib.AsyncExitStack() as stack:
@@ -164,6 +166,7 @@ async def test_more_than_can_wait() -> None:
         assert (200, LATENCY) == (again.status, round(again.took, 6))
 
 
+@pytest.mark.slow
 async def test_a_slow_tool_beside_a_greedy_one() -> None:
     """A tool that asks now and then waits for one turn of a greedy one at most, however much that one wants."""
     async with (

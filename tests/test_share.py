@@ -352,7 +352,7 @@ def test_more_replicas_than_slots() -> None:
         Simulation(7, 200, outage=(90.0, 140.0)),
         Simulation(7, 200, flushed=65.0),
         Simulation(7, 200, outage=(30.0, 32.0), flushed=32.0),
-        Simulation(150, 130),
+        pytest.param(Simulation(150, 130), marks=pytest.mark.slow),
     ],
     ids=lambda simulation: f"{simulation.replicas}, away {simulation.outage}, flushed {simulation.flushed}",
 )

@@ -239,6 +239,7 @@ class TestStore:
 class TestLine:
     """The quota of two replicas."""
 
+    @pytest.mark.slow
     async def test_they_share_one_quota(self, redis: RedisServer) -> None:
         """Four times the limit through two replicas: no window in which more arrive than the limit."""
         async with replicas(redis) as both:
@@ -272,6 +273,7 @@ class TestLine:
         assert f"{PREFIX}seen" not in names
         assert all(0 < int(redis.run("TTL", name)) <= 61 for name in names)
 
+    @pytest.mark.slow
     async def test_alone_and_back(self, redis: RedisServer) -> None:
         """While Redis is away it says so once, serves its part of the quota, and says when it shares again."""
         with capture_logs() as logs:
@@ -419,6 +421,7 @@ class TestRecords:
             await until(lambda: one.status()["shared"] and two.status()["shared"])
             assert ANSWER == await answered(two)
 
+    @pytest.mark.slow
     async def test_a_claim_that_redis_does_not_answer(self, redis: RedisServer) -> None:
         """A frozen Redis costs it a second, and then it is executed on the word of this replica alone."""
         async with replica(redis) as one:

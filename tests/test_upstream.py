@@ -157,6 +157,7 @@ class TestKeptWarm:
     """For a while after a tool's request a connection is ready for the next one."""
 
     @pytest.mark.parametrize("begins", ["request", "start"])
+    @pytest.mark.slow
     async def test_while_tools_are_active(self, begins: str) -> None:
         """It is replaced before it is too old, for a minute; the next request uses it."""
         warmth = Warmth()
