@@ -73,10 +73,12 @@ def test_the_other_event_loop() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-o",
+        "faulthandler_timeout=60",  # a test that hangs shows where
         *[f"tests/{name}.py" for name in rules.MODULES],
     ]
     environment = os.environ | {"WIRE_LOOP": "uvloop"}
     done = subprocess.run(  # noqa: S603 - our own words
-        command, cwd=rules.PAGE.parent.parent, env=environment, capture_output=True, text=True, check=False
+        command, cwd=rules.PAGE.parent.parent, env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert 0 == done.returncode, done.stdout[-5000:]
