@@ -349,11 +349,12 @@ class SharedRecords(Records):
             what, value = "keep", encoded(running, None, running=self._name)
         elif ended is not None:
             what, value, left = "keep", encoded(ended.digest, ended.answer), ended.expires - self._clock()
+        self._untold.pop(record, None)  # now, since there may be more to tell before this has come through
         try:
             await self._ask(what, record, value, max(1.0, left))
         except Away:
+            self._untold[record] = None
             return False
-        self._untold.pop(record, None)
         return True
 
     async def _ask(self, what: str, record: bytes, value: bytes, lifetime: float, within: float = SLOW) -> list[bytes]:

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import ssl
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
@@ -419,6 +419,32 @@ class TestRecords:
             assert ANSWER == await answered(one)
             redis.start()
             await until(lambda: one.status()["shared"] and two.status()["shared"])
+            assert ANSWER == await answered(two)
+
+    async def test_an_older_word_that_comes_through_late(
+        self, redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was to be told meanwhile, and could not be, is told after it."""
+        async with replicas(redis) as (one, two):
+            claim = await claimed(one)
+            run, through = one._store.run, asyncio.Event()
+
+            async def late(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - as the store takes them
+                await through.wait()
+                return await run(*arguments, **options)
+
+            async def never(*_: object, **__: object) -> None:
+                raise Away("it cannot be reached")
+
+            one.records._untold[NAME] = None
+            monkeypatch.setattr(one._store, "run", late)
+            telling = asyncio.create_task(one.records.catch_up())
+            await asyncio.sleep(0)
+            monkeypatch.setattr(one._store, "run", never)
+            await one.records.complete(claim, ANSWER, time.monotonic())
+            monkeypatch.setattr(one._store, "run", run)
+            through.set()
+            await telling
             assert ANSWER == await answered(two)
 
     @pytest.mark.slow
