@@ -24,6 +24,7 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import accumulate, count, islice
 from json.encoder import encode_basestring_ascii as quoted
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
@@ -97,14 +98,26 @@ class Exchange:
     def line(self) -> str:
         """Return the JSON object that the log and the status page tell of it, without a line's end."""
         who = self.client or self.caller[:80]
-        stamp = datetime.fromtimestamp(self.ended, UTC).isoformat(timespec="microseconds")[:-6]
+        second = int(self.ended)
+        stamp = f"{_to_second(second)}.{int((self.ended - second) * 1e6):06d}Z"
         return (
-            f'{{"event": "request", "level": "info", "timestamp": "{stamp}Z", "id": "{self.id}", '
+            f'{{"event": "request", "level": "info", "timestamp": "{stamp}", "id": "{self.id}", '
             f'"client": {quoted(who) if who else "null"}, "method": "{self.method}", '
-            f'"path": {quoted(masked(self.path))}, "status": {self.status}, "answered_by": "{self.answered_by}", '
+            f'"path": {_shown(self.path)}, "status": {self.status}, "answered_by": "{self.answered_by}", '
             f'"ms": {self.seconds * 1000:.1f}, "waited_ms": {self.waited * 1000:.1f}, "attempts": {self.attempts}'
             + (f', "error": "{self.error}"}}' if self.error else "}")
         )
+
+
+@lru_cache(maxsize=2)
+def _to_second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).isoformat()[:-6]
+
+
+@lru_cache(maxsize=256)
+def _shown(target: str) -> str:
+    """Return a target as a JSON string that tells no value; tools ask for the same again and again."""
+    return quoted(masked(target))
 
 
 @dataclass(slots=True)

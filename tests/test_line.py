@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import aiohttp
+import pytest
 
 from metquay_proxy.sandbox import Faults, Sandbox
 from tests.fake_time import FakeTime
