@@ -896,3 +896,14 @@ def test_no_possessive_groups() -> None:
     """No quantifier of a group is possessive: CPython before 3.11.5 lets some of those match what they must not."""
     patterns = [value.pattern for value in vars(http1).values() if isinstance(value, re.Pattern)]
     assert not [pattern for pattern in patterns if re.search(rb"\)(?:[*+?]|\{[^}]*\})\+", pattern)]
+
+
+@pytest.mark.parametrize(("length", "chunked"), [(3, False), (None, True)])
+def test_a_head_that_no_upstream_sent(length: int | None, *, chunked: bool) -> None:
+    """A recorded answer's head says of its fields and its body what one that was read would."""
+    fields = [(b"Content-Type", b"text/plain"), (b"Connection", b"X-A, close"), (b"X-A", b"1")]
+    head = ResponseHead.made(201, b"Created", fields, length)
+    assert (201, b"Created", 1, length, chunked) == (head.status, head.reason, head.minor, head.length, head.chunked)
+    assert fields == head.headers
+    assert [(b"connection", b"x-a, close")] == head.noted
+    assert {b"x-a", b"close"} == head.options
