@@ -166,3 +166,16 @@ def test_canonical_is_idempotent_and_stays_below(path: str) -> None:
         return
     assert target.sent.startswith("/api/v1")
     assert target == RULES.parse("GET", target.sent)
+
+
+def test_few_targets_are_remembered() -> None:
+    """However many paths are asked for, long ones among them, each is judged right, and memory stays bounded."""
+    rules = TargetRules("/api/v1", [])
+    paths = [f"/works/{number}" for number in range(1000)] + [f"/works/{number}{'x' * 2000}" for number in range(3)]
+    for path in [*paths, *paths]:
+        assert f"/api/v1{path}" == rules.parse("GET", path).sent
+    assert len(rules._remembered) <= 256
+    assert max(map(len, rules._remembered)) <= 1024
+    with pytest.raises(ProxyError):
+        rules.parse("GET", "/works/../1")
+    assert "/works/../1" not in rules._remembered
