@@ -222,6 +222,6 @@ async def test_redis_out_of_order(tmp_path: Path, fault: str) -> None:
         assert rate >= 0.6 * LIMIT
         assert {200} == {seen.status for seen in lab.seen}
         assert max(seen.answered - seen.asked for seen in lab.seen if seen.answered > began) < 4.0
-        # In a window of one second a replica whose machine stalls at that moment knows too little of the others: Metquay
-        # may refuse one request each, which is sent again. That the arithmetic provokes none is tested in invented time.
+        # Where the machine stalls at that moment, a replica knows too little of the others, in a window of one second:
+        # Metquay may refuse one request each, which is sent again. In invented time the arithmetic must provoke none.
         assert lab.sandbox.refused_429 <= COUNT
