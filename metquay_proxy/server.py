@@ -81,8 +81,9 @@ _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
 """Seconds for the last answers of a drain to be written."""
 _TURN: Final = 0.02
-_BRIEFLY: Final = 0.001
 """Seconds from one look at what a drain waits for to the next."""
+_BRIEFLY: Final = 0.001
+"""Seconds in which a request that was just accepted, or was in a lane, reaches its handler, even without a drain."""
 _BACKLOG: Final = 1024
 _BIND_ATTEMPTS: Final = 10  # a port that is free on one family may be taken on the other
 _CRLF: Final = b"\r\n"
