@@ -162,9 +162,9 @@ def _serve(arguments: Sequence[str]) -> int:
         settings = _load(values, sandbox=values.sandbox)
     except SettingsError as error:
         return _refuse(error)
-    from metquay_proxy import server  # noqa: PLC0415 - slow, and of no use with wrong settings
+    from metquay_proxy import app  # noqa: PLC0415 - slow, and of no use with wrong settings
 
-    return server.run(settings, sandbox=values.sandbox)
+    return app.run(settings, sandbox=values.sandbox)
 
 
 def _sandbox(arguments: Sequence[str]) -> int:

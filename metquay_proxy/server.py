@@ -1,8 +1,7 @@
-"""The composition root, and the client's side of every exchange.
+"""The client's side of every exchange.
 
-Owns the listeners, the adapter between aiohttp's low-level server and the program's own types, the pump of answer
-bodies, the drain and the signals. Must not hold a rule that ``target``, ``gate``, ``rewrite`` or ``forwarder`` could
-hold.
+Owns the adapter between aiohttp's low-level server and the program's own types, the pump of answer bodies and the
+drain. Must not hold a rule that ``target``, ``gate``, ``rewrite`` or ``forwarder`` could hold.
 
 Facts about aiohttp's server (each has a test): its flags go to ``web.Server``; errors of its parser never reach a
 handler but ``handle_error``, those in mid-body not even the reader of that body, and they take along the requests
@@ -18,16 +17,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import errno
-import gc
 import json
-import os
-import pathlib
 import re
-import signal
 import socket
-import ssl
-import stat
 import struct
 import sys
 import time
@@ -36,42 +28,31 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, cast
 
-import aiohttp.http_parser
 import structlog
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, InvalidURLError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from metquay_proxy import __version__
-from metquay_proxy.address import Address
 from metquay_proxy.admin import Admin, Answer
-from metquay_proxy.audit import AuditLog
-from metquay_proxy.auth import Credentials, TokenCache, suspend_aware_clock
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.forwarder import READING, Forwarder, Request
 from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
 from metquay_proxy.http1 import ChunkTracker, ProtocolError, plain_fields, read_plain
-from metquay_proxy.line import Line
-from metquay_proxy.quota import Quota
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
-from metquay_proxy.settings import last_four, outbound_proxy
-from metquay_proxy.target import TargetRules
-from metquay_proxy.telemetry import Exchange, Telemetry, configure_logging, masked
-from metquay_proxy.upstream import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context
+from metquay_proxy.telemetry import Exchange, Telemetry, masked
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from aiohttp.http_parser import RawRequestMessage
     from aiohttp.streams import StreamReader
 
+    from metquay_proxy.audit import AuditLog
     from metquay_proxy.forwarder import Begun, Response
     from metquay_proxy.http1 import ResponseHead
-    from metquay_proxy.settings import RedisAddress, Settings
-    from metquay_proxy.shared import Shared
-    from metquay_proxy.upstream import OutboundProxy
+    from metquay_proxy.target import TargetRules
 
 MAX_LINE: Final = 64 * 1024
 MAX_HEAD: Final = 128 * 1024
@@ -80,12 +61,6 @@ _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
 """Seconds for the last answers of a drain to be written."""
-_TURN: Final = 0.02
-"""Seconds from one look at what a drain waits for to the next."""
-_BRIEFLY: Final = 0.001
-"""Seconds in which a request that was just accepted, or was in a lane, reaches its handler, even without a drain."""
-_BACKLOG: Final = 1024
-_BIND_ATTEMPTS: Final = 10  # a port that is free on one family may be taken on the other
 _CRLF: Final = b"\r\n"
 _BLANK_LINE: Final = b"\r\n\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -1180,13 +1155,6 @@ def _check_framing(message: RawRequestMessage, head: RequestHead) -> None:
         raise ProxyError("not-supported", msg)
 
 
-def _report_audit(why: str | None) -> None:
-    if why is None:
-        log.info("audit log is written again")
-    else:
-        log.error("audit log can't be written: lines are lost until that is mended", reason=why)
-
-
 def _as_error(failure: Exception, exchange: Exchange) -> ProxyError:
     """Return what to tell a client about a failure, and note it."""
     if isinstance(failure, ProxyError):
@@ -1223,398 +1191,3 @@ def _secret_key(data: bytes) -> str | None:
 def _login_answer(placeholder: str) -> Answer:
     body = {"accessToken": placeholder, "tokenType": "bearer", "expiresIn": PLACEHOLDER_LIFETIME}
     return Answer(200, "application/json", json.dumps(body).encode())
-
-
-class Proxy:
-    """The running program: everything that was built from the settings, its listeners and its end."""
-
-    def __init__(  # noqa: PLR0913 - its inputs, and the times that tests shorten
-        self,
-        settings: Settings,
-        base: BaseURL,
-        credentials: Callable[[], Credentials],
-        *,
-        clock: Callable[[], float] | None = None,
-        sleep: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep,
-        call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None = None,
-        bounds: Bounds = Bounds(),
-        max_idle: tuple[float, float] = (MAX_IDLE, MAX_IDLE_UNSAFE),
-    ) -> None:
-        """Build everything; nothing is opened yet. ``credentials`` is asked at each login.
-
-        ``bounds`` are for clients; ``max_idle`` (seconds) is for connections to Metquay that repeatable and other
-        requests reuse. ``clock`` counts the seconds of tokens, quota and waiting; ``sleep`` and ``call_later`` take
-        seconds of it.
-        """
-        self.base = base
-        self._settings = settings
-        clock = clock or suspend_aware_clock()
-        self.telemetry = Telemetry(base.prefix)
-        scheme = "https" if settings.tls_cert else "http"
-        self._transport = Transport(
-            base,
-            ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
-            connect_timeout=settings.connect_timeout,
-            read_timeout=settings.read_timeout,
-            outbound_proxy=_outbound_proxy(base, settings),
-            max_idle=max_idle,
-            clock=clock,
-        )
-        self.tokens = TokenCache(
-            Login(self._transport, base, credentials, clock),
-            clock=clock,
-            sleep=sleep,
-            observer=self.telemetry.token_event,
-        )
-        rate = settings.rate_limit
-        self._line = None if rate is None else Line(Quota(rate.limit, rate.window), clock, call_later)
-        self._shared = None if settings.redis_url is None else _shared(settings, base, clock, call_later)
-        if self._shared is not None:
-            self._line = self._shared.line
-        self._admin = Admin(
-            ready=self.ready,
-            status=self.status,
-            allow_quit=settings.allow_quit,
-            telemetry=self.telemetry,
-            test=self.test,
-        )
-        self._own_authorities: set[tuple[str, int]] = set()
-        self.server = Server(
-            rules=TargetRules(base.prefix, self._own_authorities, pass_through=settings.pass_through),
-            gate=Gate(
-                upstream_host=base.host,
-                keys=settings.keys,
-                read_only=settings.read_only,
-                allowed_hosts=settings.allowed_hosts,
-                allowed_origins=settings.allowed_origins,
-                scheme=scheme,
-            ),
-            forwarder=Forwarder(
-                self._transport,
-                self.tokens,
-                self._line,
-                base,
-                max_wait=settings.max_wait,
-                retries=settings.retries,
-                clock=clock,
-                records=None if self._shared is None else self._shared.records,
-                replay_limit=settings.replay_limit,
-                sleep=sleep,
-            ),
-            admin=self._admin,
-            audit=None if settings.audit_log is None else AuditLog(settings.audit_log, _report_audit),
-            telemetry=self.telemetry,
-            base=base,
-            scheme=scheme,
-            replay_limit=settings.replay_limit,
-            read_timeout=settings.read_timeout,
-            bounds=bounds,
-        )
-        self.scheme = scheme
-        self._listeners: list[asyncio.AbstractServer] = []
-        self._unix_paths: list[str] = []
-        self._hurried = False
-        self.addresses: list[str] = []
-
-    def ready(self) -> bool:
-        """Whether a request would find a token now."""
-        return self.tokens.state.ready and not self.server.draining
-
-    def status(self) -> dict[str, Any]:
-        """Return the figures for ``/-/status``; nothing secret among them."""
-        token = self.tokens.state
-        busy, idle = self._transport.connections
-        key = None if self._settings.sandbox else self._settings.access_key
-        return {
-            "version": __version__,
-            "upstream": str(self.base),
-            "ready": self.ready(),
-            "draining": self.server.draining,
-            "sandbox": self._settings.sandbox,
-            "read_only": self._settings.read_only,
-            "key": None if key is None else last_four(key.get_secret_value()),
-            "token": dataclasses.asdict(token),
-            "quota": None if self._line is None else self._line.snapshot()._asdict(),
-            "redis": None if self._shared is None else self._shared.status(),
-            "requests": {"active": self.telemetry.active, "finished": self.telemetry.finished},
-            "connections": {"busy": busy, "idle": idle},
-            "settings": [setting._asdict() for setting in self._settings.sources()],
-        }
-
-    async def test(self) -> dict[str, Any]:
-        """Read one customer as a tool would; return whether that went well (``ok``) and a ``text`` for people."""
-        return await self.server.test()
-
-    async def start(self) -> None:
-        """Listen, then log in; raise ``OSError`` where an address can't be had."""
-        tls = None
-        if self._settings.tls_cert and self._settings.tls_key:
-            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            tls.load_cert_chain(self._settings.tls_cert, self._settings.tls_key)
-        loop = asyncio.get_running_loop()
-        if self._shared is not None:
-            await self._shared.start()
-        self._own_authorities |= self.base.authorities
-        for address in self._settings.listen:
-            for sock in bind(address):
-                if address.path:
-                    self._unix_paths.append(address.path)
-                    self.addresses.append(str(address))
-                    listener = await loop.create_unix_server(self.server, sock=sock, ssl=tls, backlog=_BACKLOG)
-                else:
-                    port = sock.getsockname()[1]
-                    self.addresses.append(f"{self.scheme}://{Address(address.host, port)}")
-                    self._own_authorities |= {(host, port) for host in ("localhost", "127.0.0.1", "::1", address.host)}
-                    listener = await loop.create_server(self.server, sock=sock, ssl=tls, backlog=_BACKLOG)
-                self._listeners.append(listener)
-        self.addresses = list(dict.fromkeys(self.addresses))
-        self.tokens.start()
-        self._transport.keep_warm()
-
-    async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 - it does not cut itself short, it lets others end
-        """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
-        server, loop = self.server, asyncio.get_running_loop()
-        deadline = loop.time() + timeout
-        server.drain()
-        self._transport.let_cool()
-        self._admin.close()
-        await asyncio.sleep(min(_TURN, timeout + _BRIEFLY))  # who came before is let in, and told
-        for listener in self._listeners:
-            listener.close()
-        while self._unix_paths:  # now, since another proxy may take the path while this one drains
-            with contextlib.suppress(FileNotFoundError):
-                pathlib.Path(self._unix_paths.pop()).unlink()  # noqa: ASYNC240 - one call, and nobody new is served
-        while server.busy() and not self._hurried and loop.time() < deadline:  # noqa: ASYNC110 - three ends, once
-            await asyncio.sleep(_TURN)
-        await server.end()
-        await self.tokens.close()
-        if self._shared is not None:
-            await self._shared.stop()
-        self._transport.close()
-
-    def hurry(self) -> None:
-        """End a drain now, as at its deadline."""
-        self._hurried = True
-
-
-def _shared(
-    settings: Settings,
-    base: BaseURL,
-    clock: Callable[[], float],
-    call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None,
-) -> Shared:
-    from metquay_proxy import shared  # noqa: PLC0415 - only who shares pays for loading it
-
-    address = cast("RedisAddress", settings.redis_url)
-    tls = tls_context(settings.ca_bundle) if address.scheme == "rediss" else None
-    key = "" if settings.access_key is None else settings.access_key.get_secret_value()
-    prefix = shared.namespace(base.authority, key)
-    store = shared.Store(address, settings.redis_secret, tls)
-    return shared.Shared(store, prefix, settings.rate_limit, clock, call_later)
-
-
-def _outbound_proxy(base: BaseURL, settings: Settings) -> OutboundProxy | None:
-    try:
-        return outbound_proxy(settings, base)
-    except ValueError as error:
-        log.warning("the system's proxy setting (HTTPS_PROXY) is ignored", reason=str(error))
-        return None
-
-
-def bind(address: Address) -> list[socket.socket]:
-    """Return bound sockets for one address; raise ``OSError`` with a text for people.
-
-    ``localhost`` means both loopback addresses on one port: Windows spends seconds on a missing ``::1``. A family that
-    the machine lacks is skipped; a port that is taken on either is an error.
-    """
-    if address.path:
-        return [_bind_unix(address.path)]
-    if address.host == "localhost":
-        return _bind_loopback(address)
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    if ":" not in address.host and not address.host.replace(".", "").isdigit():
-        family = socket.getaddrinfo(address.host, None, type=socket.SOCK_STREAM)[0][0]
-    return [_bind_tcp(family, address.host, address.port)]
-
-
-def _bind_loopback(address: Address) -> list[socket.socket]:
-    for attempt in range(_BIND_ATTEMPTS):
-        sockets: list[socket.socket] = []
-        port = address.port
-        try:
-            for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-                try:
-                    sockets.append(_bind_tcp(family, host, port))
-                except OSError as error:
-                    if error.errno in _NO_FAMILY:
-                        continue
-                    raise
-                port = sockets[0].getsockname()[1]
-        except OSError:
-            for sock in sockets:
-                sock.close()
-            if address.port == 0 and attempt < _BIND_ATTEMPTS - 1:
-                continue
-            raise
-        if sockets:
-            return sockets
-    msg = "this machine has no loopback address"
-    raise OSError(msg)
-
-
-_NO_FAMILY: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT, errno.EINVAL})
-
-
-def _bind_tcp(family: int, host: str, port: int) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if sys.platform == "win32":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, port))
-        sock.listen(_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _bind_unix(path: str) -> socket.socket:
-    """Bind a socket that only this user may open; a stale one is replaced, a live one is not."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(pathlib.Path(path).stat().st_mode):
-            raise FileExistsError(errno.EEXIST, "a file that is no socket is in the way", path)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                pathlib.Path(path).unlink()
-            else:
-                raise OSError(errno.EADDRINUSE, "another program listens there", path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        sock.bind(path)
-        sock.listen(_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.umask(mask)
-    return sock
-
-
-def run(settings: Settings, *, sandbox: bool) -> int:
-    """Run the proxy until it is told to stop; return the exit code. ``sandbox``: the simulator is the upstream."""
-    configure_logging(settings.log_level, settings.log_format)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_run(settings, sandbox=sandbox))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop  # noqa: PLC0415 - an optional extra
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
-async def _run(settings: Settings, *, sandbox: bool) -> int:
-    for warning in settings.warnings:
-        log.warning(warning)
-    if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
-        log.warning(
-            "aiohttp's compiled parser is missing: its slower one in pure Python has had holes. Reinstall aiohttp."
-        )
-    simulator = None
-    if sandbox:
-        from metquay_proxy import sandbox as sandbox_module  # noqa: PLC0415 - of no use otherwise
-
-        simulator = sandbox_module.Sandbox(rate_limit=settings.rate_limit)
-        await simulator.start()
-        base = BaseURL.parse(simulator.url)
-        proxy = Proxy(settings, base, lambda: Credentials(sandbox_module.ACCESS_KEY, sandbox_module.SECRET_KEY))
-    else:
-        proxy = Proxy(settings, cast("BaseURL", settings.host), settings.credentials)
-    signals = _Signals(proxy.hurry)
-    try:
-        try:
-            await proxy.start()
-        except OSError as error:
-            sys.stderr.write(f"metquay-proxy: cannot listen: {_why_not_listening(error)}\n")
-            await proxy.stop(0.0)
-            return 1
-        sys.stdout.write(_welcome(proxy, settings, sandbox=sandbox))
-        sys.stdout.flush()
-        log.info("listening", addresses=proxy.addresses, upstream=str(proxy.base))
-        gc.freeze()  # what the program consists of never becomes garbage: collections need not look at it again
-        gc.enable()
-        await signals.wait(proxy.server.quit)
-        log.info("stopping", requests_in_flight=proxy.telemetry.active)
-        await proxy.stop(settings.drain_timeout)
-        log.info("stopped")
-    finally:
-        if simulator is not None:
-            await simulator.stop()
-    return 0
-
-
-class _Signals:
-    """SIGTERM and SIGINT (Windows: Ctrl-C and Ctrl-Break): the first ends the program in order, the second at once."""
-
-    def __init__(self, again: Callable[[], None]) -> None:
-        """``again`` is called for each signal after the first."""
-        self._stop = asyncio.Event()
-        self._again = again
-        loop = asyncio.get_running_loop()
-        if sys.platform == "win32":
-            numbers = [signal.SIGINT, signal.SIGBREAK]
-        else:
-            numbers = [signal.SIGINT, signal.SIGTERM]
-        for number in numbers:
-            try:
-                loop.add_signal_handler(number, self._received)
-            except NotImplementedError:  # Windows
-                signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._received))
-
-    def _received(self) -> None:
-        if self._stop.is_set():
-            self._again()
-        self._stop.set()
-
-    async def wait(self, other: asyncio.Event) -> None:
-        """Return at the first signal, or when ``other`` is set."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._stop, other)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        self._stop.set()
-
-
-def _welcome(proxy: Proxy, settings: Settings, *, sandbox: bool) -> str:
-    where = ", ".join(proxy.addresses)
-    key = (
-        ""
-        if sandbox or settings.access_key is None
-        else f" with key {last_four(settings.access_key.get_secret_value())}"
-    )
-    whom = "the built-in sandbox (made-up data, no account needed)" if sandbox else f"{proxy.base.authority}{key}"
-    page = next((address for address in proxy.addresses if not address.startswith("unix:")), None)
-    lines = [f"metquay-proxy {__version__} listens on {where}", f"for {whom}"]
-    if page is not None:
-        lines += [f"status page: {page}/-/", f"try: curl '{page}/customers?limit=2'"]
-    return "\n".join(lines) + "\n"
-
-
-def _why_not_listening(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return (
-            "the address of METQUAY_LISTEN is taken by another program (another metquay-proxy?). Stop that one, or "
-            "choose another port: --listen localhost:0 takes any free one."
-        )
-    if error.errno in {errno.EACCES, errno.EPERM}:
-        return "this user may not listen on the address of METQUAY_LISTEN. Choose a port above 1023."
-    return f"{error.strerror or error}. Check METQUAY_LISTEN."

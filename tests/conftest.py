@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 MAY_BLOCK = {
     "audit.py": {"write"},  # one append, so that no line waits in memory while the program is killed
     "check.py": {"probed"},  # a command that serves nobody
-    "server.py": {"bind", "stop", "_as_error"},  # nobody is served yet, or any more; a traceback quotes the source
+    "app.py": {"stop"},  # nobody is served any more
+    "listeners.py": {"bind"},  # nobody is served yet
+    "server.py": {"_as_error"},  # a traceback quotes the source
     "shared.py": {"get_credentials"},  # one small file at each connection to Redis
     "settings.py": {"load", "validate"},  # done before there is a loop, but for tests
     "upstream.py": {"tls_context", "token"},  # the certificates at the start; two small files of keys at each login

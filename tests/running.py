@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from metquay_proxy.app import Proxy
 from metquay_proxy.auth import Credentials
 from metquay_proxy.rewrite import BaseURL
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY
-from metquay_proxy.server import Proxy
 from metquay_proxy.settings import Settings
 
 if TYPE_CHECKING:

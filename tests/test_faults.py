@@ -27,7 +27,7 @@ from tests.test_line import SocketTime
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from metquay_proxy.server import Proxy
+    from metquay_proxy.app import Proxy
 
 HOUR = 3600.0
 AWAY = 1200.0

@@ -40,7 +40,6 @@ OF_SEVERAL_MODULES = {
     "deploy_metrics": "the dashboard and the alerts in deploy/",
     "faults": "the whole proxy while Metquay or the network is out of order",
     "fuzz": "the whole proxy, against random bytes from both sides",
-    "life_cycle": "the whole proxy, from start to end",
     "main_job": "the whole proxy, on a working day",
     "memory": "the whole proxy: what it keeps",
     "openapi": "the simulator and the proxy, judged by the vendor's description",

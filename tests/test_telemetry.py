@@ -351,7 +351,7 @@ def test_a_full_disk_fails_no_request() -> None:
 
 def test_nobody_pays_for_metrics_who_does_not_ask() -> None:
     """The library for Prometheus is loaded at the first scrape: a cold start has no time for it."""
-    text = "import sys, metquay_proxy.server; print('prometheus_client' in sys.modules)"
+    text = "import sys, metquay_proxy.app; print('prometheus_client' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 - ours
     assert "False\n" == done.stdout
 

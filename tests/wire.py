@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 import trustme
 
+from metquay_proxy.app import Proxy
 from metquay_proxy.auth import Credentials
 from metquay_proxy.rewrite import BaseURL
-from metquay_proxy.server import Bounds, Proxy
+from metquay_proxy.server import Bounds
 from metquay_proxy.settings import Settings
 from tests.naive import Naive
 

@@ -647,7 +647,7 @@ sys.meta_path.insert(0, Finder())
 
 
 @posix_only
-@pytest.mark.parametrize("where", ["metquay_proxy.settings", "metquay_proxy.server", "metquay_proxy.sandbox"])
+@pytest.mark.parametrize("where", ["metquay_proxy.settings", "metquay_proxy.app", "metquay_proxy.sandbox"])
 def test_while_it_loads(tmp_path: Path, where: str) -> None:
     """A signal that comes while the program still loads its parts ends it with 0, and without a word."""
     (tmp_path / "sitecustomize.py").write_text(EARLY_SIGNAL)
