@@ -314,6 +314,12 @@ class TokenCache:
             self._token = None
             self._poke()
 
+    def hasten(self) -> None:
+        """End the pause after a failed login, because what it was made with has changed; at most one login a second."""
+        if self._failing:
+            self._ended = -math.inf
+            self._poke()
+
     @property
     def state(self) -> TokenState:
         """The snapshot of now."""
@@ -413,7 +419,7 @@ class TokenCache:
     def _next_login(self) -> float:
         earliest = self._started + LOGIN_INTERVAL
         if self._rejected:
-            return self._ended + REJECTED_INTERVAL
+            return max(earliest, self._ended + REJECTED_INTERVAL)
         if self._failing:
             ceiling = WANTED_CEILING if self._waiting else BACKOFF_CEILING
             return max(earliest, self._ended + min(ceiling, 2.0 ** min(self._failing, 5)) / 2 * self._jitter)

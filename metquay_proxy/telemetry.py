@@ -60,6 +60,10 @@ class Exchange:
     """The name of its client key."""
     caller: str = ""
     """Whom it waits in line with: the name of the key, else the User-Agent."""
+    agent: str = ""
+    """Its User-Agent."""
+    address: str | None = None
+    """Where it came from, if from another machine."""
     status: int = 0
     answered_by: Literal["metquay", "proxy"] = "proxy"
     error: str | None = None

@@ -681,6 +681,21 @@ class TestRejectedKeys:
         assert "token-5" == (await bench.cache.get(0)).value
         assert not bench.cache.state.rejected
 
+    async def test_changed_keys_end_the_pause(self, bench: Bench) -> None:
+        """Who knows that the keys have changed need not wait out the minute; a login a second is still the most."""
+        bench.login.error = REFUSAL
+        bench.cache.start()
+        await bench.time.advance(0.5)
+        bench.login.error = None
+        bench.cache.hasten()
+        await bench.time.advance(0.4)
+        assert 1 == len(bench.login.starts)
+        await bench.time.advance(0.2)
+        assert "token-2" == (await bench.cache.get(0)).value
+        bench.cache.hasten()
+        await bench.time.advance(5)
+        assert 2 == len(bench.login.starts)
+
     async def test_still_at_once_during_the_next_attempt(self, bench: Bench) -> None:
         """An attempt under way does not make refused keys good: no request waits for it."""
         bench.login.error = REFUSAL
