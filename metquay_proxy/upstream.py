@@ -33,7 +33,14 @@ from typing import TYPE_CHECKING, Final, cast
 import truststore
 from aiohappyeyeballs import start_connection
 
-from metquay_proxy.auth import AccessToken, Credentials, LoginFailed, UpstreamDistrusted, parse_login
+from metquay_proxy.auth import (
+    AccessToken,
+    Credentials,
+    CredentialsRejected,
+    LoginFailed,
+    UpstreamDistrusted,
+    parse_login,
+)
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError, Sent
 from metquay_proxy.http1 import ProtocolError, ResponseHead, ResponseReader
@@ -842,7 +849,10 @@ class Login:
         except ProxyError as error:
             failure = UpstreamDistrusted if error.slug == "upstream-tls" else LoginFailed
             raise failure(error.message) from None
-        return parse_login(status, answer, began)
+        try:
+            return parse_login(status, answer, began)
+        except CredentialsRejected as error:
+            raise CredentialsRejected(" ".join([str(error), *(f"{doubt}." for doubt in keys.doubts())])) from None
 
     async def _exchange(self, head: bytes, data: bytes) -> tuple[int, bytes]:
         # the keys' own bytes are never kept for a replay: the body is a stream that has already ended
