@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 from metquay_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
 _T = TypeVar("_T")
 _Kind = Literal["obtained", "renewed", "recovered", "failed", "rejected"]
@@ -168,8 +168,10 @@ class UpstreamDistrusted(LoginFailed):
     """The upstream's certificate was not accepted: nothing was sent, and waiting does not help."""
 
 
-def parse_login(status: int, body: bytes, now: float) -> AccessToken:
+def parse_login(status: int, body: bytes, now: float, doubts: Iterable[str] = ()) -> AccessToken:
     """Judge the answer of ``POST /authenticate``; ``now`` is the clock's reading (seconds) before it was asked.
+
+    ``doubts`` are those about the keys that were sent: a refusal repeats them.
 
     A missing ``tokenType`` counts as bearer: the vendor's schema requires the field but knows no other value, and a
     token that works is worth more than its label. ``expiresIn`` is believed between 1 s and a day, else 900 s are
@@ -178,8 +180,8 @@ def parse_login(status: int, body: bytes, now: float) -> AccessToken:
     Raises ``CredentialsRejected`` for 400, 401 and 403, ``LoginFailed`` for whatever else is not a usable token.
     """
     if status in _REFUSED:
-        msg = f"Metquay refused the key pair (status {status})."
-        raise CredentialsRejected(msg)
+        refusal = f"Metquay refused the key pair (status {status})."
+        raise CredentialsRejected(" ".join([refusal, *(f"{doubt}." for doubt in doubts)]))
     if not 200 <= status <= 299:  # noqa: PLR2004 - RFC 9110 section 15.3, the successful class
         msg = f"Metquay's login answered with status {status}."
         raise LoginFailed(msg)

@@ -781,12 +781,15 @@ def _is_left_out(line: Line) -> bool:
 
 def _env_file() -> str:
     """Return where ``.env`` is looked for, and what is there instead."""
-    path = Path(ENV_FILE).absolute()
-    if path.is_dir():
-        return f"{path} (which is a folder: put a file in its place)"
-    if path.exists():
-        return str(path)
-    near = [file.name for file in path.parent.iterdir() if re.fullmatch(r"(?i)[._]?env(\.txt)* *", file.name)]
+    try:
+        path = Path(ENV_FILE).absolute()
+        if path.is_dir():
+            return f"{path} (which is a folder: put a file in its place)"
+        if path.exists():
+            return str(path)
+        near = [file.name for file in path.parent.iterdir() if re.fullmatch(r"(?i)[._]?env(\.txt)* *", file.name)]
+    except OSError:  # the folder is gone, or not ours to look into
+        return ENV_FILE
     hint = f"; rename {min(near)!r} if it is meant to be that" if near else ""
     return f"{path} (there is none{hint})"
 

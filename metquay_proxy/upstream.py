@@ -33,14 +33,7 @@ from typing import TYPE_CHECKING, Final, cast
 import truststore
 from aiohappyeyeballs import start_connection
 
-from metquay_proxy.auth import (
-    AccessToken,
-    Credentials,
-    CredentialsRejected,
-    LoginFailed,
-    UpstreamDistrusted,
-    parse_login,
-)
+from metquay_proxy.auth import AccessToken, Credentials, LoginFailed, UpstreamDistrusted, parse_login
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError, Sent
 from metquay_proxy.http1 import ProtocolError, ResponseHead, ResponseReader
@@ -849,10 +842,7 @@ class Login:
         except ProxyError as error:
             failure = UpstreamDistrusted if error.slug == "upstream-tls" else LoginFailed
             raise failure(error.message) from None
-        try:
-            return parse_login(status, answer, began)
-        except CredentialsRejected as error:
-            raise CredentialsRejected(" ".join([str(error), *(f"{doubt}." for doubt in keys.doubts())])) from None
+        return parse_login(status, answer, began, keys.doubts())
 
     async def _exchange(self, head: bytes, data: bytes) -> tuple[int, bytes]:
         # the keys' own bytes are never kept for a replay: the body is a stream that has already ended

@@ -147,6 +147,12 @@ class TestLoginAnswer:
         )
         assert b"Bearer abc.def-_~+/==" == token.authorization
 
+    def test_a_refusal_repeats_what_looks_wrong_about_the_keys(self) -> None:
+        """For whoever reads the log, the page or a tool's error."""
+        with pytest.raises(CredentialsRejected) as caught:
+            parse_login(401, b"", 0, ("A is odd", "B too"))
+        assert "Metquay refused the key pair (status 401). A is odd. B too." == str(caught.value)
+
     @pytest.mark.parametrize("status", [400, 401, 403])
     def test_refused_keys(self, status: int) -> None:
         """The statuses that the vendor may answer wrong keys with, whatever else the answer holds."""

@@ -363,6 +363,12 @@ class TestProblems:
         Path(".env").mkdir()
         assert f"{Path.cwd() / '.env'} (which is a folder: put a file in its place)" in problems()[0]
 
+    @posix_only
+    def test_in_a_folder_that_is_gone_the_missing_settings_are_told(self) -> None:
+        """A service manager may start the program there."""
+        Path.cwd().rmdir()
+        assert "in the environment or in .env; to try without one" in problems()[0]
+
     def test_a_message_about_a_value_in_env_names_folder_and_line(self, write: Write) -> None:
         """There are many files of that name, and it may not be the one that was edited."""
         file = write("current/.env", "# ours\nMETQUAY_RETRIES=many\n")
