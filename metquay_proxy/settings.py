@@ -817,15 +817,16 @@ def _why(error: Exception) -> str:
 def _masked(name: str, text: str) -> str:
     try:
         if name == "outbound_proxy":
-            parse_outbound_proxy(text)
-        elif name == "client_keys":
+            proxy = parse_outbound_proxy(text)
+            return f"http://{'***@' if proxy.authorization else ''}{Address(proxy.host, proxy.port)}"
+        if name == "client_keys":
             _client_keys(text)
             keys = (entry.split(":") for entry in _entries(text))
             return ",".join(":".join((name, "***", *rest)) for name, _, *rest in keys)
-        elif _is_secret(name):
-            return last_four(text) if name == "access_key" else "***"
     except ValueError:
         return "***"
+    if _is_secret(name):
+        return last_four(text) if name == "access_key" else "***"
     return text if VARIABLES[name].title == "FILE" else re.sub(r"^([a-z]+://)?.*@", r"\1***@", text, flags=re.DOTALL)
 
 

@@ -263,6 +263,15 @@ def test_serve_and_health_find_the_same(tmp_path: Path, monkeypatch: pytest.Monk
             assert expected.get(variable) == health.find(variable, environ), (environ, statements)
 
 
+def test_files_of_secrets_do_not_say_where_the_proxy_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy takes any setting from there; ``health`` knows flag, environment and .env alone (README)."""
+    (tmp_path / "METQUAY_LISTEN").write_text("box:1")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert ("box", 1, "") == settings.load(sandbox=True).listen[0]
+    assert health.find("METQUAY_LISTEN", os.environ) is None
+
+
 def test_an_unreadable_env_file_is_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guessing the default instead would ask the wrong proxy."""
 
