@@ -718,6 +718,9 @@ class _Found:
         hints = ", ".join(filter(None, (flag(name), "" if origin == "flag" else f"found in {origin}")))
         if re.match("[\"']", self.text(name)):
             text += "; take its quotation marks away (docker --env-file keeps them)"
+        if not text.isprintable():
+            text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+            text += "; in .env, write a path without double quotation marks, between which a backslash is an escape"
         return f"{variable(name)}{hints and f' ({hints})'}: {text}"
 
     def sources(self) -> tuple[Setting, ...]:

@@ -375,6 +375,13 @@ class TestProblems:
         (line,) = problems(sandbox=True)
         assert f"METQUAY_RETRIES (--retries, found in {file}, line 2): 'many' is not a whole number" in line
 
+    @pytest.mark.parametrize("name", ["METQUAY_CA_BUNDLE", "METQUAY_SECRET_KEY_FILE"])
+    def test_a_path_whose_backslashes_became_escapes_is_told_as_it_was_written(self, write: Write, name: str) -> None:
+        """So python-dotenv reads double quotation marks, and people on Windows write paths."""
+        write("current/.env", f'{name}="C:\\temp\\new"\n')
+        (line,) = problems(sandbox=True)
+        assert "C:\\temp\\new: No such file or directory; in .env, write a path without double quotation marks" in line
+
     @pytest.mark.parametrize(("name", "text"), [("METQUAY_HOST", '"lab.metquay.co"'), ("METQUAY_LISTEN", "'box:1'")])
     @pytest.mark.usefixtures("account")
     def test_quotation_marks_around_a_wrong_value_are_told(
