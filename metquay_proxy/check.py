@@ -175,9 +175,8 @@ class _Check:
         try:
             keys = self._credentials()
             return "ok", "; ".join((f"access key {last_four(keys.access_key)}", *keys.doubts()))
-        except (OSError, ValueError) as error:
-            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-            return "failed", f"The keys could not be read ({why}).", "Put them there again, one line of text each."
+        except ValueError as error:
+            return "failed", f"The keys could not be read ({error}).", "Put them there again, one line of text each."
 
     async def _port(self) -> tuple[str, ...]:
         """Look who listens where the proxy is to listen: nobody, a proxy of ours, or another program."""

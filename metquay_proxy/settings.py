@@ -544,7 +544,8 @@ class Settings(BaseModel):
     def credentials(self) -> Credentials:
         """Return the key pair, read again where it came from files, so that rotated keys need no restart.
 
-        Blocks while it reads two small files. Raises ``OSError``, or ``ValueError`` where there is no key (any more).
+        Blocks while it reads two small files. Raises ``ValueError``, with a text for people, where there is no key (any
+        more).
         """
         return Credentials(self._current("access_key"), self._current("secret_key"), self._remarks)
 
@@ -554,7 +555,11 @@ class Settings(BaseModel):
 
     def _current(self, name: str) -> str:
         path = self._files.get(name)
-        key: SecretStr | None = _key(_read(path)) if path else getattr(self, name)
+        try:
+            key: SecretStr | None = _key(_read(path)) if path else getattr(self, name)
+        except OSError as error:
+            msg = f"{error.filename}: {error.strerror}"
+            raise ValueError(msg) from None
         if key is None:
             msg = f"{variable(name)} is not set"
             raise ValueError(msg)

@@ -319,7 +319,7 @@ class TestSources:
         with pytest.raises(ValueError, match="several lines: put the key there alone"):
             settings.credentials()
         file.unlink()
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(ValueError, match="key: No such file or directory"):
             settings.credentials()
 
     def test_the_sandbox_has_no_credentials_of_ours(self) -> None:
