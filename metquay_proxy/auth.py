@@ -168,7 +168,7 @@ class UpstreamDistrusted(LoginFailed):
     """The upstream's certificate was not accepted: nothing was sent, and waiting does not help."""
 
 
-def parse_login(status: int, body: bytes, now: float, doubts: Iterable[str] = ()) -> AccessToken:
+def parse_login(status: int, body: bytes, now: float, *, doubts: Iterable[str] = ()) -> AccessToken:
     """Judge the answer of ``POST /authenticate``; ``now`` is the clock's reading (seconds) before it was asked.
 
     ``doubts`` are those about the keys that were sent: a refusal repeats them.

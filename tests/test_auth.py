@@ -150,7 +150,7 @@ class TestLoginAnswer:
     def test_a_refusal_repeats_what_looks_wrong_about_the_keys(self) -> None:
         """For whoever reads the log, the page or a tool's error."""
         with pytest.raises(CredentialsRejected) as caught:
-            parse_login(401, b"", 0, ("A is odd", "B too"))
+            parse_login(401, b"", 0, doubts=("A is odd", "B too"))
         assert "Metquay refused the key pair (status 401). A is odd. B too." == str(caught.value)
 
     @pytest.mark.parametrize("status", [400, 401, 403])
