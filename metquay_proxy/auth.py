@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 from metquay_proxy.errors import ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
 _T = TypeVar("_T")
 _Kind = Literal["obtained", "renewed", "recovered", "failed", "rejected"]
@@ -63,8 +63,46 @@ FAILED_PATIENCE: Final = 5.0
 TICK: Final = 15.0
 """Seconds after which the task looks at the clock, since the machine may have been suspended meanwhile."""
 
+_PLACEHOLDER: Final = re.compile(
+    r"(x|[\W_])+|[<\[{(].*[>\]})]|\$(\w+|[{(].*[})])|%\w+%|(your|enter|insert|paste|put|replace)[-_ ].*|.*[-_ ]here"
+    r"|change[-_ ]?me|to[-_ ]?do|tbd|dummy|placeholder|example|none|null|(my[-_ ])?(access|secret|api)[-_ ]?key",
+    re.IGNORECASE,
+)
+_QUOTES: Final = "[\"'`´“”„‟‘’‚‛«»‹›]+"  # noqa: RUF001 - also those that word processors put in their place
+_ODD: Final = tuple(
+    (re.compile(pattern, re.IGNORECASE), words)
+    for pattern, words in (
+        (r"\s+#.*", "is followed by a comment, which is sent as a part of it: take the comment away"),
+        (
+            r"^[{\s\"']*(export\s+|set\s+|\$env:)?\w*(key|secret)\w*[\"']?\s*[=:]\s*(?=[^=\s])",
+            "holds a name, as in NAME=value: only the value belongs there",
+        ),
+        (
+            f"^{_QUOTES}|{_QUOTES}$",
+            "has quotation marks, which are sent as a part of it: take them away (docker --env-file keeps them)",
+        ),
+        (r"\s+", "holds a blank: copy it again"),
+        (r"[^\x00-\x7f]+", "holds an accent, a long dash or another sign that is unusual in a key: copy it again"),
+    )
+)
+"""Each pattern takes away what it explains, so that the next one is not put out by it."""
 _TOKEN: Final = re.compile(r"[!-~]{1,16384}")
 _REFUSED: Final = frozenset({400, 401, 403})
+
+
+def oddities(key: str) -> str:
+    """Return what makes one think that a key was copied wrongly: the rest of a sentence about it, or nothing.
+
+    It shows no part of the key. Whether a key is right, only who takes it knows.
+    """
+    if _PLACEHOLDER.fullmatch(key):
+        return "is a placeholder: put the key in its place"
+    found = []
+    for pattern, words in _ODD:
+        key, count = pattern.subn("", key)
+        if count:
+            found.append(words)
+    return "; it ".join(found)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -73,6 +111,16 @@ class Credentials:
 
     access_key: str
     secret_key: str
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What is odd about where they were found: sentences as ``doubts`` returns them."""
+
+    def doubts(self) -> tuple[str, ...]:
+        """Return what looks wrong about the pair: sentences without a full stop, that show no part of it."""
+        pair = {"METQUAY_ACCESS_KEY": self.access_key, "METQUAY_SECRET_KEY": self.secret_key}
+        odd = [f"{name} {words}" for name, key in pair.items() if (words := oddities(key))]
+        if not odd and self.access_key == self.secret_key != "":
+            odd = [f"{' and '.join(pair)} are the same key: probably one of them was copied twice"]
+        return (*self.remarks, *odd)
 
     def __repr__(self) -> str:
         """Name the type alone."""
@@ -120,8 +168,10 @@ class UpstreamDistrusted(LoginFailed):
     """The upstream's certificate was not accepted: nothing was sent, and waiting does not help."""
 
 
-def parse_login(status: int, body: bytes, now: float) -> AccessToken:
+def parse_login(status: int, body: bytes, now: float, *, doubts: Iterable[str] = ()) -> AccessToken:
     """Judge the answer of ``POST /authenticate``; ``now`` is the clock's reading (seconds) before it was asked.
+
+    ``doubts`` are those about the keys that were sent: a refusal repeats them.
 
     A missing ``tokenType`` counts as bearer: the vendor's schema requires the field but knows no other value, and a
     token that works is worth more than its label. ``expiresIn`` is believed between 1 s and a day, else 900 s are
@@ -130,8 +180,8 @@ def parse_login(status: int, body: bytes, now: float) -> AccessToken:
     Raises ``CredentialsRejected`` for 400, 401 and 403, ``LoginFailed`` for whatever else is not a usable token.
     """
     if status in _REFUSED:
-        msg = f"Metquay refused the key pair (status {status})."
-        raise CredentialsRejected(msg)
+        refusal = f"Metquay refused the key pair (status {status})."
+        raise CredentialsRejected(" ".join([refusal, *(f"{doubt}." for doubt in doubts)]))
     if not 200 <= status <= 299:  # noqa: PLR2004 - RFC 9110 section 15.3, the successful class
         msg = f"Metquay's login answered with status {status}."
         raise LoginFailed(msg)

@@ -842,7 +842,7 @@ class Login:
         except ProxyError as error:
             failure = UpstreamDistrusted if error.slug == "upstream-tls" else LoginFailed
             raise failure(error.message) from None
-        return parse_login(status, answer, began)
+        return parse_login(status, answer, began, doubts=keys.doubts())
 
     async def _exchange(self, head: bytes, data: bytes) -> tuple[int, bytes]:
         # the keys' own bytes are never kept for a replay: the body is a stream that has already ended

@@ -24,6 +24,7 @@ from metquay_proxy.auth import (
     TokenCache,
     TokenEvent,
     UpstreamDistrusted,
+    oddities,
     parse_login,
     suspend_aware_clock,
 )
@@ -146,6 +147,12 @@ class TestLoginAnswer:
         )
         assert b"Bearer abc.def-_~+/==" == token.authorization
 
+    def test_a_refusal_repeats_what_looks_wrong_about_the_keys(self) -> None:
+        """For whoever reads the log, the page or a tool's error."""
+        with pytest.raises(CredentialsRejected) as caught:
+            parse_login(401, b"", 0, doubts=("A is odd", "B too"))
+        assert "Metquay refused the key pair (status 401). A is odd. B too." == str(caught.value)
+
     @pytest.mark.parametrize("status", [400, 401, 403])
     def test_refused_keys(self, status: int) -> None:
         """The statuses that the vendor may answer wrong keys with, whatever else the answer holds."""
@@ -258,6 +265,51 @@ def test_nothing_prints_secrets() -> None:
     """Neither the keys nor the token show in a repr, a text or a list of them."""
     shown = f"{Credentials('ACCESS', 'SECRET')!r} {Credentials('ACCESS', 'SECRET')} {[AccessToken('TOKEN', 5, 900)]}"
     assert "Credentials(***) Credentials(***) [AccessToken(***, obtained_at=5.000, lifetime=900)]" == shown
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        *((key, "") for key in ("access-key-AAAA", "s3cr3t/with+signs==", "a#b", "Ab.~_-:;!$%&9", "key==")),
+        *((key, "has quotation marks") for key in ('"4711"', "'4711'", "“4711”", "„4711“", "«4711»", "`4711`")),
+        *((key, "has quotation marks") for key in ('"4711', "4711'", "4711”", '""4711""')),
+        *((key, "is followed by a comment") for key in ("4711 # production", "4711\t#2")),
+        *((key, "holds a name") for key in ("METQUAY_SECRET_KEY=4711", "export SECRET_KEY=4711", "secretKey: 4711")),
+        *((key, "holds a name") for key in ("$env:METQUAY_ACCESS_KEY=4711", "set ACCESS_KEY=4711")),
+        *((key, "holds a blank") for key in ("47 11", "47\t11")),
+        *((key, "holds an accent") for key in ("47é11", "47–11", "47\u200b11")),  # noqa: RUF001
+        *((key, "is a placeholder") for key in ("...", "…", "***", "xxx", "XX-XX", "your-key-here", "your_key_x")),
+        *((key, "is a placeholder") for key in ("<access key>", "[key]", "{{ .Values.k }}", "$KEY", "${KEY:-}", "%K%")),
+        *((key, "is a placeholder") for key in ("changeme", "CHANGE-ME", "access-key", "put your key here", "null")),
+    ],
+)
+def test_what_looks_wrong_about_a_key_is_said_without_it(key: str, words: str) -> None:
+    """As people copy it: with its quotation marks, its line, or not at all."""
+    said = oddities(key)
+    assert words == said[: len(words)]
+    assert bool(words) == bool(said)
+    assert "4711" not in said
+
+
+def test_all_that_looks_wrong_about_a_key_is_said() -> None:
+    """What one fault explains does not count as another."""
+    first, second, third = oddities("SECRET_KEY='4711' # why").split("; it ")
+    assert first.startswith("is followed by a comment")
+    assert second.startswith("holds a name")
+    assert third.startswith("has quotation marks")
+
+
+def test_what_looks_wrong_about_a_pair_is_said() -> None:
+    """Each key by its variable, then whether both are the same; where they were found stands first."""
+    assert () == Credentials("access-4711", "secret-4711").doubts()
+    pair = Credentials("<key>", "secret-4711'", ("it is found twice",))
+    found, access_key, secret_key = pair.doubts()
+    assert "it is found twice" == found
+    assert "METQUAY_ACCESS_KEY is a placeholder: put the key in its place" == access_key
+    assert secret_key.startswith("METQUAY_SECRET_KEY has quotation marks")
+    (same,) = Credentials("secret-4711", "secret-4711").doubts()
+    assert same.startswith("METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY are the same key")
+    assert "secret-4711" not in f"{pair!r}{same}"
 
 
 class TestClock:

@@ -254,6 +254,17 @@ async def test_the_keys_are_refused() -> None:
     assert_failed(found, "login", "refused the key pair", "METQUAY_SECRET_KEY: copied whole")
 
 
+async def test_the_keys_look_wrong() -> None:
+    """What looks wrong about them is said where they are read, and beside their refusal, without showing them."""
+    async with metquay() as sandbox:
+        found = await probes(sandbox.url, access_key=f'"{ACCESS_KEY}"', secret_key="<secret key>")  # noqa: S106 - nobody's
+    marks = "METQUAY_ACCESS_KEY has quotation marks, .* take them away .docker --env-file keeps them.; "
+    assert re.fullmatch(f"access key \\*\\*\\*; {marks}METQUAY_SECRET_KEY is a placeholder: .*", found["keys"].text)
+    assert ("ok", "complete") == (found["keys"].outcome, found["settings"].text)
+    assert_failed(found, "login", "refused the key pair .* has quotation marks, .* is a placeholder", "copied whole")
+    assert ACCESS_KEY not in str(found)
+
+
 async def test_the_login_is_out_of_order() -> None:
     """A login that is out of order is a matter of waiting."""
     async with metquay() as sandbox:
