@@ -19,17 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    PrivateAttr,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, PlainValidator, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metquay_proxy.address import DEFAULT_LISTEN, Address, parse_listen
 from metquay_proxy.auth import Credentials, oddities
@@ -334,10 +325,10 @@ _Seconds = Annotated[float, _text(parse_seconds)]
 _Timeout = Annotated[float, _text(_timeout)]
 
 
-class Settings(BaseModel):
+class Settings(BaseSettings):
     """Everything that can be set; frozen. ``load`` makes one from the places where settings are found."""
 
-    model_config = ConfigDict(
+    model_config = SettingsConfigDict(
         extra="forbid",
         frozen=True,
         hide_input_in_errors=True,
@@ -433,6 +424,19 @@ class Settings(BaseModel):
     _doubts: tuple[str, ...] = ()
     _remarks: tuple[str, ...] = ()
     _files: dict[str, Path] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what is passed, and nothing else: ``load`` collects, since it remembers what it found where."""
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
 
     @field_validator("host", "access_key", "secret_key")
     @classmethod
