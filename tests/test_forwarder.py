@@ -123,8 +123,16 @@ class Upstream:
         self.sent: list[Sent] = []
         self.replies: list[Reply] = []
 
-    async def send(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
-        """Play the next outcome."""
+    async def send(
+        self,
+        method: str,
+        head: bytes,
+        body: RequestBody,
+        *,
+        fresh: bool = False,
+        on_sent: Callable[[], None] | None = None,
+    ) -> Response:
+        """Play the next outcome; what can't be reached takes its time before anything is sent."""
         body.sent = False
         attempt = Sent(self._time.now() - self._began, method, head, b"", fresh)
         self.sent.append(attempt)
@@ -132,6 +140,8 @@ class Upstream:
         if not (isinstance(outcome, UpstreamFailure) and outcome.slug == "upstream-unreachable"):
             attempt.body = b"".join([chunk async for chunk in body.chunks()])
             body.sent = True
+            if on_sent is not None:
+                on_sent()
         if self.lasts:
             await self._time.sleep(self.lasts)
         if isinstance(outcome, UpstreamFailure):
