@@ -123,14 +123,14 @@ class Window:
         base = now if mine is None else max(min(mine, now), now - call["catch_up"])
         ahead = len(self.line) if mine is None else self.line.below(mine)
         granted = 0
-        while granted < call["wanted"] and not ahead:
+        while granted < call["wanted"] and ahead < max(self.spare, 1):
             release = now
             used = len(self.flight) + len(self.back)
             if mine is not None or self.line or used >= burst or self.closed > now:
                 if self.spare and used < limit and self.closed <= now:
                     self.spare -= 1
                 else:
-                    release = self._turns(1, base, now, limit, call)[0] if limit > 0 else math.inf
+                    release = math.inf if ahead or limit <= 0 else self._turns(1, base, now, limit, call)[0]
                 if release > now:
                     break
                 base = release

@@ -1,7 +1,7 @@
 -- The window that replicas share: one call of one replica, which reports what became of its requests and asks for turns.
 -- The rules are those of quota.py, on Redis's clock; share.py makes the calls, benchmarks/replicas.py says the same in Python.
 --
--- A slot that comes back unsent goes to who is first in line, at once.
+-- A slot that comes back unsent goes at once to who is first in line, or to another if there are more such than wait.
 --
 -- What lies in Redis: `state` (the window's name and clock), `seen` (replica -> last call), `flight` (slot -> when it was last
 -- said to be in flight), `back` (slot -> when it comes back), `line` (replica -> when its turn is due). Times are Redis's.
@@ -146,13 +146,13 @@ redis.call('ZREM', line, me)
 local base = mine and math.max(math.min(mine, now), now - call.catch_up) or now
 local ahead = mine and redis.call('ZCOUNT', line, '-inf', '(' .. string.format('%.17g', mine)) or redis.call('ZCARD', line)
 local granted = 0
-while granted < call.wanted and ahead == 0 do
+while granted < call.wanted and ahead < math.max(spare, 1) do
   local release = now
   if mine or redis.call('ZCARD', line) > 0 or in_flight + coming >= burst or closed > now then
     if spare > 0 and in_flight + coming < limit and closed <= now then
       spare = spare - 1
     else
-      release = limit > 0 and turns(1, base, limit)[1] or math.huge
+      release = ahead == 0 and limit > 0 and turns(1, base, limit)[1] or math.huge
     end
     if release > now then
       break

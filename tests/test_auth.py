@@ -881,7 +881,7 @@ class TestRejectedToken:
         assert 2 == len(bench.login.starts)
 
     async def test_the_renewal_fails(self, bench: Bench) -> None:
-        """Then who saw the 401 gets no token; the old one serves all others, to its end, and recovery brings another."""
+        """Then who saw the 401 gets none; the old token serves all others to its end, and recovery brings another."""
         token = await bench.started()
         await bench.time.advance(10)
         bench.login.error = OUTAGE
