@@ -136,9 +136,7 @@ class UpstreamDistrusted(LoginFailed):
     """The upstream's certificate was not accepted: nothing was sent, and waiting does not help."""
 
 
-def parse_login(
-    status: int, body: bytes, now: float, *, pause: float | None = None, location: str = ""
-) -> AccessToken:
+def parse_login(status: int, body: bytes, now: float, *, pause: float | None = None, location: str = "") -> AccessToken:
     """Judge the answer of ``POST /authenticate``; ``now`` is the clock's reading (seconds) before it was asked.
 
     ``pause``: for how many seconds it asks to be left alone; ``location``: the whole URL that it points to.
@@ -191,15 +189,14 @@ def _redirected(status: int, location: str) -> str:
     place = re.sub(r"[^!-~]", "?", f"{url.scheme}://{url.netloc.rpartition('@')[2]}{path}")[:_LONGEST_PLACE]
     base = place.removesuffix("/authenticate")
     if not url.netloc:
-        where, cure = "without saying where to", "Check METQUAY_HOST."
-    elif base != place:
-        where, cure = f"to {place}", f"METQUAY_HOST should probably be {base}."
-    else:
-        where, cure = f"to {place}", (
-            "That is a page for people: METQUAY_HOST should probably be another address, or the network (a hotel's, a "
-            "company's) wants you to log in by a browser first."
-        )
-    return f"Metquay's login was redirected (status {status}) {where}. {cure}"
+        return f"Metquay's login was redirected (status {status}) without saying where to. Check METQUAY_HOST."
+    cure = (
+        "That is a page for people: METQUAY_HOST should probably be another address, or the network (of a hotel or a "
+        "company) wants you to log in by a browser first."
+        if base == place
+        else f"METQUAY_HOST should probably be {base}."
+    )
+    return f"Metquay's login was redirected (status {status}) to {place}. {cure}"
 
 
 def _lifetime(value: object) -> float:

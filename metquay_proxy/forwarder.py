@@ -215,7 +215,8 @@ class Forwarder:
         if not response.whole or response.head.status >= _UNAUTHORIZED:
             return False
         exchange.upstream = time.perf_counter() - begun.at
-        self._refusals.taken(begun.request.resource, begun.token, self._clock())
+        if self._refusals.marks:
+            self._refusals.taken(begun.request.resource, begun.token, self._clock())
         self.leave(begun)
         return True
 
@@ -334,7 +335,7 @@ class Forwarder:
             raise
         finally:
             attempts.exchange.upstream += time.perf_counter() - began
-        if response.head.status != _UNAUTHORIZED:
+        if self._refusals.marks and response.head.status != _UNAUTHORIZED:
             self._refusals.taken(attempts.request.resource, token, self._clock())
         if response.head.status < _UNAUTHORIZED:
             return response

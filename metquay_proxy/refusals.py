@@ -24,25 +24,25 @@ class Refusals:
 
     def __init__(self) -> None:
         """Mark nothing."""
-        self._marks: dict[tuple[str, str], AccessToken] = {}
+        self.marks: dict[tuple[str, str], AccessToken] = {}
+        """Each with the first token that it refused; while there is none, nobody needs to call ``taken``."""
         self._taken: tuple[AccessToken, tuple[str, str], float] | None = None
 
     def taken(self, resource: tuple[str, str], token: AccessToken, now: float) -> None:
         """Take note of an answer other than 401: the token is good, and the resource's mark is cleared."""
         self._taken = token, resource, now
-        if self._marks:
-            self._marks.pop(resource, None)
+        self.marks.pop(resource, None)
 
     def mark(self, resource: tuple[str, str], token: AccessToken) -> None:
         """Mark a resource that answered 401; ``token`` is the first that it refused, and only newer ones count."""
-        self._marks.pop(resource, None)
-        self._marks[resource] = token
-        if len(self._marks) > MOST:
-            del self._marks[next(iter(self._marks))]
+        self.marks.pop(resource, None)
+        self.marks[resource] = token
+        if len(self.marks) > MOST:
+            del self.marks[next(iter(self.marks))]
 
     def final(self, resource: tuple[str, str], token: AccessToken, now: float) -> bool:
         """Whether a 401 is to be passed on, since a newer token would change nothing."""
-        if self._marks.get(resource, token) == token:
+        if self.marks.get(resource, token) == token:
             return False
         if now - token.obtained_at < LATELY:
             return True

@@ -408,19 +408,18 @@ async def test_an_upstream_that_is_away_costs_no_quota() -> None:
 
 
 async def test_a_resource_that_refuses_every_token() -> None:
-    """Six requests for it cost one login and a second in all; its neighbours go on at once, and the proxy stays ready."""
+    """Six requests for it cost one login in all; its neighbours go on at once, and the proxy stays ready."""
     async with scripted() as (metquay, lab):
         metquay.answers = lambda path, _: (
             whole(b"", "401 Unauthorized\r\nWWW-Authenticate: Basic") if path == "/authenticated" else whole(b"[]")
         )
         await lab.time.advance(2.0)
         began = lab.time.now()
-        for attempts in ("2", *["1"] * 5):
+        for _ in range(6):
             answers = await lab.time.until(_all([lab.tool.ask(path="/authenticated"), lab.tool.ask()]))
             assert [401, 200] == [answer.status for answer in answers]
             assert 0.0 == answers[1].took
             assert lab.proxy.ready()
-            assert attempts or answers
         assert 2 == metquay.logins
         assert lab.time.now() <= began + 1.0
         assert 6 + 1 == sum(path == "/authenticated" for path, _ in metquay.requests)
@@ -471,7 +470,7 @@ async def test_a_429_by_another_clock() -> None:
         assert 3 == pytest.approx(lab.proxy.status()["quota"]["closed_for"])
         metquay.answers = lambda _, __: whole(b"[]")
         await lab.time.advance(3.0)
-        assert (200, "2") == ((await asking).status, str(len(metquay.requests)))
+        assert (200, 2) == ((await asking).status, len(metquay.requests))
 
 
 @pytest.mark.parametrize(
@@ -479,7 +478,7 @@ async def test_a_429_by_another_clock() -> None:
     [
         (
             "https://eu.metquay.co/api/v1/authenticate?key=1",
-            "to https://eu.metquay.co/api/v1/authenticate. METQUAY_HOST should probably be https://eu.metquay.co/api/v1. ",
+            "v1/authenticate. METQUAY_HOST should probably be https://eu.metquay.co/api/v1. ",
         ),
         ("/api/v2/authenticate", "METQUAY_HOST should probably be http://127.0.0.1:{}/api/v2. "),
         ("/login.html?next=%2F", "to http://127.0.0.1:{}/login.html. That is a page for people: "),
