@@ -1140,7 +1140,7 @@ class CacheModel(RuleBasedStateMachine):
         chances = itertools.cycle([0.0, 0.3, 0.9, 0.6])
         self.bench = Bench(chance=lambda: next(chances))
         self.login = self.bench.login
-        self.rejected: set[str] = set()
+        self.rejected: list[AccessToken] = []
         self.asked: dict[asyncio.Task[AccessToken], tuple[float, float, str]] = {}
         self.runner.run(self.advancing(0.0, self.bench.cache.start))
 
@@ -1207,15 +1207,15 @@ class CacheModel(RuleBasedStateMachine):
         """Requests come back with a 401 for the token that all of them had."""
         token = self.newest()
         assert token is not None
-        self.rejected.add(token.value)
+        self.rejected.append(token)
         for _ in range(number):
             self.runner.run(self.advancing(0.0, lambda: self.begin_anew(token, limit)))
 
     @precondition(lambda self: self.rejected)
     @rule()
     def answer_late_401(self) -> None:
-        """A request comes back with a 401 for a token that was replaced long ago."""
-        token = AccessToken(min(self.rejected), 0.0, 900.0)
+        """A request comes back with a 401 for a token that was rejected before, and perhaps replaced long ago."""
+        token = self.rejected[0]
         self.runner.run(self.advancing(0.0, lambda: self.begin_anew(token, 20.0)))
 
     @precondition(lambda self: self.asked)
