@@ -90,13 +90,7 @@ class Transport(Protocol):
     """The seam to the network: sends one request, returns one response."""
 
     async def send(
-        self,
-        method: str,
-        head: bytes,
-        body: RequestBody,
-        *,
-        fresh: bool = False,
-        on_sent: Callable[[], None] | None = None,
+        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
     ) -> Response:
         """Send; raise ``ProxyError``, with ``repeatable`` and ``stale`` where it knows more.
 
@@ -353,7 +347,7 @@ class Forwarder:
         Where no byte was sent (there was no connection, or the client left before), the slot comes back at once.
         """
         line = self._line
-        on_sent = None if line is None or ticket is None else functools.partial(line.sent, ticket)
+        on_sent = int if line is None or ticket is None else functools.partial(line.sent, ticket)
         try:
             head = self._outbound(request, token)
             return await self._transport.send(request.method, head, request.body, fresh=fresh, on_sent=on_sent)

@@ -515,13 +515,7 @@ class Transport:
         return len(self._busy), len(self._idle)
 
     async def send(
-        self,
-        method: str,
-        head: bytes,
-        body: RequestBody,
-        *,
-        fresh: bool = False,
-        on_sent: Callable[[], None] | None = None,
+        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
     ) -> Response:
         """Send a tool's request and wait for the head of its answer; raise ``UpstreamFailure``.
 
@@ -532,13 +526,7 @@ class Transport:
         return await self.send_own(method, head, body, fresh=fresh, on_sent=on_sent)
 
     async def send_own(
-        self,
-        method: str,
-        head: bytes,
-        body: RequestBody,
-        *,
-        fresh: bool = False,
-        on_sent: Callable[[], None] | None = None,
+        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
     ) -> Response:
         """Send a request of the program's own, after which no connection is kept ready; otherwise like ``send``."""
         body.sent = False
@@ -551,8 +539,7 @@ class Transport:
         except BaseException:  # the client left with its body unread: nothing was sent, and nobody owns the connection
             connection.abort()
             raise
-        if on_sent is not None:
-            on_sent()
+        on_sent()
         try:
             await response.started()
         except BaseException:

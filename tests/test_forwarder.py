@@ -125,13 +125,7 @@ class Upstream:
         self.replies: list[Reply] = []
 
     async def send(
-        self,
-        method: str,
-        head: bytes,
-        body: RequestBody,
-        *,
-        fresh: bool = False,
-        on_sent: Callable[[], None] | None = None,
+        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
     ) -> Response:
         """Play the next outcome; what can't be reached takes its time before anything is sent."""
         body.sent = False
@@ -141,8 +135,7 @@ class Upstream:
         if not (isinstance(outcome, UpstreamFailure) and outcome.slug == "upstream-unreachable"):
             attempt.body = b"".join([chunk async for chunk in body.chunks()])
             body.sent = True
-            if on_sent is not None:
-                on_sent()
+            on_sent()
         if self.lasts:
             await self._time.sleep(self.lasts)
         if isinstance(outcome, UpstreamFailure):
