@@ -24,8 +24,10 @@ never waits longer than that, and slots that come back in a clump are spread ove
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import zlib
 from collections import OrderedDict, deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -44,6 +46,8 @@ CELLS: Final = 128
 CATCH_UP: Final = 1 / 20
 """Releases missed by a driver that woke late (by 15 ms on Windows) are made up for, within this part of the window."""
 
+_GZIP: Final = b"\x1f\x8b"
+_LONGEST_TEXT: Final = 4096
 _SHORTEST_CLOSE: Final = 1.0
 _LONGEST_CLOSE: Final = 3600.0
 
@@ -80,8 +84,12 @@ def retry_after_seconds(fields: Sequence[tuple[bytes, bytes]], text: bytes, now_
 
     ``fields`` are its head's: Retry-After says it in seconds or as a date. A date is the server's, and its clock may
     differ from ours: it is held against the answer's own Date, or ``now_wall`` (seconds since 1970) where that is
-    missing. Failing that the first "N seconds" in ``text`` counts, as Metquay writes it.
+    missing. Failing that the first "N seconds" in ``text`` counts, as Metquay writes it, gzipped where the tool likes
+    that.
     """
+    if text.startswith(_GZIP):
+        with contextlib.suppress(zlib.error):
+            text = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(text, _LONGEST_TEXT)
     said = {name.lower(): value.decode("latin-1") for name, value in reversed(fields)}
     header = said.get(b"retry-after", "")
     if match := _DELAY.fullmatch(header):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gzip
 import math
 import random
 from itertools import pairwise
@@ -111,6 +112,10 @@ class TestRetryAfterSeconds:
             (None, VENDOR.encode(), 30),
             (None, b'{"code": 429, "message": "Wait 1 second"}', 1),
             (None, "retry in 12s", 12),
+            (None, gzip.compress(VENDOR.encode()), 30),
+            (None, gzip.compress(VENDOR.encode())[:-8], 30),
+            (None, gzip.compress(b"-" * 99_999 + VENDOR.encode()), None),
+            (None, b"\x1f\x8b, in 5 seconds", 5),
             (None, b"\xff\xfe 45 sec", 45),
             ("soon", VENDOR, 30),
             ("-5", VENDOR, 30),
