@@ -263,22 +263,22 @@ class TestLine:
 
     async def test_what_was_not_sent_goes_to_the_others(self, redis: RedisServer) -> None:
         """Slots that are given back are free in Redis too, and who stands in line there gets one at its next call."""
-        rate = Rate(20, 60.0)
+        rate = Rate(10, 60.0)
         async with replica(redis, rate) as one, replica(redis, rate) as two:
             grow_old(redis)
             await until(lambda: one.status()["replicas"] == two.status()["replicas"] == 2)
             assert one.line is not None
             assert two.line is not None
-            held = [one.line.ask("tool", 10.0) for _ in range(14)]
+            held = [one.line.ask("tool", 10.0) for _ in range(7)]
             await asyncio.gather(*(one.line.wait(ticket) for ticket in held))
             ticket = two.line.ask("tool", 20.0)
             waiting = asyncio.ensure_future(two.line.wait(ticket))
-            await until(lambda: one.line is not None and one.line.snapshot().used == 14)
+            await until(lambda: one.line is not None and one.line.snapshot().used == 7)
             began = time.monotonic()
             for slot in held:
                 one.line.give_back(slot)
             await waiting
-            assert time.monotonic() - began < 2.0, "by its pace it would have to wait for eight seconds"
+            assert time.monotonic() - began < 2.0, "by its pace it would have to wait for five seconds"
             await until(lambda: one.line is not None and one.line.snapshot().used == 1)
 
     async def test_who_leaves_leaves_its_part(self, redis: RedisServer) -> None:
