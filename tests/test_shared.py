@@ -261,6 +261,7 @@ class TestLine:
                 await send(two.line, max_wait=1.0)
             assert 25 < caught.value.retry_after <= 31
 
+    @pytest.mark.slow
     async def test_what_was_not_sent_goes_to_the_others(self, redis: RedisServer) -> None:
         """Slots that are given back are free in Redis too, and who stands in line there gets one at its next call."""
         rate = Rate(10, 60.0)
