@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiohttp.streams import EMPTY_PAYLOAD
 
 from metquay_proxy import sandbox as simulator
-from metquay_proxy.auth import Credentials, CredentialsRejected, LoginFailed
+from metquay_proxy.auth import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.rewrite import BaseURL
@@ -255,7 +255,7 @@ class _Check:
         except CredentialsRejected as error:
             return "failed", str(error), _KEYS
         except LoginFailed as error:
-            return "failed", str(error), _WAIT if "status 5" in str(error) else _HOST
+            return "failed", str(error), _WAIT if isinstance(error, LoginBusy) else _HOST
         self._token = token.authorization
         return "ok", f"a token for {token.lifetime:.0f} s"
 

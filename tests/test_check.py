@@ -272,6 +272,27 @@ async def test_the_login_is_out_of_order() -> None:
         assert_failed(await probes(sandbox.url), "login", "status 503", "wait a few minutes")
 
 
+@pytest.mark.parametrize(
+    ("answer", "text", "cure"),
+    [
+        (
+            "429 Too Many Requests\r\nRetry-After: 60",
+            "status 429 and asks to be left alone for 60 s",
+            "wait a few minutes",
+        ),
+        (
+            "301 Moved\r\nLocation: https://eu.metquay.co/api/v1/authenticate",
+            "METQUAY_HOST should probably be https://eu.metquay.co/api/v1.",
+            "Check METQUAY_HOST",
+        ),
+    ],
+)
+async def test_the_login_says_what_is_wrong(answer: str, text: str, cure: str) -> None:
+    """Where it has moved to, or that it is asked for too much."""
+    async with answering(f"{answer}\r\nDate: {formatdate(usegmt=True)}", "") as port:
+        assert_failed(await probes(f"http://127.0.0.1:{port}"), "login", text, cure)
+
+
 async def test_another_server_answers() -> None:
     """A web page in place of a login: a wrong host, or a network that wants to be logged in to."""
     date = formatdate(usegmt=True)
