@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiohttp.streams import EMPTY_PAYLOAD
 
 from metquay_proxy import sandbox as simulator
+from metquay_proxy.audit import try_log, why_not
 from metquay_proxy.auth import Credentials, CredentialsRejected, LoginFailed
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
@@ -40,6 +41,7 @@ _EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked
 _NEEDS: Final = {
     "keys": "",
     "port": "",
+    "audit": "",
     "dns": "",
     "tcp": "dns",
     "tls": "tcp",
@@ -198,6 +200,26 @@ class _Check:
             return "ok", f"a metquay-proxy is running at {address}"
         cure = "Stop it, or choose another port for the proxy, such as METQUAY_LISTEN=localhost:6397."
         return "failed", f"Another program has taken {address}, where the proxy is to listen.", cure
+
+    async def _audit(self) -> tuple[str, ...]:
+        """Ask what the proxy asks at its start, and whether one that runs has lost lines."""
+        path = self._settings.audit_log
+        if path is None:
+            return "skipped", "METQUAY_AUDIT_LOG is not set"
+        try:
+            try_log(path)
+        except OSError as error:
+            cure = "Make it possible for this user, or choose another file in METQUAY_AUDIT_LOG."
+            return "failed", f"The proxy {why_not(path, error)}.", cure
+        try:
+            figures = json.loads(self._own_status.partition(b"\r\n\r\n")[2])["audit"]
+            trouble, lost = figures["trouble"], figures["lost"]
+        except (ValueError, LookupError, TypeError):
+            trouble, lost = None, 0
+        if trouble or lost:
+            cause = f"The running proxy has lost {lost} lines of {path}" + (f" ({trouble})." if trouble else ".")
+            return "failed", cause, "Mend what its log says; then start it again, so that it counts anew."
+        return "ok", f"{path} can be written"
 
     async def _dns(self) -> tuple[str, ...]:
         host, port = self._first
