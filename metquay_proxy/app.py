@@ -34,7 +34,6 @@ from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
 from metquay_proxy.target import TargetRules
 from metquay_proxy.telemetry import Telemetry, configure_logging
 from metquay_proxy.upstream import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context
-from metquay_proxy.writer import KEPT
 
 if TYPE_CHECKING:
     import ssl
@@ -63,7 +62,7 @@ def _audit(settings: Settings) -> AuditLog | None:
         if why is None:
             log.info("audit log is written again")
         else:
-            log.error("audit log can't be written: lines are kept until that is mended", reason=why, at_most=KEPT)
+            log.error("audit log can't be written", reason=why)
 
     def from_thread(why: str | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile

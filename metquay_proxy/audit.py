@@ -10,11 +10,13 @@ first part of a line.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
 import tempfile
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.writer import Writer
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 _PRIVATE: Final = 0o600
 _NEEDED: Final = ("O_CLOEXEC", "O_BINARY", "O_NONBLOCK")
 _REOPEN: Final = b""
+_GLANCE: Final = 0.01
+"""Seconds from one look at the end of the file to the next; a line is written in far less."""
+_BLOCK: Final = 4096
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def open_log(path: Path) -> int:
@@ -45,11 +51,19 @@ def open_log(path: Path) -> int:
 
 
 def try_log(path: Path) -> None:
-    """Find out whether the file can be written, and leave nothing behind; raise ``OSError``."""
-    if path.exists():
+    """Find out whether the file can be written, and whether there is room for it; leave nothing behind.
+
+    Raises ``OSError``. Room is looked for beside the file, where that is allowed: nothing is written into a log to try.
+    """
+    there = path.exists()
+    if there:
         os.close(open_log(path))
-    else:
-        tempfile.TemporaryFile(dir=path.parent).close()
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as beside:
+            beside.write(bytes(_BLOCK))
+    except OSError as error:
+        if not there or error.errno in _FULL:
+            raise
 
 
 def why_not(path: Path, error: OSError) -> str:
@@ -67,6 +81,7 @@ class AuditLog:
         """Open the file; raise ``OSError``. ``report`` and ``pause`` (seconds) are ``Writer``'s."""
         self._path = path
         self._file: int | None = open_log(path)
+        try_log(path)
         self._writer = Writer(self._append, report, pause=pause)
 
     def write(self, fields: Mapping[str, Any]) -> None:
@@ -118,15 +133,24 @@ class AuditLog:
 
     def _torn(self, file: int) -> bool:
         """Whether the file ends within a line, whoever wrote that; of one that can't be read it is assumed."""
+        before = self._cut_at(file)
+        while before:
+            time.sleep(_GLANCE)  # another proxy may be in the midst of its line
+            now = self._cut_at(file)
+            if now == before:
+                return True
+            before = now
+        return False
+
+    def _cut_at(self, file: int) -> int:
+        """Return the size of a file that ends within a line, else 0."""
         about = os.fstat(file)
-        if not (stat.S_ISREG(about.st_mode) and about.st_size):
-            return False
-        try:
-            with self._path.open("rb") as reading:
-                reading.seek(-1, os.SEEK_END)
-                return reading.read(1) != b"\n"
-        except OSError:
-            return True
+        if not stat.S_ISREG(about.st_mode):
+            return 0
+        with contextlib.suppress(OSError), self._path.open("rb") as reading:
+            reading.seek(max(0, about.st_size - 1))
+            return 0 if reading.read(1) in {b"\n", b""} else about.st_size
+        return about.st_size
 
     def _shut(self) -> None:
         if self._file is not None:

@@ -213,12 +213,18 @@ class _Check:
             return "failed", f"The proxy {why_not(path, error)}.", cure
         try:
             figures = json.loads(self._own_status.partition(b"\r\n\r\n")[2])["audit"]
-            trouble, lost = figures["trouble"], figures["lost"]
+            lost, trouble = figures["lost"], figures["trouble"]
         except (ValueError, LookupError, TypeError):
-            trouble, lost = None, 0
-        if trouble or lost:
-            cause = f"The running proxy has lost {lost} lines of {path}" + (f" ({trouble})." if trouble else ".")
-            return "failed", cause, "Mend what its log says; then start it again, so that it counts anew."
+            lost, trouble = 0, None
+        if trouble:
+            return (
+                "failed",
+                f"The running proxy cannot write {path}: {trouble}.",
+                "Mend that; it then goes on by itself.",
+            )
+        if lost:
+            cause = f"The running proxy has lost {lost} lines of {path}."
+            return "failed", cause, "Its log says why. Once that is mended start it again, so that it counts anew."
         return "ok", f"{path} can be written"
 
     async def _dns(self) -> tuple[str, ...]:

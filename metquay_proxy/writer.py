@@ -59,7 +59,7 @@ class Writer:
         """Take a line; it is lost where too many wait already, or after ``close``. Returns at once."""
         if self._closing.is_set() or self.waiting >= self._kept:
             self._refused += 1
-            self._note(self.trouble or f"{self.waiting} lines wait to be written")
+            self._note(self.trouble or "writing takes too long")
             return
         self._taken += 1
         self._lines.put(line)
@@ -77,17 +77,13 @@ class Writer:
             self._lines.put(None)
             self._thread.join(timeout)
         if self.waiting:
-            self._report(f"the last {self.waiting} lines could not be written: {self.trouble or 'it takes too long'}")
+            self._report(f"{self.trouble or 'writing takes too long'}; lines lost at the end: {self.waiting}")
         return self._thread is None or not self._thread.is_alive()
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
-            while not (done := self._attempt(line)) and not self._closing.wait(self._pause):
-                pass
-            if done:
-                self._written += 1
-                if self._lines.empty():
-                    self._note(None)
+            while not self._attempt(line) and not self._closing.is_set():
+                self._closing.wait(self._pause)
 
     def _attempt(self, line: bytes) -> bool:
         try:
@@ -95,10 +91,13 @@ class Writer:
         except OSError as error:
             self._note(error.strerror or str(error))
             return False
+        self._written += 1
+        if self._lines.empty():
+            self._note(None)
         return True
 
     def _note(self, trouble: str | None) -> None:
         news = (trouble is None) != (self.trouble is None)
         self.trouble = trouble
         if news:
-            self._report(trouble)
+            self._report(trouble and f"{trouble}; {self._kept} lines are kept until that is mended, more are lost")
