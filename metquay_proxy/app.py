@@ -225,12 +225,12 @@ class Proxy:
         self._transport.keep_warm()
         self._files.start()
 
-    def reload(self) -> None:
+    def reload(self) -> asyncio.Task[None]:
         """Read the files again that settings name, and open the audit log anew: somebody has changed them."""
         if self._audit is not None:
             self._audit.reopen()
         self.tokens.hasten()
-        self._files.now()
+        return self._files.now()
 
     def _sources(self, credentials: Callable[[], Credentials]) -> Iterator[Source[Any]]:
         """Yield what can be read again, and who is told of it."""
@@ -394,7 +394,7 @@ class _Signals:
     What SIGHUP means was decided before: it ends, reads files again, or is ignored (``cli``).
     """
 
-    def __init__(self, again: Callable[[], None], reload: Callable[[], None]) -> None:
+    def __init__(self, again: Callable[[], None], reload: Callable[[], object]) -> None:
         """``again`` is called for each signal after the first that ends."""
         self._stop = asyncio.Event()
         self._again = again

@@ -135,9 +135,9 @@ class Reload:
         if self._sources:
             self._begin(self._watch())
 
-    def now(self) -> None:
+    def now(self) -> asyncio.Task[None]:
         """Look now, because somebody says that the files are complete."""
-        self._begin(self.look(asked=True))
+        return self._begin(self.look(asked=True))
 
     def close(self) -> None:
         """Look no more."""
@@ -173,12 +173,13 @@ class Reload:
 
     def _settled(self, found: list[_Content]) -> bool:
         now = self._wall_clock()
-        return not any(0 <= now - content.at < SETTLED for content in found)
+        return all(abs(now - content.at) >= SETTLED for content in found)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _made(source: Source[_T], found: list[_Content]) -> _T:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MAY_BLOCK = {
-    "audit.py": {"open_log"},  # done before anybody is served
+    "audit.py": {"open_log", "try_log"},  # done before anybody is served
     "check.py": {"probed"},  # a command that serves nobody
     "app.py": {"stop"},  # nobody is served any more
     "listeners.py": {"bind"},  # nobody is served yet
