@@ -166,6 +166,8 @@ class Proxy:
         if settings.tls_cert and settings.tls_key:
             self._serving = Serving(serving_context(settings.tls_cert, settings.tls_key))
         self._key = None if settings.sandbox or settings.access_key is None else settings.access_key.get_secret_value()
+        self._shown: dict[str, str | None] = {}
+        """What is shown of settings that have changed since the start."""
         self._files = Reload(list(self._sources(credentials)), sleep=sleep)
         self._listeners: list[asyncio.AbstractServer] = []
         self._unix_paths: list[str] = []
@@ -194,7 +196,10 @@ class Proxy:
             "audit": None if self._audit is None else self._audit.status(),
             "requests": {"active": self.telemetry.active, "finished": self.telemetry.finished},
             "connections": {"busy": busy, "idle": idle},
-            "settings": [setting._asdict() for setting in self._settings.sources()],
+            "settings": [
+                setting._replace(value=self._shown.get(setting.variable, setting.value))._asdict()
+                for setting in self._settings.sources()
+            ],
         }
 
     async def test(self) -> dict[str, Any]:
@@ -247,12 +252,15 @@ class Proxy:
 
         def log_in(keys: Credentials) -> str:
             self._key = keys.access_key
+            self._shown["METQUAY_ACCESS_KEY"] = last_four(self._key)
             self.tokens.hasten()
             return "METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY"
 
         def admit(keys: tuple[ClientKey, ...]) -> str:
             ended = self._gate.replace_keys(keys)
             self._admin.turn_out(ended)
+            named = [f"{key.name}:***" + ":read-only" * key.read_only for key in keys if key.name != "default"]
+            self._shown["METQUAY_CLIENT_KEYS"] = ",".join(named) or None
             names = ", ".join(key.name for key in keys)
             return f"client keys ({names}" + (f"; ended: {', '.join(sorted(ended))})" if ended else ")")
 
@@ -262,8 +270,9 @@ class Proxy:
         if settings.ca_bundle and self.base.scheme == "https":
             bundle = [settings.ca_bundle]
             yield Source("METQUAY_CA_BUNDLE", bundle, lambda: tls_context(settings.current_ca_bundle()), trust)
-        pair = settings.secret_files("access_key", "secret_key")
-        yield Source("METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY", pair, credentials, log_in)
+        if not settings.sandbox:
+            pair = settings.secret_files("access_key", "secret_key")
+            yield Source("METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY", pair, credentials, log_in)
         keys = settings.secret_files("client_key", "client_keys")
         yield Source("METQUAY_CLIENT_KEY, METQUAY_CLIENT_KEYS", keys, settings.current_keys, admit, lines=True)
 

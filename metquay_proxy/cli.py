@@ -162,10 +162,13 @@ def _serve(arguments: Sequence[str]) -> int:
     values = parser.parse(arguments, secrets)
     try:
         settings = _load(values, sandbox=values.sandbox)
-        from metquay_proxy import app  # noqa: PLC0415 - slow, and of no use with wrong settings
-
-        return app.run(settings, sandbox=values.sandbox)
     except SettingsError as error:
+        return _refuse(error)
+    from metquay_proxy import app  # noqa: PLC0415 - slow, and of no use with wrong settings
+
+    try:
+        return app.run(settings, sandbox=values.sandbox)
+    except SettingsError as error:  # what only the attempt can tell
         return _refuse(error)
 
 

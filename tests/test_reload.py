@@ -398,6 +398,7 @@ async def test_client_keys(tmp_path: Path, loop: dict[str, str]) -> None:
         assert 200 == (await kept.answer()).status
         path.write_text(good.replace(OLD, NEW))
         assert (["client keys (sheet, lims; ended: sheet)"], []) == named(await running.hang_up())
+        assert "sheet:***,lims:***:read-only" == await shown(running, LIMS)
         assert (await watching[OLD].to_the_end()).endswith(b"0\r\n\r\n")
         await watching[LIMS].until(b"\n\n")
         await kept.send(get("/-/status", f"X-Proxy-Key: {OLD}"))
@@ -405,6 +406,15 @@ async def test_client_keys(tmp_path: Path, loop: dict[str, str]) -> None:
         assert [403, 403, 200, 200] == [await running.status(key) for key in (OLD, placeholder, NEW, LIMS)]
         for client in (*watching.values(), kept):
             client.close()
+
+
+async def shown(running: Command, key: str) -> str:
+    """Return what is shown of the named keys."""
+    client = await running.client()
+    await client.send(get("/-/status", f"X-Proxy-Key: {key}"))
+    settings = json.loads((await client.answer()).body)["settings"]
+    client.close()
+    return next(setting["value"] for setting in settings if setting["variable"] == "METQUAY_CLIENT_KEYS")
 
 
 async def placeholder_of(running: Command, key: str) -> str:
