@@ -265,16 +265,16 @@ class Proxy:
             return f"client keys ({names}" + (f"; ended: {', '.join(sorted(ended))})" if ended else ")")
 
         if settings.tls_cert and settings.tls_key:
-            files = [settings.tls_cert, settings.tls_key]
-            yield Source("METQUAY_TLS_CERT, METQUAY_TLS_KEY", files, lambda: serving_context(*files), serve)
+            served = [settings.tls_cert, settings.tls_key]
+            yield Source("METQUAY_TLS_CERT, METQUAY_TLS_KEY", served, lambda: serving_context(*served), serve)
         if settings.ca_bundle and self.base.scheme == "https":
             bundle = [settings.ca_bundle]
             yield Source("METQUAY_CA_BUNDLE", bundle, lambda: tls_context(settings.current_ca_bundle()), trust)
         if not settings.sandbox:
             pair = settings.secret_files("access_key", "secret_key")
             yield Source("METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY", pair, credentials, log_in)
-        keys = settings.secret_files("client_key", "client_keys")
-        yield Source("METQUAY_CLIENT_KEY, METQUAY_CLIENT_KEYS", keys, settings.current_keys, admit, lines=True)
+        names, files = "METQUAY_CLIENT_KEY, METQUAY_CLIENT_KEYS", settings.secret_files("client_key", "client_keys")
+        yield Source(names, files, lambda: settings.current_keys(self._gate.keys), admit, lines=True)
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 - it does not cut itself short, it lets others end
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""

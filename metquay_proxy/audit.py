@@ -10,7 +10,6 @@ first part of a line.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -147,10 +146,12 @@ class AuditLog:
         about = os.fstat(file)
         if not stat.S_ISREG(about.st_mode):
             return 0
-        with contextlib.suppress(OSError), self._path.open("rb") as reading:
-            reading.seek(max(0, about.st_size - 1))
-            return 0 if reading.read(1) in {b"\n", b""} else about.st_size
-        return about.st_size
+        try:
+            with self._path.open("rb") as reading:
+                reading.seek(max(0, about.st_size - 1))
+                return 0 if reading.read(1) in {b"\n", b""} else about.st_size
+        except PermissionError:
+            return about.st_size
 
     def _shut(self) -> None:
         if self._file is not None:

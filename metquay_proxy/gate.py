@@ -100,6 +100,11 @@ class Gate:
         self._open = Admission(read_only=read_only)
         self._take(keys)
 
+    @property
+    def keys(self) -> tuple[ClientKey, ...]:
+        """Those in force."""
+        return self._keys
+
     def _take(self, keys: tuple[ClientKey, ...]) -> None:
         self._keys = keys
         self._admissions = {key.name: Admission(key.name, self._open.read_only or key.read_only) for key in keys}

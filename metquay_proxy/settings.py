@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -514,22 +515,27 @@ class Settings(BaseSettings):
         """All client keys; METQUAY_CLIENT_KEY is called ``default``."""
         return _all_keys(self.client_key, self.client_keys)
 
-    def current_keys(self) -> tuple[ClientKey, ...]:
+    def current_keys(self, held: tuple[ClientKey, ...]) -> tuple[ClientKey, ...]:
         """Return all client keys, at least one, read again where they came from files; raises as ``credentials``.
 
-        A key that was cut off while it was written is no other key: a short one is not taken.
+        ``held`` are those in force. What was cut off while it was written is no other key, and no other right.
         """
         single, named = self.client_key, self.client_keys
         if path := self._files.get("client_key"):
             text = _read(path)
             single = _client_key(text)
-            if len(text) < _SHORT_KEY and single != self.client_key:
+            if len(text) < _SHORT_KEY and single not in held:
                 msg = f"{path} holds fewer than {_SHORT_KEY} characters, as though it were half-written"
                 raise ValueError(msg)
         if path := self._files.get("client_keys"):
             named = _client_keys(_read(path))
             if not named:
                 msg = f"{path} holds no key"
+                raise ValueError(msg)
+            last = named[-1]
+            whole = last in held or path.read_bytes().endswith(b"\n")
+            if not whole and replace(last, read_only=True) in held:
+                msg = f"{path} may be half-written: to take :read-only away from {last.name}, end it with a line break"
                 raise ValueError(msg)
         return _all_keys(single, named)
 

@@ -14,6 +14,7 @@ import pytest
 
 from metquay_proxy.sandbox import Faults, Sandbox
 from tests.running import running
+from tests.wire import eventually
 
 if sys.platform == "linux":
     import fcntl
@@ -53,6 +54,16 @@ async def test_each_write_leaves_one_line(tmp_path: Path) -> None:
     text = path.read_text()
     for hidden in ("hidden", "Private", "Lost", "workbook-key"):
         assert hidden not in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file can't be renamed on Windows")
+async def test_a_rotation_that_is_told_of(tmp_path: Path) -> None:
+    """Whoever moves the file away and says so finds a new one there, before the next write."""
+    path = tmp_path / "audit.log"
+    async with running("http://127.0.0.1:9", audit_log=str(path)) as (proxy, _):
+        path.rename(tmp_path / "audit.log.1")
+        await proxy.reload()
+        await eventually(path.exists)
 
 
 async def test_a_write_whose_client_left_is_recorded(tmp_path: Path) -> None:

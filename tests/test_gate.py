@@ -859,6 +859,7 @@ def test_other_keys() -> None:
     for ended in ("key-of-gone-0123456789", "key-of-changed-0123456789", placeholders["gone"], placeholders["changed"]):
         assert not admitted(ended)
     assert frozenset() == gate.replace_keys((other, kept))
+    assert (other, kept) == gate.keys
 
 
 def test_a_key_that_may_only_read_from_now_on() -> None:

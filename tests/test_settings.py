@@ -322,9 +322,9 @@ class TestSources:
         monkeypatch.setenv("METQUAY_CLIENT_KEYS_FILE", str(file))
         settings = load()
         assert [file] == settings.secret_files("client_key", "client_keys")
-        assert settings.keys == settings.current_keys()
+        assert settings.keys == settings.current_keys(settings.keys)
         file.write_text("sheet:key-9876543210987:read-only\n")
-        assert ["default", "sheet"] == [key.name for key in settings.current_keys()]
+        assert ["default", "sheet"] == [key.name for key in settings.current_keys(settings.keys)]
         assert ["default", "lims"] == [key.name for key in settings.keys]
         for text, why in (
             (" ", "keys is empty"),
@@ -335,10 +335,25 @@ class TestSources:
         ):
             file.write_text(text)
             with pytest.raises(ValueError, match=why):
-                settings.current_keys()
+                settings.current_keys(settings.keys)
         file.unlink()
         with pytest.raises(FileNotFoundError):
-            settings.current_keys()
+            settings.current_keys(settings.keys)
+
+    @pytest.mark.usefixtures("account")
+    def test_a_right_is_not_won_by_a_file_that_was_cut_off(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """The last key of a list loses its :read-only only where the line has an end."""
+        file = write("keys", "lims:key-0123456789012,sheet:key-9876543210987:read-only")
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS_FILE", str(file))
+        settings = load()
+        assert settings.keys == settings.current_keys(settings.keys)
+        file.write_text("lims:key-0123456789012,sheet:key-9876543210987")
+        with pytest.raises(ValueError, match="may be half-written: to take :read-only away from sheet"):
+            settings.current_keys(settings.keys)
+        file.write_text("lims:key-0123456789012,sheet:key-9876543210987\n")
+        assert not settings.current_keys(settings.keys)[-1].read_only
+        file.write_text("lims:key-0123456789012")
+        assert settings.keys[:1] == settings.current_keys(settings.keys)
 
     @pytest.mark.usefixtures("account")
     def test_a_client_key_in_a_file_can_be_read_again(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
@@ -346,12 +361,12 @@ class TestSources:
         file = write("key", "short")
         monkeypatch.setenv("METQUAY_CLIENT_KEY_FILE", str(file))
         settings = load()
-        assert settings.keys == settings.current_keys()
+        assert settings.keys == settings.current_keys(settings.keys)
         file.write_text("shor")
         with pytest.raises(ValueError, match="key holds fewer than 16 characters, as though it were half-written"):
-            settings.current_keys()
+            settings.current_keys(settings.keys)
         file.write_text("long-enough-0123456789")
-        assert (ClientKey.of("default", "long-enough-0123456789"),) == settings.current_keys()
+        assert (ClientKey.of("default", "long-enough-0123456789"),) == settings.current_keys(settings.keys)
 
     def test_the_sandbox_has_no_credentials_of_ours(self) -> None:
         """Asking for them is a mistake with a name."""
