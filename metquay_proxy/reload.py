@@ -106,11 +106,11 @@ class _Content:
 def _content(file: Path) -> _Content:
     try:
         if not file.is_file():
-            return _Content(error="missing")
+            return _Content(error="there is no such file")
         data = file.read_bytes()
         return _Content(hashlib.sha256(data).digest(), ended=data.endswith(b"\n"), at=file.stat().st_mtime)
     except OSError as error:
-        return _Content(error=str(error))
+        return _Content(error=error.strerror or str(error))
 
 
 class Reload:
@@ -183,6 +183,9 @@ class Reload:
 
 
 def _made(source: Source[_T], found: list[_Content]) -> _T:
+    for file, content in zip(source.files, found, strict=True):
+        if content.error:
+            raise ValueError(f"{file}: {content.error}")
     made = source.make()
     if source.lines and any(was.ended > now.ended for was, now in zip(source.used, found, strict=True)):
         msg = "the last line has no end any more, as though it were half-written; end it with a line break"
@@ -191,8 +194,6 @@ def _made(source: Source[_T], found: list[_Content]) -> _T:
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
     return str(error) if isinstance(error, (OSError, ValueError)) else f"unexpected {type(error).__name__}"
 
 

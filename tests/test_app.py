@@ -683,6 +683,7 @@ async def test_harmless_signals_while_it_loads(tmp_path: Path, where: str) -> No
 
 
 @posix_only
+@pytest.mark.slow
 async def test_harmless_signals(tmp_path: Path) -> None:
     """The same once it runs, and while it drains; SIGHUP has files read again, of which one line tells."""
     async with sidecar(tmp_path) as running:

@@ -116,7 +116,7 @@ async def test_a_fault(tmp_path: Path, told: Told) -> None:
     watched.path.unlink()
     for _ in range(2):
         await watched.reload.look()
-    assert ["it is bad", f"{watched.path}: No such file or directory"] == told.faults
+    assert ["it is bad", f"{watched.path}: there is no such file"] == told.faults
     assert [] == watched.taken
     watched.write("first\n")
     await watched.reload.look()
