@@ -21,7 +21,7 @@ from metquay_proxy.reload import Reload, Source, serving_context
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from tests import running as program
 from tests.running import Process, process
-from tests.wire import Client, certified, eventually, get, post, running
+from tests.wire import Client, certified, eventually, get, patiently, post, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -399,7 +399,7 @@ async def test_client_keys(tmp_path: Path, loop: dict[str, str]) -> None:
         path.write_text(good.replace(OLD, NEW))
         assert (["client keys (sheet, lims; ended: sheet)"], []) == named(await running.hang_up())
         assert "sheet:***,lims:***:read-only" == await shown(running, LIMS)
-        assert (await watching[OLD].to_the_end()).endswith(b"0\r\n\r\n")
+        assert (await patiently(watching[OLD].to_the_end())).endswith(b"0\r\n\r\n")
         await watching[LIMS].until(b"\n\n")
         await kept.send(get("/-/status", f"X-Proxy-Key: {OLD}"))
         assert 403 == (await kept.answer()).status
