@@ -11,6 +11,7 @@ it missed is lost and counted. The page's policy (CSP level 3) admits its own st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import secrets
@@ -22,7 +23,7 @@ from metquay_proxy.errors import ProxyError
 from metquay_proxy.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 
     from metquay_proxy.telemetry import Exchange
 
@@ -52,8 +53,8 @@ _TROUBLE: Final = {
 class Answer:
     """One answer; ``quit``: the proxy ends once it was sent.
 
-    ``stream`` makes the body, piece by piece, in place of ``body``. It is not to be begun for HEAD, and ends once
-    ``Admin.close`` was called.
+    ``stream`` makes the body for a client (its key's name), piece by piece, in place of ``body``. It is not to be begun
+    for HEAD, and ends once ``Admin.close`` was called.
     """
 
     status: int
@@ -61,7 +62,7 @@ class Answer:
     body: bytes = b""
     quit: bool = False
     headers: tuple[tuple[str, str], ...] = ()
-    stream: Callable[[], AsyncIterator[bytes]] | None = None
+    stream: Callable[[str | None], AsyncIterator[bytes]] | None = None
 
 
 class Admin:
@@ -87,7 +88,9 @@ class Admin:
         self._telemetry = telemetry or Telemetry()
         self._test = test
         self._tick = tick
-        self._closing = asyncio.Event()
+        self._closed = False
+        self._watching: dict[asyncio.Event, str | None] = {}
+        """What ends each open stream of live events, and whose it is."""
         self._pages: dict[str, tuple[str, Callable[[], Answer]]] = {
             "/-/": ("GET", self._html),
             "/-/events": ("GET", lambda: Answer(200, "text/event-stream", stream=self._events)),
@@ -102,8 +105,15 @@ class Admin:
             self._pages["/-/quit"] = ("POST", lambda: Answer(200, _TEXT, b"quitting\n", quit=True))
 
     def close(self) -> None:
-        """End the live events: the proxy is being stopped."""
-        self._closing.set()
+        """End all live events, now and from now on: the proxy is being stopped."""
+        self._closed = True
+        self.turn_out(set(self._watching.values()))
+
+    def turn_out(self, clients: Collection[str | None]) -> None:
+        """End the live events of these clients: their keys have ended."""
+        for end, client in self._watching.items():
+            if client in clients:
+                end.set()
 
     def answer(self, method: str, path: str) -> Answer:
         """Return the answer; raise ``ProxyError`` no-such-page or method-not-allowed."""
@@ -137,12 +147,13 @@ class Admin:
         lines = ",\n    ".join(self._telemetry.since(0)[0])
         return f'{json.dumps(self._state(), indent=2)[:-2]},\n  "recent": [\n    {lines}\n  ]\n}}\n'
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _events(self, client: str | None) -> AsyncIterator[bytes]:
         """Yield what is new, as one message for each look that found something, and the state at every fourth."""
         number = beat = 0
-        closing = asyncio.ensure_future(self._closing.wait())
+        end = asyncio.Event()
+        self._watching[end] = client
         try:
-            while not closing.done():
+            while not (end.is_set() or self._closed):
                 lines, missed, number = self._telemetry.since(number)
                 state = None if beat % _BEATS else json.dumps(self._state())
                 if lines or state:
@@ -150,14 +161,15 @@ class Admin:
                     recent = ",".join(lines)
                     yield f'data: {{"recent": [{recent}], "lost": {lost}, "state": {state or "null"}}}\n\n'.encode()
                 beat += 1
-                await asyncio.wait({closing}, timeout=self._tick)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(end.wait(), self._tick)
         finally:
-            closing.cancel()
+            del self._watching[end]
 
-    async def _metrics(self) -> AsyncIterator[bytes]:
+    async def _metrics(self, _client: str | None) -> AsyncIterator[bytes]:
         yield await asyncio.to_thread(self._telemetry.exposition, self._status())
 
-    async def _tested(self) -> AsyncIterator[bytes]:
+    async def _tested(self, _client: str | None) -> AsyncIterator[bytes]:
         yield json.dumps(self._test and await self._test()).encode()
 
 

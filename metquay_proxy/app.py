@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import pathlib
 import signal
-import ssl
 import sys
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -21,23 +20,26 @@ import structlog
 from metquay_proxy import __version__
 from metquay_proxy.address import Address
 from metquay_proxy.admin import Admin
-from metquay_proxy.audit import AuditLog
+from metquay_proxy.audit import AuditLog, why_not
 from metquay_proxy.auth import Credentials, TokenCache, suspend_aware_clock
 from metquay_proxy.forwarder import Forwarder
 from metquay_proxy.gate import Gate
 from metquay_proxy.line import Line
 from metquay_proxy.listeners import BACKLOG, bind, why_not_listening
 from metquay_proxy.quota import Quota
+from metquay_proxy.reload import Reload, Serving, Source, serving_context
 from metquay_proxy.rewrite import BaseURL
 from metquay_proxy.server import Bounds, Server
-from metquay_proxy.settings import last_four, outbound_proxy
+from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
 from metquay_proxy.target import TargetRules
 from metquay_proxy.telemetry import Telemetry, configure_logging
 from metquay_proxy.upstream import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    import ssl
+    from collections.abc import Callable, Coroutine, Iterator
 
+    from metquay_proxy.gate import ClientKey
     from metquay_proxy.settings import RedisAddress, Settings
     from metquay_proxy.shared import Shared
     from metquay_proxy.upstream import OutboundProxy
@@ -50,11 +52,26 @@ _BRIEFLY: Final = 0.001
 log = structlog.get_logger("metquay_proxy")
 
 
-def _report_audit(why: str | None) -> None:
-    if why is None:
-        log.info("audit log is written again")
-    else:
-        log.error("audit log can't be written: lines are lost until that is mended", reason=why)
+def _audit(settings: Settings) -> AuditLog | None:
+    """Open the audit log; raise ``SettingsError`` where it can't be written."""
+    path, loop = settings.audit_log, asyncio.get_running_loop()
+    if path is None:
+        return None
+
+    def report(why: str | None) -> None:
+        if why is None:
+            log.info("audit log is written again")
+        else:
+            log.error("audit log can't be written", reason=why)
+
+    def from_thread(why: str | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(report, why)
+
+    try:
+        return AuditLog(path, from_thread)
+    except OSError as error:
+        raise SettingsError([f"METQUAY_AUDIT_LOG (--audit-log): {why_not(path, error)}"], (), ()) from None
 
 
 class Proxy:
@@ -80,6 +97,7 @@ class Proxy:
         """
         self.base = base
         self._settings = settings
+        self._audit = _audit(settings)
         clock = clock or suspend_aware_clock()
         self.telemetry = Telemetry(base.prefix)
         scheme = "https" if settings.tls_cert else "http"
@@ -93,7 +111,7 @@ class Proxy:
             clock=clock,
         )
         self.tokens = TokenCache(
-            Login(self._transport, base, credentials, clock),
+            Login(self._transport, base, _lasting(credentials), clock),
             clock=clock,
             sleep=sleep,
             observer=self.telemetry.token_event,
@@ -111,16 +129,17 @@ class Proxy:
             test=self.test,
         )
         self._own_authorities: set[tuple[str, int]] = set()
+        self._gate = Gate(
+            upstream_host=base.host,
+            keys=settings.keys,
+            read_only=settings.read_only,
+            allowed_hosts=settings.allowed_hosts,
+            allowed_origins=settings.allowed_origins,
+            scheme=scheme,
+        )
         self.server = Server(
             rules=TargetRules(base.prefix, self._own_authorities, pass_through=settings.pass_through),
-            gate=Gate(
-                upstream_host=base.host,
-                keys=settings.keys,
-                read_only=settings.read_only,
-                allowed_hosts=settings.allowed_hosts,
-                allowed_origins=settings.allowed_origins,
-                scheme=scheme,
-            ),
+            gate=self._gate,
             forwarder=Forwarder(
                 self._transport,
                 self.tokens,
@@ -134,7 +153,7 @@ class Proxy:
                 sleep=sleep,
             ),
             admin=self._admin,
-            audit=None if settings.audit_log is None else AuditLog(settings.audit_log, _report_audit),
+            audit=self._audit,
             telemetry=self.telemetry,
             base=base,
             scheme=scheme,
@@ -143,6 +162,13 @@ class Proxy:
             bounds=bounds or Bounds(),
         )
         self.scheme = scheme
+        self._serving: Serving | None = None
+        if settings.tls_cert and settings.tls_key:
+            self._serving = Serving(serving_context(settings.tls_cert, settings.tls_key))
+        self._key = None if settings.sandbox or settings.access_key is None else settings.access_key.get_secret_value()
+        self._shown: dict[str, str | None] = {}
+        """What is shown of settings that have changed since the start."""
+        self._files = Reload(list(self._sources(credentials)), sleep=sleep)
         self._listeners: list[asyncio.AbstractServer] = []
         self._unix_paths: list[str] = []
         self._hurried = False
@@ -156,7 +182,6 @@ class Proxy:
         """Return the figures for ``/-/status``; nothing secret among them."""
         token = self.tokens.state
         busy, idle = self._transport.connections
-        key = None if self._settings.sandbox else self._settings.access_key
         return {
             "version": __version__,
             "upstream": str(self.base),
@@ -164,13 +189,17 @@ class Proxy:
             "draining": self.server.draining,
             "sandbox": self._settings.sandbox,
             "read_only": self._settings.read_only,
-            "key": None if key is None else last_four(key.get_secret_value()),
+            "key": None if self._key is None else last_four(self._key),
             "token": dataclasses.asdict(token),
             "quota": None if self._line is None else self._line.snapshot()._asdict(),
             "redis": None if self._shared is None else self._shared.status(),
+            "audit": None if self._audit is None else self._audit.status(),
             "requests": {"active": self.telemetry.active, "finished": self.telemetry.finished},
             "connections": {"busy": busy, "idle": idle},
-            "settings": [setting._asdict() for setting in self._settings.sources()],
+            "settings": [
+                setting._replace(value=self._shown.get(setting.variable, setting.value))._asdict()
+                for setting in self._settings.sources()
+            ],
         }
 
     async def test(self) -> dict[str, Any]:
@@ -179,10 +208,7 @@ class Proxy:
 
     async def start(self) -> None:
         """Listen, then log in; raise ``OSError`` where an address can't be had."""
-        tls = None
-        if self._settings.tls_cert and self._settings.tls_key:
-            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            tls.load_cert_chain(self._settings.tls_cert, self._settings.tls_key)
+        tls = None if self._serving is None else self._serving.context
         loop = asyncio.get_running_loop()
         if self._shared is not None:
             await self._shared.start()
@@ -202,12 +228,60 @@ class Proxy:
         self.addresses = list(dict.fromkeys(self.addresses))
         self.tokens.start()
         self._transport.keep_warm()
+        self._files.start()
+
+    def reload(self) -> asyncio.Task[None]:
+        """Read the files again that settings name, and open the audit log anew: somebody has changed them."""
+        if self._audit is not None:
+            self._audit.reopen()
+        self.tokens.hasten()
+        return self._files.now()
+
+    def _sources(self, credentials: Callable[[], Credentials]) -> Iterator[Source[Any]]:
+        """Yield what can be read again, and who is told of it."""
+        settings = self._settings
+
+        def serve(context: ssl.SSLContext) -> str:
+            cast("Serving", self._serving).use(context)
+            return "METQUAY_TLS_CERT, METQUAY_TLS_KEY"
+
+        def trust(context: ssl.SSLContext) -> str:
+            self._transport.trust(context)
+            self.tokens.hasten()
+            return "METQUAY_CA_BUNDLE"
+
+        def log_in(keys: Credentials) -> str:
+            self._key = keys.access_key
+            self._shown["METQUAY_ACCESS_KEY"] = last_four(self._key)
+            self.tokens.hasten()
+            return "METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY"
+
+        def admit(keys: tuple[ClientKey, ...]) -> str:
+            ended = self._gate.replace_keys(keys)
+            self._admin.turn_out(ended)
+            named = [f"{key.name}:***" + ":read-only" * key.read_only for key in keys if key.name != "default"]
+            self._shown["METQUAY_CLIENT_KEYS"] = ",".join(named) or None
+            names = ", ".join(key.name for key in keys)
+            return f"client keys ({names}" + (f"; ended: {', '.join(sorted(ended))})" if ended else ")")
+
+        if settings.tls_cert and settings.tls_key:
+            served = [settings.tls_cert, settings.tls_key]
+            yield Source("METQUAY_TLS_CERT, METQUAY_TLS_KEY", served, lambda: serving_context(*served), serve)
+        if settings.ca_bundle and self.base.scheme == "https":
+            bundle = [settings.ca_bundle]
+            yield Source("METQUAY_CA_BUNDLE", bundle, lambda: tls_context(settings.current_ca_bundle()), trust)
+        if not settings.sandbox:
+            pair = settings.secret_files("access_key", "secret_key")
+            yield Source("METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY", pair, credentials, log_in)
+        names, files = "METQUAY_CLIENT_KEY, METQUAY_CLIENT_KEYS", settings.secret_files("client_key", "client_keys")
+        yield Source(names, files, lambda: settings.current_keys(self._gate.keys), admit, lines=True)
 
     async def stop(self, timeout: float) -> None:  # noqa: ASYNC109 - it does not cut itself short, it lets others end
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
         server, loop = self.server, asyncio.get_running_loop()
         deadline = loop.time() + timeout
         server.drain()
+        self._files.close()
         self._transport.let_cool()
         self._admin.close()
         await asyncio.sleep(min(_TURN, timeout + _BRIEFLY))  # who came before is let in, and told
@@ -243,6 +317,21 @@ def _shared(
     prefix = shared.namespace(base.authority, key)
     store = shared.Store(address, settings.redis_secret, tls)
     return shared.Shared(store, prefix, settings.rate_limit, clock, call_later)
+
+
+def _lasting(credentials: Callable[[], Credentials]) -> Callable[[], Credentials]:
+    """Return the key pair as it is now or, where it can't be read, as it last was."""
+    last: list[Credentials] = []
+
+    def current() -> Credentials:
+        try:
+            last[:] = [credentials()]
+        except (OSError, ValueError):
+            if not last:
+                raise
+        return last[0]
+
+    return current
 
 
 def _outbound_proxy(base: BaseURL, settings: Settings) -> OutboundProxy | None:
@@ -285,7 +374,7 @@ async def _run(settings: Settings, *, sandbox: bool) -> int:
         proxy = Proxy(settings, base, lambda: Credentials(sandbox_module.ACCESS_KEY, sandbox_module.SECRET_KEY))
     else:
         proxy = Proxy(settings, cast("BaseURL", settings.host), settings.credentials)
-    signals = _Signals(proxy.hurry)
+    signals = _Signals(proxy.hurry, proxy.reload)
     try:
         try:
             await proxy.start()
@@ -309,10 +398,13 @@ async def _run(settings: Settings, *, sandbox: bool) -> int:
 
 
 class _Signals:
-    """SIGTERM and SIGINT (Windows: Ctrl-C and Ctrl-Break): the first ends the program in order, the second at once."""
+    """SIGTERM and SIGINT (Windows: Ctrl-C and Ctrl-Break): the first ends the program in order, the second at once.
 
-    def __init__(self, again: Callable[[], None]) -> None:
-        """``again`` is called for each signal after the first."""
+    What SIGHUP means was decided before: it ends, reads files again, or is ignored (``cli``).
+    """
+
+    def __init__(self, again: Callable[[], None], reload: Callable[[], object]) -> None:
+        """``again`` is called for each signal after the first that ends."""
         self._stop = asyncio.Event()
         self._again = again
         loop = asyncio.get_running_loop()
@@ -320,6 +412,11 @@ class _Signals:
             numbers = [signal.SIGINT, signal.SIGBREAK]
         else:
             numbers = [signal.SIGINT, signal.SIGTERM]
+            hangup = signal.getsignal(signal.SIGHUP)
+            if hangup is signal.default_int_handler:
+                numbers.append(signal.SIGHUP)
+            elif hangup is not signal.SIG_IGN:
+                loop.add_signal_handler(signal.SIGHUP, reload)
         for number in numbers:
             try:
                 loop.add_signal_handler(number, self._received)

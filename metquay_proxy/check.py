@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiohttp.streams import EMPTY_PAYLOAD
 
 from metquay_proxy import sandbox as simulator
+from metquay_proxy.audit import try_log, why_not
 from metquay_proxy.auth import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
@@ -40,6 +41,7 @@ _EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked
 _NEEDS: Final = {
     "keys": "",
     "port": "",
+    "audit": "",
     "dns": "",
     "tcp": "dns",
     "tls": "tcp",
@@ -199,6 +201,32 @@ class _Check:
             return "ok", f"a metquay-proxy is running at {address}"
         cure = "Stop it, or choose another port for the proxy, such as METQUAY_LISTEN=localhost:6397."
         return "failed", f"Another program has taken {address}, where the proxy is to listen.", cure
+
+    async def _audit(self) -> tuple[str, ...]:
+        """Ask what the proxy asks at its start, and whether one that runs has lost lines."""
+        path = self._settings.audit_log
+        if path is None:
+            return "skipped", "METQUAY_AUDIT_LOG is not set"
+        try:
+            try_log(path)
+        except OSError as error:
+            cure = "Make it possible for this user, or choose another file in METQUAY_AUDIT_LOG."
+            return "failed", f"The proxy {why_not(path, error)}.", cure
+        try:
+            figures = json.loads(self._own_status.partition(b"\r\n\r\n")[2])["audit"]
+            lost, trouble = figures["lost"], figures["trouble"]
+        except (ValueError, LookupError, TypeError):
+            lost, trouble = 0, None
+        if trouble:
+            return (
+                "failed",
+                f"The running proxy cannot write {path}: {trouble}.",
+                "Mend that; it then goes on by itself.",
+            )
+        if lost:
+            cause = f"The running proxy has lost {lost} lines of {path}."
+            return "failed", cause, "Its log says why. Once that is mended start it again, so that it counts anew."
+        return "ok", f"{path} can be written"
 
     async def _dns(self) -> tuple[str, ...]:
         host, port = self._first

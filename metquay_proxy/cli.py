@@ -21,6 +21,7 @@ from metquay_proxy import __version__
 TYPE_CHECKING = False  # to import `typing` costs `health` 8 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from types import ModuleType
     from typing import Final, NoReturn
 
     from metquay_proxy.address import Address
@@ -152,6 +153,7 @@ def _serve(arguments: Sequence[str]) -> int:
     import signal  # noqa: PLC0415 - the other commands can do without
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: process 1 would miss it
+    _survive(signal)
     from metquay_proxy.settings import SettingsError  # noqa: PLC0415 - slow
 
     parser, secrets = _settings_parser("serve", _overview())
@@ -164,7 +166,29 @@ def _serve(arguments: Sequence[str]) -> int:
         return _refuse(error)
     from metquay_proxy import app  # noqa: PLC0415 - slow, and of no use with wrong settings
 
-    return app.run(settings, sandbox=values.sandbox)
+    try:
+        return app.run(settings, sandbox=values.sandbox)
+    except SettingsError as error:  # what only the attempt can tell
+        return _refuse(error)
+
+
+def _survive(signal: ModuleType) -> None:
+    """Ignore what would end the program by default, and say what SIGHUP is to mean, by its handler until the server's.
+
+    ``default_int_handler``: end, since the terminal may be closed; another one: read files again, which are being read
+    now anyway. Where it is ignored (nohup) that stays so.
+    """
+    if os.name == "nt":
+        return
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        try:
+            os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        except OSError:
+            signal.signal(signal.SIGHUP, lambda *_: None)
+        else:
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def _sandbox(arguments: Sequence[str]) -> int:

@@ -76,7 +76,7 @@ class Admission:
 
 
 class Gate:
-    """Admits or refuses one request at a time; holds nothing that changes."""
+    """Admits or refuses one request at a time; nothing but its keys ever changes."""
 
     def __init__(  # noqa: PLR0913 - each is one setting of the gate
         self,
@@ -94,12 +94,31 @@ class Gate:
         ``https://tools.lab.example``; ``scheme`` is the one that our own pages are served under.
         """
         self._upstream_host = upstream_host.removesuffix(".")
-        self._keys = keys
         self._allowed_hosts = frozenset(allowed_hosts)
         self._allowed_origins = frozenset(allowed_origins)
         self._scheme = scheme
         self._open = Admission(read_only=read_only)
-        self._admissions = {key.name: Admission(key.name, read_only or key.read_only) for key in keys}
+        self._take(keys)
+
+    @property
+    def keys(self) -> tuple[ClientKey, ...]:
+        """Those in force."""
+        return self._keys
+
+    def _take(self, keys: tuple[ClientKey, ...]) -> None:
+        self._keys = keys
+        self._admissions = {key.name: Admission(key.name, self._open.read_only or key.read_only) for key in keys}
+
+    def replace_keys(self, keys: tuple[ClientKey, ...]) -> frozenset[str]:
+        """Admit by other keys from now on; return the names whose key has ended, or is another one now.
+
+        With an old key ends its placeholder, which is signed by it. A gate that is guarded stays so: ``keys`` has one.
+        """
+        ended = frozenset(key.name for key in self._keys if key not in keys)
+        if bool(keys) != bool(self._keys):
+            raise ValueError("a gate does not begin or cease to ask for keys")
+        self._take(keys)
+        return ended
 
     def cors(self, head: RequestHead) -> tuple[tuple[str, str], ...]:
         """Return the fields that let a listed origin read the answer, errors included; nothing for any other."""

@@ -61,6 +61,9 @@ _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
 """Seconds for the last answers of a drain to be written."""
+_FLUSH: Final = 1.0
+"""Seconds for the last lines of the audit log to be written."""
+_LONGEST_AGENT: Final = 200
 _CRLF: Final = b"\r\n"
 _BLANK_LINE: Final = b"\r\n\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -690,7 +693,7 @@ class Server(web.Server):
             await asyncio.wait(self._detached, timeout=_PATIENCE)
         await self.shutdown(_PATIENCE)
         if self._audit is not None:
-            self._audit.close()
+            await asyncio.to_thread(self._audit.close, _FLUSH)
 
     def __call__(self) -> ClientConnection:
         """Make the protocol of one connection."""
@@ -867,7 +870,7 @@ class Server(web.Server):
         if target.own:
             answer = self._admin.answer(method, target.local)
             if answer.stream is not None and method != "HEAD":
-                return await self._stream(connection, message, exchange, answer, answer.stream())
+                return await self._stream(connection, message, exchange, answer, answer.stream(admission.client))
             return self._own(connection, exchange, answer, keep=keep and body.arrived, with_body=method != "HEAD")
         if b"expect" in head.judged and not body.arrived:
             self._continue(connection, message, head)
@@ -979,6 +982,8 @@ class Server(web.Server):
                 {
                     "time": datetime.fromtimestamp(exchange.ended, UTC).isoformat(timespec="milliseconds"),
                     "client": exchange.client,
+                    "user_agent": exchange.agent[:_LONGEST_AGENT] or None,
+                    "address": exchange.address,
                     "method": exchange.method,
                     "path": masked(exchange.path),
                     "status": exchange.status or None,

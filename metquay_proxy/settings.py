@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -27,6 +28,7 @@ from metquay_proxy.auth import Credentials, oddities
 from metquay_proxy.environment import ENV_FILE, PREFIX, Line, read_env_file, variables
 from metquay_proxy.gate import ClientKey
 from metquay_proxy.quota import Rate, parse_rate
+from metquay_proxy.reload import serving_context
 from metquay_proxy.rewrite import BaseURL, is_loopback
 from metquay_proxy.target import API_PREFIX, OWN_PREFIX
 from metquay_proxy.upstream import OutboundProxy
@@ -152,6 +154,17 @@ def _client_keys(text: str) -> tuple[ClientKey, ...]:
     return tuple(keys)
 
 
+def _all_keys(single: ClientKey | None, named: tuple[ClientKey, ...]) -> tuple[ClientKey, ...]:
+    keys = (single, *named) if single else named
+    if len({key.name for key in keys}) < len(keys):
+        msg = "names must be unique, and 'default' is the name of METQUAY_CLIENT_KEY"
+        raise ValueError(msg)
+    if len({key.digest for key in keys}) < len(keys):
+        msg = "has a key twice; each name needs a key of its own"
+        raise ValueError(msg)
+    return keys
+
+
 def _flag(text: str) -> bool:
     word = text.lower()
     if word not in {"true", "false", "yes", "no", "on", "off", "1", "0"}:
@@ -264,14 +277,6 @@ def _ca_bundle(text: str) -> Path:
     except ssl.SSLError:
         msg = f"{text} holds no certificate in PEM form (a text with BEGIN CERTIFICATE)"
         raise ValueError(msg) from None
-    return path
-
-
-def _audit_log(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        msg = f"{text} must be a file in a directory that exists"
-        raise ValueError(msg)
     return path
 
 
@@ -408,9 +413,7 @@ class Settings(BaseSettings):
     )
 
     drain_timeout: _Seconds = _setting("SECONDS", "seconds for requests in flight when the proxy is told to stop", "8")
-    audit_log: Annotated[Path | None, _text(_audit_log)] = _setting(
-        "FILE", "file that gets one JSON line for each write"
-    )
+    audit_log: _File = _setting("FILE", "file that gets one JSON line for each write")
     allow_quit: _Flag = _setting("", "let POST /-/quit end the proxy", "false")
     log_level: Annotated[str, _text(_one_of("debug", "info", "warning", "error"))] = _setting(
         "LEVEL", "debug, info, warning or error", "info"
@@ -456,14 +459,7 @@ class Settings(BaseSettings):
     @field_validator("client_keys")
     @classmethod
     def _unique(cls, keys: tuple[ClientKey, ...], info: ValidationInfo) -> tuple[ClientKey, ...]:
-        single = info.data.get("client_key")
-        known = (*keys, single) if single else keys
-        if len({key.name for key in known}) < len(known):
-            msg = "names must be unique, and 'default' is the name of METQUAY_CLIENT_KEY"
-            raise ValueError(msg)
-        if len({key.digest for key in known}) < len(known):
-            msg = "has a key twice; each name needs a key of its own"
-            raise ValueError(msg)
+        _all_keys(info.data.get("client_key"), keys)
         return keys
 
     @field_validator("listen")
@@ -493,13 +489,7 @@ class Settings(BaseSettings):
             msg = "METQUAY_TLS_CERT and METQUAY_TLS_KEY belong together: set both or neither"
             raise ValueError(msg)
         if key and cert:
-            import ssl  # noqa: PLC0415 - only who serves TLS pays for loading it
-
-            try:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
-            except ssl.SSLError:
-                msg = f"{key} is not the private key, in PEM form and without a password, of the certificate in {cert}"
-                raise ValueError(msg) from None
+            serving_context(cert, key)
         return key
 
     @field_validator("pass_through")
@@ -529,7 +519,39 @@ class Settings(BaseSettings):
     @property
     def keys(self) -> tuple[ClientKey, ...]:
         """All client keys; METQUAY_CLIENT_KEY is called ``default``."""
-        return (self.client_key, *self.client_keys) if self.client_key else self.client_keys
+        return _all_keys(self.client_key, self.client_keys)
+
+    def current_keys(self, held: tuple[ClientKey, ...]) -> tuple[ClientKey, ...]:
+        """Return all client keys, at least one, read again where they came from files; raises as ``credentials``.
+
+        ``held`` are those in force. What was cut off while it was written is no other key, and no other right.
+        """
+        single, named = self.client_key, self.client_keys
+        if path := self._files.get("client_key"):
+            text = _read(path)
+            single = _client_key(text)
+            if len(text) < _SHORT_KEY and single not in held:
+                msg = f"{path} holds fewer than {_SHORT_KEY} characters, as though it were half-written"
+                raise ValueError(msg)
+        if path := self._files.get("client_keys"):
+            named = _client_keys(_read(path))
+            if not named:
+                msg = f"{path} holds no key"
+                raise ValueError(msg)
+            last = named[-1]
+            whole = last in held or path.read_bytes().endswith(b"\n")
+            if not whole and replace(last, read_only=True) in held:
+                msg = f"{path} may be half-written: to take :read-only away from {last.name}, end it with a line break"
+                raise ValueError(msg)
+        return _all_keys(single, named)
+
+    def current_ca_bundle(self) -> Path | None:
+        """Return the CA bundle's file once more found good; raises ``OSError``, or ``ValueError`` where it is not."""
+        return self.ca_bundle and _ca_bundle(str(self.ca_bundle))
+
+    def secret_files(self, *names: str) -> list[Path]:
+        """Return the files that those of these settings came from which came from files."""
+        return [self._files[name] for name in names if name in self._files]
 
     @property
     def warnings(self) -> tuple[str, ...]:

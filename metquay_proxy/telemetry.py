@@ -258,6 +258,7 @@ class Telemetry:
             connections.add_metric([state], number)
         families.append(connections)
         token, quota, redis = status["token"], status["quota"] or {}, status.get("redis") or {}
+        audit = status.get("audit") or {}
         for kind, name, text, value in (
             (CounterMetricFamily, "retries", "Attempts after the first.", self._retries),
             (CounterMetricFamily, "token_renewals", "Logins that brought a token.", token["renewals"]),
@@ -274,6 +275,8 @@ class Telemetry:
             (GaugeMetricFamily, "redis_shared", "1 while the quota is shared through Redis.", redis.get("shared")),
             (GaugeMetricFamily, "redis_replicas", "Replicas that share, as last heard.", redis.get("replicas")),
             (CounterMetricFamily, "redis_failures", "Calls that Redis did not carry out.", redis.get("failures")),
+            (GaugeMetricFamily, "audit_waiting", "Lines of the audit log yet to be written.", audit.get("waiting")),
+            (CounterMetricFamily, "audit_lost", "Lines that the audit log lacks.", audit.get("lost")),
         ):
             if value is not None:
                 families.append(kind(f"metquay_proxy_{name}", text, value=float(value)))

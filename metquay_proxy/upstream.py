@@ -521,6 +521,10 @@ class Transport:
         """Return how many connections are (busy, idle)."""
         return len(self._busy), len(self._idle)
 
+    def trust(self, context: ssl.SSLContext) -> None:
+        """Verify new connections by ``context``."""
+        self._ssl = context
+
     async def send(
         self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
     ) -> Response:

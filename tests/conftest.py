@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MAY_BLOCK = {
-    "audit.py": {"write"},  # one append, so that no line waits in memory while the program is killed
+    "audit.py": {"open_log", "try_log"},  # done before anybody is served
     "check.py": {"probed"},  # a command that serves nobody
     "app.py": {"stop"},  # nobody is served any more
     "listeners.py": {"bind"},  # nobody is served yet
+    "reload.py": {"__post_init__", "serving_context"},  # nobody is served yet
     "server.py": {"_as_error"},  # a traceback quotes the source
     "shared.py": {"get_credentials"},  # one small file at each connection to Redis
     "settings.py": {"load", "validate"},  # done before there is a loop, but for tests

@@ -99,6 +99,7 @@ def process(folder: Path, *arguments: str, **environment: str) -> Iterator[Proce
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            start_new_session=True,  # without a terminal, as a service
         )
     assert popen.stdout is not None
     try:

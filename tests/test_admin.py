@@ -178,7 +178,7 @@ async def events(made: Admin) -> AsyncIterator[dict[str, Any]]:
     """Yield the messages of the live events."""
     stream = made.answer("GET", "/-/events").stream
     assert stream is not None
-    async for piece in stream():
+    async for piece in stream(None):
         assert piece.startswith(b"data: ")
         assert piece.endswith(b"\n\n")
         assert 2 == piece.count(b"\n")
@@ -210,12 +210,33 @@ async def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
     before = asyncio.all_tasks()
     stream = admin().answer("GET", "/-/events").stream
     assert stream is not None
-    pieces = stream()
+    pieces = stream(None)
     await anext(pieces)
-    assert before < asyncio.all_tasks()
     await pieces.aclose()  # type: ignore[attr-defined] # it is a generator
     await asyncio.sleep(0)
     assert before == asyncio.all_tasks()
+
+
+async def test_a_client_whose_key_has_ended() -> None:
+    """Its streams end at once, though nothing is new; those of the others go on."""
+    made = admin(tick=60.0)
+    stream = made.answer("GET", "/-/events").stream
+    assert stream is not None
+    gone, kept, nameless = (stream(name) for name in ("gone", "kept", None))
+    for pieces in (gone, kept, nameless):
+        await anext(pieces)
+    made.turn_out({"gone"})
+    assert [] == await asyncio.wait_for(_rest(gone), 5)
+    waiting = [asyncio.ensure_future(_rest(pieces)) for pieces in (kept, nameless)]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    made.close()
+    assert [[], []] == await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    assert [] == await _rest(stream("late"))
+
+
+async def _rest(pieces: AsyncIterator[bytes]) -> list[bytes]:
+    return [piece async for piece in pieces]
 
 
 @pytest.fixture

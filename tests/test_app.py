@@ -640,18 +640,28 @@ import os, signal, sys
 class Finder:
     def find_spec(self, name, *_):
         if name == os.environ["WHERE"]:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in os.environ["SIGNALS"].split():
+                os.kill(os.getpid(), int(number))
 
 sys.meta_path.insert(0, Finder())
 """
+PARTS = ["metquay_proxy.settings", "metquay_proxy.app", "metquay_proxy.sandbox"]
+HARMLESS = () if sys.platform == "win32" else (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+def early(folder: Path, where: str, *numbers: int) -> dict[str, str]:
+    """Return the variables of a program that gets signals when it loads one of its parts."""
+    (folder / "sitecustomize.py").write_text(EARLY_SIGNAL)
+    signals = " ".join(str(int(number)) for number in numbers)
+    path = f"{folder}{os.pathsep}{ROOT}"
+    return environment("http://127.0.0.1:9") | {"PYTHONPATH": path, "WHERE": where, "SIGNALS": signals}
 
 
 @posix_only
-@pytest.mark.parametrize("where", ["metquay_proxy.settings", "metquay_proxy.app", "metquay_proxy.sandbox"])
+@pytest.mark.parametrize("where", PARTS)
 def test_while_it_loads(tmp_path: Path, where: str) -> None:
     """A signal that comes while the program still loads its parts ends it with 0, and without a word."""
-    (tmp_path / "sitecustomize.py").write_text(EARLY_SIGNAL)
-    variables = environment("http://127.0.0.1:9") | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "WHERE": where}
+    variables = early(tmp_path, where, signal.SIGTERM)
     run = subprocess.run(
         [sys.executable, "-m", "metquay_proxy", "serve", "--sandbox"],
         cwd=tmp_path,
@@ -662,3 +672,68 @@ def test_while_it_loads(tmp_path: Path, where: str) -> None:
         check=False,
     )
     assert (0, "", "") == (run.returncode, run.stdout, run.stderr)
+
+
+@posix_only
+@pytest.mark.parametrize("where", PARTS)
+async def test_harmless_signals_while_it_loads(tmp_path: Path, where: str) -> None:
+    """SIGUSR1, SIGUSR2 and, without a terminal, SIGHUP end nothing while the program still loads its parts."""
+    with process(tmp_path, "serve", "--sandbox", **early(tmp_path, where, *HARMLESS)) as command:
+        await ended(command, signal.SIGTERM)
+
+
+@posix_only
+@pytest.mark.slow
+async def test_harmless_signals(tmp_path: Path) -> None:
+    """The same once it runs, and while it drains; SIGHUP has files read again, of which one line tells."""
+    async with sidecar(tmp_path) as running:
+        client = await running.client()
+        for number in HARMLESS:
+            running.command.popen.send_signal(number)
+        await eventually(lambda: "files were read again" in running.command.log.read_text())
+        await client.send(get())
+        peer = await running.upstream.peer()
+        await peer.request()
+        ending = asyncio.ensure_future(ended(running.command, *HARMLESS, signal.SIGTERM, *HARMLESS))
+        await eventually(lambda: '"stopping"' in running.command.log.read_text())
+        await asyncio.sleep(0.1)
+        await peer.send(OK)
+        assert b"ok" == (await client.answer()).body
+        await ending
+
+
+TERMINAL = """
+import os
+os.open(os.environ["TERMINAL"], os.O_RDWR)  # a process that leads a session and has none gets it as its terminal
+"""
+
+
+@posix_only
+async def test_a_terminal_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a controlling terminal SIGHUP means that this was closed: the program ends, after the requests in flight."""
+    controller, terminal = os.openpty()
+    (tmp_path / "sitecustomize.py").write_text(TERMINAL)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("TERMINAL", os.ttyname(terminal))
+    async with sidecar(tmp_path) as running:
+        client = await running.client()
+        await client.send(get())
+        peer = await running.upstream.peer()
+        await peer.request()
+        os.close(terminal)
+        os.close(controller)
+        await eventually(lambda: '"stopping"' in running.command.log.read_text())
+        await peer.send(OK)
+        assert b"ok" == (await client.answer()).body
+        await client.ended()
+        assert 0 == await asyncio.to_thread(running.command.popen.wait, 10)
+
+
+@posix_only
+async def test_nohup(tmp_path: Path) -> None:
+    """Where SIGHUP is ignored at the start, as under nohup, it stays ignored: nothing is read again."""
+    (tmp_path / "sitecustomize.py").write_text("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    variables = environment("http://127.0.0.1:9") | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    with process(tmp_path, "serve", **variables) as command:
+        await ended(command, signal.SIGHUP, signal.SIGTERM)
+        assert "files were read again" not in command.output

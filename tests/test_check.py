@@ -9,6 +9,7 @@ import socket
 import ssl
 import sys
 from email.utils import formatdate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,14 +20,15 @@ from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from metquay_proxy.settings import Settings, load
 from tests.redis_server import needs_redis, redis_server
 from tests.running import running
+from tests.wire import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from pathlib import Path
 
 SKIPPED_AFTER = {
     "keys": {"login", "read", "quota"},
     "port": set(),
+    "audit": set(),
     "dns": {"tcp", "tls", "clock", "login", "read", "quota"},
     "tcp": {"tls", "clock", "login", "read", "quota"},
     "tls": {"clock", "login", "read", "quota"},
@@ -132,9 +134,9 @@ async def test_all_is_well(authority: trustme.CA, tmp_path: Path) -> None:
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     async with metquay(authority) as sandbox:
         found = await probes(f"https://localhost:{sandbox.port}", ca_bundle="ca.pem")
-    names = ["settings", "keys", "port", "dns", "tcp", "tls", "clock", "login", "read", "quota", "redis"]
+    names = ["settings", "keys", "port", "audit", "dns", "tcp", "tls", "clock", "login", "read", "quota", "redis"]
     assert names == list(found)
-    assert {"ok": 9, "skipped": 2} == {
+    assert {"ok": 9, "skipped": 3} == {
         outcome: [probe.outcome for probe in found.values()].count(outcome) for outcome in ("ok", "skipped")
     }
     assert "access key ...-key" == found["keys"].text
@@ -169,6 +171,30 @@ async def test_a_key_file_is_gone(tmp_path: Path) -> None:
             secret_key_file="secret",  # noqa: S106 - a file's name
         )
     assert_failed(found, "keys", "could not be read .secret: No such file", "Put them there again")
+
+
+async def test_the_audit_log(tmp_path: Path) -> None:
+    """What would keep the proxy from starting is found, and to look for it leaves nothing behind."""
+    async with metquay() as sandbox:
+        path = tmp_path / "audit.log"
+        assert "ok" == (await probes(sandbox.url, audit_log=str(path)))["audit"].outcome
+        assert not path.exists()
+        found = await probes(sandbox.url, audit_log=str(tmp_path))
+        assert_failed(found, "audit", f"cannot write {tmp_path}: Is a directory", "choose another file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is full")
+async def test_the_audit_log_of_a_running_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that can't write its lines, or has lost some, is told of."""
+    async with metquay() as sandbox, running(sandbox.url, audit_log="/dev/full") as (proxy, url):
+        listen = url.partition("//")[2]
+        proxy.server._audit.write({"n": 1})
+        await eventually(lambda: proxy.status()["audit"]["trouble"])
+        found = await probes(sandbox.url, listen=listen, audit_log="/dev/full")
+        assert_failed(found, "audit", "cannot write /dev/full: No space left on device", "goes on by itself")
+        monkeypatch.setattr(proxy._audit, "status", lambda: {"waiting": 0, "lost": 3, "trouble": None})
+        found = await probes(sandbox.url, listen=listen, audit_log="/dev/full")
+        assert_failed(found, "audit", "has lost 3 lines of /dev/full", "start it again")
 
 
 async def test_the_name_is_unknown() -> None:
@@ -406,9 +432,9 @@ def test_one_line_for_each_probe(sandbox_settings: Callable[[], Settings], capsy
     """Each probe is a line: outcome, name, time, what was found; nothing failed, so the exit code is 0."""
     assert 0 == run(sandbox_settings, sandbox=True, as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert 11 == len(lines)
-    assert re.fullmatch(r"ok +login +\d+ ms  a token for 900 s", lines[7])
-    assert re.fullmatch(r"skipped +tls +not used within this machine", lines[5])
+    assert 12 == len(lines)
+    assert re.fullmatch(r"ok +login +\d+ ms  a token for 900 s", lines[8])
+    assert re.fullmatch(r"skipped +tls +not used within this machine", lines[6])
 
 
 def test_json(sandbox_settings: Callable[[], Settings], capsys: pytest.CaptureFixture[str]) -> None:

@@ -840,3 +840,38 @@ def test_the_gate_remembers_no_more_than_it_must() -> None:
     assert "admitted" == verdict(PRIVATE, {"Host": "xx" * 150})
     before += 1
     assert before == gate._read_host.cache_info().misses
+
+
+def test_other_keys() -> None:
+    """A key that is gone, or is another one under the same name, ends with its placeholder; the others go on."""
+    kept, gone, changed = (ClientKey.of(name, f"key-of-{name}-0123456789") for name in ("kept", "gone", "changed"))
+    gate = Gate(upstream_host="lab.metquay.co", keys=(kept, gone, changed), read_only=True)
+    placeholders = {key.name: gate.placeholder(key, NOW) for key in (kept, gone, changed)}
+    other = ClientKey.of("changed", "another-key-0123456789")
+    assert {"gone", "changed"} == gate.replace_keys((kept, other))
+
+    def admitted(secret: str) -> bool:
+        return verdict(gate, {"X-Proxy-Key": secret}) == "admitted"
+
+    assert admitted("key-of-kept-0123456789")
+    assert admitted("another-key-0123456789")
+    assert admitted(placeholders["kept"])
+    for ended in ("key-of-gone-0123456789", "key-of-changed-0123456789", placeholders["gone"], placeholders["changed"]):
+        assert not admitted(ended)
+    assert frozenset() == gate.replace_keys((other, kept))
+    assert (other, kept) == gate.keys
+
+
+def test_a_key_that_may_only_read_from_now_on() -> None:
+    """The same key with another right is another one."""
+    gate = Gate(upstream_host="lab.metquay.co", keys=(ClientKey.of("k", WRITER),))
+    assert {"k"} == gate.replace_keys((ClientKey.of("k", WRITER, read_only=True),))
+    assert "read-only" == verdict(gate, {"X-Proxy-Key": WRITER}, "POST")
+
+
+@pytest.mark.parametrize(("keys", "others"), [(KEYS, ()), ((), KEYS)])
+def test_a_gate_is_never_opened(keys: tuple[ClientKey, ...], others: tuple[ClientKey, ...]) -> None:
+    """Where a key is needed one is needed for ever; and no key can begin to be needed."""
+    gate = Gate(upstream_host="lab.metquay.co", keys=keys)
+    with pytest.raises(ValueError, match="does not begin or cease"):
+        gate.replace_keys(others)

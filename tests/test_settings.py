@@ -208,11 +208,6 @@ class TestValues:
             settings.tls_key,
         )
 
-    @pytest.mark.usefixtures("account")
-    def test_the_audit_log_may_be_a_new_file(self, tmp_path: Path) -> None:
-        """Its directory is what must exist."""
-        assert tmp_path / "audit.log" == load({"audit_log": str(tmp_path / "audit.log")}).audit_log
-
     def test_the_sandbox_needs_no_account(self) -> None:
         """And may listen beyond this machine, since there is nothing to protect."""
         settings = load({"listen": "0.0.0.0:0"}, sandbox=True)
@@ -322,6 +317,60 @@ class TestSources:
         with pytest.raises(ValueError, match="key: No such file or directory"):
             settings.credentials()
 
+    @pytest.mark.usefixtures("account")
+    def test_client_keys_in_files_can_be_read_again(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """Those from elsewhere stay as they are; a file without a key, or with one that was cut off, is an error."""
+        monkeypatch.setenv("METQUAY_CLIENT_KEY", "single-key-0123456789")
+        file = write("keys", "lims:key-0123456789012\n")
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS_FILE", str(file))
+        settings = load()
+        assert [file] == settings.secret_files("client_key", "client_keys")
+        assert settings.keys == settings.current_keys(settings.keys)
+        file.write_text("sheet:key-9876543210987:read-only\n")
+        assert ["default", "sheet"] == [key.name for key in settings.current_keys(settings.keys)]
+        assert ["default", "lims"] == [key.name for key in settings.keys]
+        for text, why in (
+            (" ", "keys is empty"),
+            (",", "keys holds no key"),
+            ("sheet:key-98765", "at least 16 characters"),
+            ("default:key-9876543210987", "names must be unique"),
+            ("sheet:single-key-0123456789", "has a key twice"),
+        ):
+            file.write_text(text)
+            with pytest.raises(ValueError, match=why):
+                settings.current_keys(settings.keys)
+        file.unlink()
+        with pytest.raises(FileNotFoundError):
+            settings.current_keys(settings.keys)
+
+    @pytest.mark.usefixtures("account")
+    def test_a_right_is_not_won_by_a_file_that_was_cut_off(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """The last key of a list loses its :read-only only where the line has an end."""
+        file = write("keys", "lims:key-0123456789012,sheet:key-9876543210987:read-only")
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS_FILE", str(file))
+        settings = load()
+        assert settings.keys == settings.current_keys(settings.keys)
+        file.write_text("lims:key-0123456789012,sheet:key-9876543210987")
+        with pytest.raises(ValueError, match="may be half-written: to take :read-only away from sheet"):
+            settings.current_keys(settings.keys)
+        file.write_text("lims:key-0123456789012,sheet:key-9876543210987\n")
+        assert not settings.current_keys(settings.keys)[-1].read_only
+        file.write_text("lims:key-0123456789012")
+        assert settings.keys[:1] == settings.current_keys(settings.keys)
+
+    @pytest.mark.usefixtures("account")
+    def test_a_client_key_in_a_file_can_be_read_again(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """One that is shorter than a key should be was cut off, unless it was so from the start."""
+        file = write("key", "short")
+        monkeypatch.setenv("METQUAY_CLIENT_KEY_FILE", str(file))
+        settings = load()
+        assert settings.keys == settings.current_keys(settings.keys)
+        file.write_text("shor")
+        with pytest.raises(ValueError, match="key holds fewer than 16 characters, as though it were half-written"):
+            settings.current_keys(settings.keys)
+        file.write_text("long-enough-0123456789")
+        assert (ClientKey.of("default", "long-enough-0123456789"),) == settings.current_keys(settings.keys)
+
     def test_the_sandbox_has_no_credentials_of_ours(self) -> None:
         """Asking for them is a mistake with a name."""
         with pytest.raises(ValueError, match="METQUAY_ACCESS_KEY is not set"):
@@ -429,8 +478,6 @@ class TestProblems:
             ("replay_limit", "65 MiB", "65 MiB is more than 64 MiB"),
             ("ca_bundle", "none.pem", "cannot read none.pem: No such file or directory"),
             ("tls_cert", "none.pem", "cannot read none.pem: No such file or directory"),
-            ("audit_log", "none/audit.log", "none/audit.log must be a file in a directory that exists"),
-            ("audit_log", ".", ". must be a file in a directory that exists"),
             ("log_level", "loud", "'loud' is none of debug, info, warning, error"),
             ("log_format", "xml", "'xml' is none of auto, console, json"),
         ],
