@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 from aiohttp import web
-from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, InvalidURLError, LineTooLong
+from aiohttp.http_exceptions import BadStatusLine
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
@@ -39,7 +39,17 @@ from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.forwarder import READING, Forwarder, Request
 from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
-from metquay_proxy.http1 import ChunkTracker, ProtocolError, plain_fields, read_plain
+from metquay_proxy.http1 import (
+    MAX_FIELDS,
+    MAX_HEAD,
+    MAX_LINE,
+    ChunkTracker,
+    ProtocolError,
+    head_fault,
+    plain_fields,
+    read_plain,
+    request_fault,
+)
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
 from metquay_proxy.telemetry import Exchange, Telemetry, masked
 
@@ -54,9 +64,6 @@ if TYPE_CHECKING:
     from metquay_proxy.http1 import ResponseHead
     from metquay_proxy.target import TargetRules
 
-MAX_LINE: Final = 64 * 1024
-MAX_HEAD: Final = 128 * 1024
-MAX_FIELDS: Final = 128
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
@@ -64,8 +71,7 @@ _PATIENCE: Final = 0.1
 _CRLF: Final = b"\r\n"
 _BLANK_LINE: Final = b"\r\n\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
-_REQUEST_LINE: Final = re.compile(rb"[A-Z-]++ [\x21-\x7e]++ HTTP/1\.[01]\r\n")
-_MAX_LENGTH_DIGITS: Final = 18
+_REQUEST_LINE: Final = re.compile(rb"(?=.{,%d}\r)[A-Z-]++ [\x21-\x7e]++ HTTP/1\.[01]\r\n" % MAX_LINE)
 _NOT_PLAIN: Final = frozenset(
     {b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"origin", b"http2-settings"}
 )
@@ -135,6 +141,7 @@ class ClientConnection(RequestHandler):
         "_head_timer",
         "_last",
         "_left",
+        "_refused",
         "_server",
         "_unread",
         "exchange",
@@ -153,6 +160,7 @@ class ClientConnection(RequestHandler):
         self._left = 0
         self._last = False
         self._unread = b""
+        self._refused = b""
         self.exchange: Exchange | None = None
         self.lane: Lane | None = None
 
@@ -214,12 +222,22 @@ class ClientConnection(RequestHandler):
             abort(self)
             raise ConnectionResetError
         del request
+        del exc, message
+        if status == HTTPStatus.REQUEST_TIMEOUT:
+            why = (
+                f"The head of this request was not complete {self._server.bounds.head:g} seconds after its first byte."
+            )
+            error = ProxyError("request-timeout", why)
+        elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            why = "The proxy made a mistake with this request. Its log says more."
+            error = ProxyError("internal-error", why, sent="unknown")
+        else:
+            error = request_fault(self._refused)
         exchange = Exchange("-", "-")
+        exchange.reason = error.message
         self._server.telemetry.opened()
         try:
-            write_error(
-                self, exchange, _parser_error(status, exc, message, self._server.bounds), keep=False, with_body=True
-            )
+            write_error(self, exchange, error, keep=False, with_body=True)
         finally:
             self._server.telemetry.closed(exchange)
         return cast("web.StreamResponse", _Refused(self))
@@ -251,12 +269,12 @@ class ClientConnection(RequestHandler):
         end = data.find(_BLANK_LINE)
         if end < 0 or end + 4 != len(data) or not _REQUEST_LINE.match(data):
             return False
-        self._take_message(data, plain=True)
+        self._take_message(data, data)
         return True
 
     def take_over(self, data: bytes) -> None:
         """Let aiohttp's server go on with a request that was sent at once; ``data`` is its head."""
-        self._take_message(data, plain=True)
+        self._take_message(data, data)
         self._go_on()
 
     def served_at_once(self, *, keep: bool) -> None:
@@ -319,39 +337,36 @@ class ClientConnection(RequestHandler):
                 head += data[start : start + MAX_HEAD]
         if size >= 4:  # noqa: PLR2004 - as above
             stop = start + size - held
-            whole = head[:size] if held else data[start:stop]
+            whole = bytes(head[:size]) if held else data[start:stop]
             head.clear()
-            self._take_message(data[start:stop], plain=_REQUEST_LINE.match(whole) is not None, line=whole.find(_CRLF))
+            self._take_message(data[start:stop], whole)
             return stop
         if len(head) >= MAX_HEAD:
-            self._refuse(431, LineTooLong(b"", str(MAX_HEAD)))
+            self._refuse(head)
         elif head:
             if not held:
                 self._start_head_timer()
             if self._feed(data[start:]):
-                self._deaf = True
+                self._deaf, self._refused = True, bytes(head)
                 self._stop_head_timer()
         return len(data)
 
-    def _take_message(self, data: bytes, *, plain: bool, line: int = 0) -> None:
-        """Hand the parser the (rest of the) bytes of one head.
-
-        ``plain``: its first line is what we take for one; ``line``: that line's length in bytes.
-        """
+    def _take_message(self, data: bytes, whole: bytes) -> None:
+        """Hand the parser the (rest of the) bytes of one head; ``whole`` is all of it."""
         if self._head_timer is not None:
             self._stop_head_timer()
         self._begin_task()
         count = self._request_count
         RequestHandler.data_received(self, data)
         if self._request_count == count:
-            self._refuse(400, BadStatusLine())  # the parser waits for more, as after HTTP/2's preface
+            self._refuse(whole)  # the parser waits for more, as after HTTP/2's preface
             return
         message, payload = self._messages[-1]
         if isinstance(message, _ErrInfo):
-            self._deaf = True
-        elif line > MAX_LINE or not plain:
+            self._deaf, self._refused = True, whole
+        elif not _REQUEST_LINE.match(whole):
             self._messages.pop()
-            self._refuse(400, LineTooLong(b"", str(MAX_LINE)) if plain else BadStatusLine())
+            self._refuse(whole)
         elif payload is EMPTY_PAYLOAD or self._upgraded:
             self._deaf = message.should_close or message.upgrade
         else:
@@ -400,7 +415,7 @@ class ClientConnection(RequestHandler):
     def _head_late(self) -> None:
         self._head_timer = None
         if self._head:
-            self._refuse(408, None)
+            self._refuse()
         elif self._current_request is None:
             self.force_close()
 
@@ -412,12 +427,13 @@ class ClientConnection(RequestHandler):
             if self._keepalive_handle is None and not self._begun:  # aiohttp looks whether its task waits
                 self.force_close()
 
-    def _refuse(self, status: int, exc: BaseException | None) -> None:
-        """Queue a refusal behind the requests that came before it, and read no more."""
-        self._deaf = True
+    def _refuse(self, head: bytes | bytearray = b"") -> None:
+        """Queue a refusal of a head behind the requests that came before it, and read no more; none came in time."""
+        self._deaf, self._refused = True, bytes(head)
         self._stop_head_timer()
         self._begin_task()
-        self._messages.append((_ErrInfo(status=status, exc=exc or TimeoutError(), message=""), EMPTY_PAYLOAD))
+        status, exc = (400, BadStatusLine()) if head else (408, TimeoutError())
+        self._messages.append((_ErrInfo(status=status, exc=exc, message=""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -496,48 +512,6 @@ class Lane:
         transport.write(data)
         self._server.telemetry.closed(self.exchange)
         connection.served_at_once(keep=self.keep)
-
-
-def _parser_error(  # noqa: PLR0911 - a table: one return for each kind of error
-    status: int, exc: BaseException | None, message: str | None, bounds: Bounds
-) -> ProxyError:
-    text = message or ""
-    if status == HTTPStatus.REQUEST_TIMEOUT:
-        why = f"The head of this request was not complete {bounds.head:g} seconds after its first byte."
-        return ProxyError("request-timeout", why)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return ProxyError(
-            "internal-error", "The proxy made a mistake with this request. Its log says more.", sent="unknown"
-        )
-    if isinstance(exc, LineTooLong) or text.startswith("Too many"):
-        return _head_too_large()
-    if (isinstance(exc, BadHttpMethod) and "HTTPS" not in text) or "Invalid method" in text:
-        return ProxyError(
-            "not-supported", "The method of this request is none that HTTP knows, so that it was not sent."
-        )
-    if "nvalid `Transfer-Encoding`" in text:
-        return _not_chunked()
-    if isinstance(exc, InvalidURLError):
-        return ProxyError(
-            "bad-target", "The address of this request is not valid. Correct it in the tool; nothing was sent."
-        )
-    return ProxyError(
-        "bad-request",
-        "This is not a valid HTTP/1.1 request, so that nothing was sent. (Does the tool speak https to a clear-text "
-        "port?)",
-    )
-
-
-def _not_chunked() -> ProxyError:
-    return ProxyError("not-supported", "Only the transfer encoding chunked is supported, so that nothing was sent.")
-
-
-def _head_too_large() -> ProxyError:
-    return ProxyError(
-        "head-too-large",
-        "The head of this request is too large: 64 KiB for the first line, 128 KiB and 128 fields in all. Nothing was "
-        "sent.",
-    )
 
 
 def abort(connection: ClientConnection) -> None:
@@ -850,7 +824,8 @@ class Server(web.Server):
         """Judge the request and answer it; return whether the connection may stay open."""
         method = message.method
         head = RequestHead(message.raw_headers)
-        _check_framing(message, head)
+        if (fault := head_fault(method, message.version.minor, head.judged)) is not None:
+            raise fault
         exchange.cors = self._gate.cors(head)
         if self.draining:
             raise _shutting_down()
@@ -1131,28 +1106,6 @@ def _persists(head: RequestHead) -> bool | None:
     if b"host" not in judged or None in judged.values() or not _NOT_PLAIN.isdisjoint(judged):
         return None
     return _PERSISTENCE.get(judged.get(b"connection", b"keep-alive"))
-
-
-def _check_framing(message: RawRequestMessage, head: RequestHead) -> None:
-    """Refuse what the parser lets pass and another server might read differently."""
-    judged = head.judged
-    if message.version not in {(1, 0), (1, 1)}:
-        raise ProxyError("bad-request", "This proxy speaks HTTP/1.0 and HTTP/1.1 only, so that nothing was sent.")
-    if b"transfer-encoding" in judged:
-        if message.version.minor == 0:
-            raise ProxyError(
-                "bad-request", "An HTTP/1.0 request can't have a Transfer-Encoding, so that nothing was sent."
-            )
-        if (judged[b"transfer-encoding"] or b"").lower() != b"chunked":
-            raise _not_chunked()
-    length = judged.get(b"content-length")
-    if length is not None and len(length) > 1 and (len(length) > _MAX_LENGTH_DIGITS or length.startswith(b"0")):
-        raise ProxyError("bad-request", "The Content-Length of the request is absurd, so that nothing was sent.")
-    if judged.get(b"host", b"" if message.version.minor == 0 else None) is None:
-        raise ProxyError("bad-request", "The request must name its host exactly once (Host), so that nothing was sent.")
-    if message.method == "CONNECT":
-        msg = "This proxy makes no tunnels. Send plain http:// requests to it; it speaks TLS to Metquay by itself."
-        raise ProxyError("not-supported", msg)
 
 
 def _as_error(failure: Exception, exchange: Exchange) -> ProxyError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from metquay_proxy.errors import ProxyError
 
@@ -24,6 +24,7 @@ OWN_PREFIX: Final = "/-/"
 
 _FORBIDDEN: Final = re.compile(r"[^\x21-\x7e]|[\\#]")
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?]*)(.*)", re.IGNORECASE)
+_NAMES: Final = {"\\": "a backslash", "#": "a number sign (#)", " ": "a space", "\t": "a tab"}
 _SEPARATORS: Final = re.compile(r"[/\\]")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _MAX_PORT: Final = 65535
@@ -108,8 +109,8 @@ class TargetRules:
         return target
 
     def _parse(self, method: str, raw: str) -> Target:
-        if match := _FORBIDDEN.search(raw):
-            raise _bad(f"it holds {_name(match.group())}, which must be percent-encoded")
+        if (fault := forbidden(raw)) is not None:
+            raise fault
         absolute = not raw.startswith("/")
         if absolute:
             if raw == "*" and method == "OPTIONS":
@@ -119,7 +120,7 @@ class TargetRules:
                 return Target("*", "*", None, absolute=True)
         path, mark, query = raw.partition("?")
         if ("." in path or "%" in path) and _has_dot_segment(path):
-            raise _bad("it holds a dot segment (. or ..), which could leave the API's path")
+            raise bad_target("it holds a dot segment (. or ..), which could leave the API's path")
         if path.startswith("//"):
             path = "/" + path.lstrip("/")
         for prefix in self._pass_through:
@@ -131,10 +132,10 @@ class TargetRules:
     def _origin_form(self, method: str, raw: str) -> str:
         match = _ABSOLUTE.fullmatch(raw)
         if match is None:
-            raise _bad("it must begin with a slash")
+            raise bad_target("it must begin with a slash")
         scheme, authority, rest = match.groups()
         if split_authority(authority, scheme.lower()) not in self._authorities:
-            raise _bad("it names another server; this proxy forwards to Metquay only")
+            raise bad_target("it names another server; this proxy forwards to Metquay only")
         if not rest and method == "OPTIONS":
             return "*"
         return rest if rest.startswith("/") else "/" + rest
@@ -162,11 +163,23 @@ def _has_dot_segment(path: str) -> bool:
     return True
 
 
-def _bad(why: str) -> ProxyError:
+def forbidden(raw: str) -> ProxyError | None:
+    """Return the refusal of a target for its first character that can't stand in one; it says how to write that.
+
+    Bytes that are no UTF-8 are to be given as surrogates (PEP 383).
+    """
+    found = _FORBIDDEN.search(raw)
+    if found is None:
+        return None
+    character = found.group()
+    if "\ud800" <= character <= "\udfff":
+        return bad_target(
+            "it holds a byte beyond ASCII; write such characters in UTF-8 and percent-encoded (%C3%A9 for \xe9)"
+        )
+    name = _NAMES.get(character, character if character.isprintable() else "a control character")
+    return bad_target(f"it holds {name}, which must be written {quote(character, safe='')}")
+
+
+def bad_target(why: str) -> ProxyError:
+    """Return the refusal of a target; ``why`` goes on after a colon."""
     return ProxyError("bad-target", f"The address of this request was refused: {why}. Correct the address in the tool.")
-
-
-def _name(character: str) -> str:
-    return {"\\": "a backslash", "#": "a number sign (#)", " ": "a space"}.get(
-        character, "a control character" if character < "\x80" else "a character beyond ASCII"
-    )

@@ -67,6 +67,8 @@ class Exchange:
     status: int = 0
     answered_by: Literal["metquay", "proxy"] = "proxy"
     error: str | None = None
+    reason: str | None = None
+    """What was wrong with a request that could not be read: whoever sent that may not read the answer either."""
     attempts: int = 0
     head_at: float = 0.0
     """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
