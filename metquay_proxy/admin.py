@@ -1,4 +1,4 @@
-"""The proxy's own endpoints below ``/-/``: a table of paths, answered here and never forwarded.
+"""The proxy's own endpoints: a table of paths, answered here and never forwarded.
 
 Owns part 7 of the contract, the sentence that says how things stand, and the status page with its live events. The gate
 has judged the request before it comes here. Must not know sockets: it returns answers as values.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.errors import ProxyError
+from metquay_proxy.target import OLDER_INTERFACE, OWN_PREFIX
 from metquay_proxy.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -64,8 +65,11 @@ class Answer:
     stream: Callable[[], AsyncIterator[bytes]] | None = None
 
 
+_TO_THE_PAGE: Final = Answer(302, _TEXT, headers=(("Location", OWN_PREFIX),))
+
+
 class Admin:
-    """Answers the paths below ``/-/``."""
+    """Answers the paths below ``/-/``, and what browsers ask for by themselves."""
 
     def __init__(  # noqa: PLR0913 - what it asks, and the one setting
         self,
@@ -89,6 +93,9 @@ class Admin:
         self._tick = tick
         self._closing = asyncio.Event()
         self._pages: dict[str, tuple[str, Callable[[], Answer]]] = {
+            "/": ("GET", lambda: _TO_THE_PAGE),
+            "/-": ("GET", lambda: _TO_THE_PAGE),
+            "/favicon.ico": ("GET", lambda: Answer(204, "image/x-icon")),
             "/-/": ("GET", self._html),
             "/-/events": ("GET", lambda: Answer(200, "text/event-stream", stream=self._events)),
             "/-/live": ("GET", lambda: Answer(200, _TEXT, b"alive\n")),
@@ -106,17 +113,22 @@ class Admin:
         self._closing.set()
 
     def answer(self, method: str, path: str) -> Answer:
-        """Return the answer; raise ``ProxyError`` no-such-page or method-not-allowed."""
+        """Return the answer; raise ``ProxyError`` no-such-page, pass-through-off or method-not-allowed."""
+        if path.startswith(OLDER_INTERFACE):
+            msg = (
+                f"Metquay's older interface below {OLDER_INTERFACE} is not passed through, so that nothing was sent: "
+                "METQUAY_PASS_THROUGH does not list this path. Set METQUAY_PASS_THROUGH=/FlexicalERP/ and start the "
+                "proxy again."
+            )
+            raise ProxyError("pass-through-off", msg)
         page = self._pages.get(path)
         if page is None:
-            known = ", ".join(sorted(self._pages))
+            known = ", ".join(sorted(path for path in self._pages if path.startswith(OWN_PREFIX)))
             msg = f"There is no page {path} on this proxy; there are: {known}. None below /-/ is ever asked of Metquay."
             raise ProxyError("no-such-page", msg)
         allowed, make = page
         if method != allowed and not (method == "HEAD" and allowed == "GET"):
-            allow = "GET, HEAD" if allowed == "GET" else allowed
-            msg = f"{path} of this proxy takes {allow}, not {method}."
-            raise ProxyError("method-not-allowed", msg, headers=(("Allow", allow),))
+            raise wrong_method(method, path, "GET, HEAD" if allowed == "GET" else allowed)
         return make()
 
     def _readiness(self) -> Answer:
@@ -159,6 +171,12 @@ class Admin:
 
     async def _tested(self) -> AsyncIterator[bytes]:
         yield json.dumps(self._test and await self._test()).encode()
+
+
+def wrong_method(method: str, path: str, allow: str) -> ProxyError:
+    """Return the refusal of a method that a path of the proxy's own does not take."""
+    msg = f"{path} of this proxy takes {allow}, not {method}."
+    return ProxyError("method-not-allowed", msg, headers=(("Allow", allow),))
 
 
 def headline(  # noqa: PLR0911 - each state has its sentence

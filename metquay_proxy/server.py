@@ -34,11 +34,11 @@ from aiohttp.http_exceptions import BadStatusLine
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from metquay_proxy.admin import Admin, Answer
+from metquay_proxy.admin import Admin, Answer, wrong_method
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.forwarder import READING, Forwarder, Request
-from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
+from metquay_proxy.gate import PLACEHOLDER_LIFETIME, PROBES, Admission, Gate
 from metquay_proxy.http1 import (
     MAX_FIELDS,
     MAX_HEAD,
@@ -51,6 +51,7 @@ from metquay_proxy.http1 import (
     request_fault,
 )
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
+from metquay_proxy.target import LOGIN_PATH
 from metquay_proxy.telemetry import Exchange, Telemetry, masked
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ _NOT_PLAIN: Final = frozenset(
     {b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"origin", b"http2-settings"}
 )
 _SECRETS: Final = frozenset({b"authorization", b"proxy-authorization", b"x-proxy-key", b"cookie"})
+_QUIET: Final = PROBES | {"/-/metrics", "/-/events"}
 _REMEMBERED: Final = 64
 _LONGEST_REMEMBERED: Final = 2048
 _PERSISTENCE: Final[dict[bytes | None, bool]] = {b"keep-alive": True, b"Keep-Alive": True, b"close": False}
@@ -839,14 +841,18 @@ class Server(web.Server):
             return self._preflight(connection, exchange, head, keep=keep and body.arrived)
         if message.upgrade and (head.text(b"upgrade") or "").lower() == "websocket":
             raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
-        if target.own:
+        login = target.local == LOGIN_PATH
+        if login and method != "POST":
+            raise wrong_method(method, LOGIN_PATH, "POST")
+        if target.own and not login:
+            exchange.quiet = target.unasked or target.local in _QUIET
             answer = self._admin.answer(method, target.local)
             if answer.stream is not None and method != "HEAD":
                 return await self._stream(connection, message, exchange, answer, answer.stream())
             return self._own(connection, exchange, answer, keep=keep and body.arrived, with_body=method != "HEAD")
         if b"expect" in head.judged and not body.arrived:
             self._continue(connection, message, head)
-        if method == "POST" and target.local == "/authenticate":
+        if login:
             answer = await self._authenticate(admission, body, now)
             return self._own(connection, exchange, answer, keep=keep, with_body=True)
         request = Request(

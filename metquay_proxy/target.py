@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
 API_PREFIX: Final = "/api/v1"
 OWN_PREFIX: Final = "/-/"
+LOGIN_PATH: Final = "/authenticate"
+OLDER_INTERFACE: Final = "/FlexicalERP/"
 
 _FORBIDDEN: Final = re.compile(r"[^\x21-\x7e]|[\\#]")
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?]*)(.*)", re.IGNORECASE)
 _NAMES: Final = {"\\": "a backslash", "#": "a number sign (#)", " ": "a space", "\t": "a tab"}
+_BY_ITSELF: Final = re.compile(r"/-?|/favicon\.ico|/robots\.txt|/apple-touch-icon.*|/\.well-known/.*")
 _SEPARATORS: Final = re.compile(r"[/\\]")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _MAX_PORT: Final = 65535
@@ -39,7 +42,8 @@ class Target(NamedTuple):
 
     ``sent`` is what goes upstream, byte for byte (ASCII); ``local`` is the path below the API's prefix, or below the
     server's root for a pass-through, without query; ``query`` is what follows the question mark, None where there is
-    none.
+    none. ``own``: the proxy answers it itself and never forwards it; ``unasked``: so it does because browsers ask for
+    it by themselves.
     """
 
     sent: str
@@ -47,11 +51,8 @@ class Target(NamedTuple):
     query: str | None
     absolute: bool = False
     pass_through: bool = False
-
-    @property
-    def own(self) -> bool:
-        """Whether the proxy answers this path itself and never forwards it."""
-        return self.local.startswith(OWN_PREFIX)
+    own: bool = False
+    unasked: bool = False
 
 
 def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
@@ -127,7 +128,16 @@ class TargetRules:
             if path.startswith(prefix):
                 return Target(path + mark + query, path, query if mark else None, absolute, pass_through=True)
         below = self._below_prefix(path)
-        return Target(self._prefix + below + mark + query, below or "/", query if mark else None, absolute)
+        local = below or "/"
+        unasked = _BY_ITSELF.fullmatch(local) is not None
+        return Target(
+            self._prefix + below + mark + query,
+            local,
+            query if mark else None,
+            absolute,
+            own=unasked or local == LOGIN_PATH or local.startswith((OWN_PREFIX, OLDER_INTERFACE)),
+            unasked=unasked,
+        )
 
     def _origin_form(self, method: str, raw: str) -> str:
         match = _ABSOLUTE.fullmatch(raw)

@@ -88,6 +88,8 @@ class Exchange:
     head_sent: bool = False
     client_left: bool = False
     audited: bool = False
+    quiet: bool = False
+    """Asked for all the time by machines, or by a browser by itself."""
 
     def __init__(self, method: str, path: str) -> None:
         """Begin; ``path`` is a dash until the canonical target is known: a refused one may hold anything."""
@@ -171,11 +173,10 @@ class Telemetry:
         exchange.seconds = now - exchange.began
         self.active -= 1
         self.finished += 1
-        own = exchange.path.startswith("/-/")
         route = self._route(exchange.path)
         key = (exchange.method, route, exchange.status, exchange.answered_by)
         self._requests[key] = self._requests.get(key, 0) + 1
-        if not own:
+        if not (exchange.quiet or exchange.path.startswith("/-/")):
             self._remember(exchange, now)
         if self.logs_requests:
             _output.request(exchange)

@@ -144,6 +144,35 @@ def test_wrong_methods(allow: str, method: str, path: str) -> None:
     assert (("Allow", allow),) == refusal.value.headers
 
 
+@pytest.mark.parametrize(
+    ("status", "path"),
+    [(302, "/"), (302, "/-"), (204, "/favicon.ico"), (404, "/robots.txt"), (404, "/apple-touch-icon.png")],
+)
+def test_what_browsers_ask_for_by_themselves(status: int, path: str) -> None:
+    """The root leads to the status page; there is no picture, and nothing else; other methods are refused."""
+    if status == 404:
+        for method in ("GET", "POST"):
+            with pytest.raises(ProxyError, match=r"no page .*/-/status") as refusal:
+                admin().answer(method, path)
+            assert "no-such-page" == refusal.value.slug
+        return
+    for method in ("GET", "HEAD"):
+        answer = admin().answer(method, path)
+        assert (status, b"") == (answer.status, answer.body)
+        assert (status == 302) == (("Location", "/-/") in answer.headers)
+    with pytest.raises(ProxyError) as refusal:
+        admin().answer("POST", path)
+    assert ("method-not-allowed", (("Allow", "GET, HEAD"),)) == (refusal.value.slug, refusal.value.headers)
+
+
+def test_the_older_interface_where_it_is_off() -> None:
+    """Whatever is asked of it, the answer names the setting that is missing."""
+    for method in ("GET", "POST"):
+        with pytest.raises(ProxyError, match=r"METQUAY_PASS_THROUGH=/FlexicalERP/") as refusal:
+            admin().answer(method, "/FlexicalERP/rest/customer")
+        assert "pass-through-off" == refusal.value.slug
+
+
 def test_unknown_pages() -> None:
     """What is no page of the proxy is not forwarded, but answered with the pages that there are; quit is off."""
     for path in ("/-/nothing", "/-/quit", "/-/page.html"):
