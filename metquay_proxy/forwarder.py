@@ -226,6 +226,7 @@ class Forwarder:
         digest = hashlib.sha256(await request.body.all(self._replay_limit)).digest()
         claim = await self._records.claim(name, digest, self._clock())
         if isinstance(claim, Answer):
+            exchange.replayed = True
             return _replayed(claim)
         answer: Answer | None = None
         try:

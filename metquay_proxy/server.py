@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import re
 import socket
@@ -146,6 +147,7 @@ class ClientConnection(RequestHandler):
         "_refused",
         "_server",
         "_unread",
+        "address",
         "exchange",
         "lane",
     )
@@ -163,6 +165,8 @@ class ClientConnection(RequestHandler):
         self._last = False
         self._unread = b""
         self._refused = b""
+        self.address: str | None = None
+        """The client's, where that is another machine."""
         self.exchange: Exchange | None = None
         self.lane: Lane | None = None
 
@@ -172,6 +176,7 @@ class ClientConnection(RequestHandler):
         aiohttp's own would begin a task here, which a connection of plain reads never needs.
         """
         self.transport = cast("asyncio.Transport", transport)
+        self.address = remote(transport.get_extra_info("peername"))
         self._server.connection_made(self, self.transport)
         self._start_head_timer()
 
@@ -236,7 +241,7 @@ class ClientConnection(RequestHandler):
         else:
             error = request_fault(self._refused)
         exchange = Exchange("-", "-")
-        exchange.reason = error.message
+        exchange.address = self.address
         self._server.telemetry.opened()
         try:
             write_error(self, exchange, error, keep=False, with_body=True)
@@ -516,6 +521,15 @@ class Lane:
         connection.served_at_once(keep=self.keep)
 
 
+def remote(peer: object) -> str | None:
+    """Return the address of a peer's name, if that is another machine's; an IPv4 address is one in IPv6 too."""
+    if not isinstance(peer, tuple):
+        return None  # a unix socket's
+    address = ipaddress.ip_address(peer[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    return None if address.is_loopback else str(address)
+
+
 def abort(connection: ClientConnection) -> None:
     """Break the client's connection so that it can't take what it got for a complete answer.
 
@@ -547,6 +561,8 @@ def write_error(
     """Write one of the proxy's own errors (part 8 of the contract)."""
     exchange.note_sent(error.sent)
     exchange.error = error.slug
+    if exchange.path == "-":
+        exchange.reason = error.message
     fields = [
         ("Content-Type", "application/json"),
         ("X-Metquay-Proxy-Error", error.slug),
@@ -631,7 +647,7 @@ class Server(web.Server):
         self._nothing = self.no_body(sent=True)
         """The body of every read that is sent at once, until it leaves its lane."""
         self.bounds = bounds
-        self._plain_heads: dict[bytes, tuple[RequestHead, bool]] = {}
+        self._plain_heads: dict[bytes, tuple[RequestHead, bool, str]] = {}
         self._detached: set[asyncio.Task[None]] = set()
         self.draining = False
         self.stopping = False
@@ -677,7 +693,7 @@ class Server(web.Server):
         connection = cast("ClientConnection", request.protocol)
         message = request._message  # noqa: SLF001 - the raw target, which no public property gives
         lane, connection.lane = connection.lane, None
-        exchange = connection.exchange = self._open(message) if lane is None else lane.exchange
+        exchange = connection.exchange = self._open(connection, message) if lane is None else lane.exchange
         body = self._body(request, message) if lane is None else lane.request.body
         detached = False
         keep = False
@@ -723,11 +739,18 @@ class Server(web.Server):
         if plain is None:
             return None
         method, target, lines = plain
-        head, keep = self._plain_heads.get(lines) or self._plain_head(lines)
-        return None if head is None else self._send_at_once(connection, data, method, target, head, keep=keep)
+        known = self._plain_heads.get(lines) or self._plain_head(lines)
+        return None if known is None else self._send_at_once(connection, data, method, target, *known)
 
     def _send_at_once(  # noqa: PLR0913 - the parts of one request
-        self, connection: ClientConnection, data: bytes, method: str, raw_target: str, head: RequestHead, *, keep: bool
+        self,
+        connection: ClientConnection,
+        data: bytes,
+        method: str,
+        raw_target: str,
+        head: RequestHead,
+        keep: bool,  # noqa: FBT001 - as it was remembered
+        agent: str,
     ) -> Lane | None:
         try:
             target = self._rules.parse(method, raw_target)
@@ -738,7 +761,8 @@ class Server(web.Server):
             return None
         exchange = Exchange(method, target.sent)
         exchange.client = admission.client
-        exchange.caller = admission.client or head.text(b"user-agent") or ""
+        exchange.agent, exchange.address = agent, connection.address
+        exchange.caller = admission.client or agent
         request = Request(method, target, head, self._nothing, exchange.caller, admission.read_only)
         begun = self._forwarder.begin(request, exchange)
         if begun is None:
@@ -746,8 +770,8 @@ class Server(web.Server):
         self.telemetry.opened()
         return Lane(self, connection, data, request, exchange, begun, keep=keep)
 
-    def _plain_head(self, lines: bytes) -> tuple[RequestHead | None, bool]:
-        """Return the head of these field lines, and whether the connection stays; no head where they are not plain.
+    def _plain_head(self, lines: bytes) -> tuple[RequestHead, bool, str] | None:
+        """Return the head of these field lines, whether the connection stays, and the User-Agent, if they are plain.
 
         A tool sends the same lines with each request, so that a few heads are remembered, but none that holds a secret.
         """
@@ -755,12 +779,13 @@ class Server(web.Server):
         head = None if fields is None else RequestHead(fields)
         keep = None if head is None else _persists(head)
         if fields is None or head is None or keep is None:
-            return None, False
+            return None
+        known = head, keep, head.text(b"user-agent") or ""
         if len(lines) <= _LONGEST_REMEMBERED and _SECRETS.isdisjoint([name.lower() for name, _ in fields]):
             if len(self._plain_heads) >= _REMEMBERED:
                 self._plain_heads.clear()
-            self._plain_heads[lines] = head, keep
-        return head, keep
+            self._plain_heads[lines] = known
+        return known
 
     def answer_at_once(self, lane: Lane) -> bytes | None:
         """Return the answer's bytes for the client; None where it is no plain one, or not all there."""
@@ -781,9 +806,11 @@ class Server(web.Server):
         lane.exchange.error = lane.exchange.error or "client-left"
         self.telemetry.closed(lane.exchange)
 
-    def _open(self, message: RawRequestMessage) -> Exchange:
+    def _open(self, connection: ClientConnection, message: RawRequestMessage) -> Exchange:
         self.telemetry.opened()
-        return Exchange(message.method, "-")
+        exchange = Exchange(message.method, "-")
+        exchange.address = connection.address
+        return exchange
 
     def no_body(self, *, sent: bool = False) -> RequestBody:
         """Return the body of a request that has none; ``sent``: an attempt has been made already."""
@@ -826,6 +853,7 @@ class Server(web.Server):
         """Judge the request and answer it; return whether the connection may stay open."""
         method = message.method
         head = RequestHead(message.raw_headers)
+        exchange.agent = head.text(b"user-agent") or ""
         if (fault := head_fault(method, message.version.minor, head.judged)) is not None:
             raise fault
         exchange.cors = self._gate.cors(head)
@@ -860,7 +888,7 @@ class Server(web.Server):
             target,
             head,
             body,
-            admission.client or head.text(b"user-agent") or "",
+            admission.client or exchange.agent,
             admission.read_only,
             target.pass_through and not self._gate.is_ours(head.text(b"authorization"), now),
         )
@@ -938,7 +966,7 @@ class Server(web.Server):
             async with asyncio.timeout(self._read_timeout):
                 response = await task
             exchange.status = response.head.status
-            exchange.answered_by = "metquay"
+            exchange.answered_by = "proxy" if exchange.replayed else "metquay"
             response.close()
         except (TimeoutError, asyncio.CancelledError):
             exchange.note_sent("unknown")
@@ -967,6 +995,7 @@ class Server(web.Server):
                     "sent": "yes" if exchange.answered_by == "metquay" else exchange.sent,
                     "id": exchange.id,
                 }
+                | ({"replayed": True} if exchange.replayed else {})
             )
 
     async def _relay(  # noqa: PLR0913 - both sides of one exchange
@@ -1015,7 +1044,7 @@ class Server(web.Server):
         """Return the head of Metquay's answer as the client gets it, and note that it is there."""
         exchange.head_at = time.perf_counter()
         exchange.status = head.status
-        exchange.answered_by = "metquay"
+        exchange.answered_by = "proxy" if exchange.replayed else "metquay"
         added = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         if not keep:
             added += b"Connection: close\r\n"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import json
 import logging
 import os
 import re
@@ -44,6 +43,8 @@ BOUNDS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2,
 RECENT: Final = 100
 """Exchanges that are kept for the status page; whoever reads too slowly misses those in between."""
 _HELD: Final = 0.2
+_WORTH_TELLING: Final = 0.001
+"""Seconds of waiting that the console's line tells of."""
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
@@ -66,6 +67,8 @@ class Exchange:
     """Where it came from, if from another machine."""
     status: int = 0
     answered_by: Literal["metquay", "proxy"] = "proxy"
+    replayed: bool = False
+    """Answered from the record of an earlier request with the same Idempotency-Key: this one was not sent."""
     error: str | None = None
     reason: str | None = None
     """What was wrong with a request that could not be read: whoever sent that may not read the answer either."""
@@ -103,18 +106,52 @@ class Exchange:
         if _CERTAINTY[sent] > _CERTAINTY[self.sent]:
             self.sent = sent
 
+    @property
+    def level(self) -> str:
+        """How loud the log tells of it: what somebody may have to look after is at least a warning."""
+        error = self.error
+        if self.quiet:
+            return "debug"
+        if (error is None and self.status < 500) or (error == "client-left" and self.sent != "unknown"):  # noqa: PLR2004 - RFC 9110 section 15.6
+            return "info"
+        return "error" if error == "credentials-rejected" else "warning"
+
     def line(self) -> str:
         """Return the JSON object that the log and the status page tell of it, without a line's end."""
-        who = self.client or self.caller[:80]
         second = int(self.ended)
         stamp = f"{_to_second(second)}.{int((self.ended - second) * 1e6):06d}Z"
         return (
-            f'{{"event": "request", "level": "info", "timestamp": "{stamp}", "id": "{self.id}", '
-            f'"client": {quoted(who) if who else "null"}, "method": "{self.method}", '
+            f'{{"event": "request", "level": "{self.level}", "timestamp": "{stamp}", "id": "{self.id}", '
+            f'{_whom(self.client or self.caller, self.agent, self.address)}, "method": "{self.method}", '
             f'"path": {_shown(self.path)}, "status": {self.status}, "answered_by": "{self.answered_by}", '
             f'"ms": {self.seconds * 1000:.1f}, "waited_ms": {self.waited * 1000:.1f}, "attempts": {self.attempts}'
-            + (f', "error": "{self.error}"}}' if self.error else "}")
+            + (', "replayed": true' if self.replayed else "")
+            + (f', "error": "{self.error}"' if self.error else "")
+            + (f', "reason": {quoted(self.reason)}}}' if self.reason else "}")
         )
+
+    def told(self) -> tuple[str, dict[str, Any]]:
+        """Return the same for eyes: what every line tells, in order, and by name what is out of the ordinary."""
+        path, who = masked(self.path), self.client or self.caller[:80] or "-"
+        unusual = {
+            "error": self.error,
+            "reason": self.reason,
+            "replayed": self.replayed or None,
+            "waited_ms": round(self.waited * 1000, 1) if self.waited >= _WORTH_TELLING else None,
+            "attempts": self.attempts if self.attempts > 1 else None,
+            "address": self.address,
+        }
+        text = f"{self.method} {path} {self.status or '-'} {self.seconds * 1000:.1f} ms {who}"
+        return text, {name: value for name, value in unusual.items() if value is not None}
+
+
+@lru_cache(maxsize=256)
+def _whom(who: str, agent: str, address: str | None) -> str:
+    """Return who asked, as members of a JSON object; a tool is the same from one request to the next."""
+    told = f'"client": {quoted(who[:80]) if who else "null"}'
+    if agent:
+        told += f', "user_agent": {quoted(agent[:200])}'
+    return told if address is None else f'{told}, "address": "{address}"'
 
 
 @lru_cache(maxsize=2)
@@ -153,7 +190,7 @@ class Telemetry:
         self.finished = 0
         self.trouble: Exchange | None = None
         """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
-        self.logs_requests = logging.getLogger("metquay_proxy").isEnabledFor(logging.INFO)
+        self._threshold = logging.getLogger("metquay_proxy").getEffectiveLevel()
         self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
         self._requests: dict[tuple[str, str, int, str], int] = {}
         self._retries = 0
@@ -178,7 +215,7 @@ class Telemetry:
         self._requests[key] = self._requests.get(key, 0) + 1
         if not (exchange.quiet or exchange.path.startswith("/-/")):
             self._remember(exchange, now)
-        if self.logs_requests:
+        if _LEVELS[exchange.level] >= self._threshold:
             _output.request(exchange)
 
     def _remember(self, exchange: Exchange, now: float) -> None:
@@ -229,7 +266,8 @@ class Telemetry:
         """Log what became of a login."""
         told = f"token {event.kind}"
         if event.kind in {"failed", "rejected"}:
-            log.warning(told, reason=event.text, next_attempt_s=round(event.wait, 1))
+            tell = log.error if event.kind == "rejected" else log.warning
+            tell(told, reason=event.text, next_attempt_s=round(event.wait, 1))
         else:
             self.trouble = None
             log.info(told, lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
@@ -305,13 +343,13 @@ class _Output:
 
     def request(self, exchange: Exchange) -> None:
         """Log an exchange; from within the event loop."""
-        line = exchange.line()
         if self.as_json:
             if not self._held:
                 asyncio.get_running_loop().call_later(_HELD, self.flush)
-            self._held.append(f"{line}\n")
+            self._held.append(f"{exchange.line()}\n")
         else:
-            log.info(**{name: value for name, value in json.loads(line).items() if name not in {"level", "timestamp"}})
+            text, unusual = exchange.told()
+            log.log(_LEVELS[exchange.level], text, **unusual)
 
     def write(self, text: str) -> None:
         """Write what was held, then ``text``."""
@@ -339,7 +377,7 @@ def configure_logging(level: str, form: str) -> None:
     _output.stream, _output.as_json = sys.stderr, form == "json" or (form == "auto" and not sys.stderr.isatty())
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.TimeStamper(fmt="iso" if _output.as_json else "%Y-%m-%d %H:%M:%S", utc=_output.as_json),
     ]
     renderers: list[structlog.typing.Processor]
     if _output.as_json:
@@ -350,7 +388,9 @@ def configure_logging(level: str, form: str) -> None:
             structlog.processors.JSONRenderer(),
         ]
     else:
-        renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        colours = _output.stream.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
+        console = structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=structlog.dev.plain_traceback)
+        renderers = [_printable, console]
     structlog.configure(
         processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -367,6 +407,14 @@ def configure_logging(level: str, form: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(_LEVELS[level])
     logging.captureWarnings(capture=True)
+
+
+def _printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Escape what a terminal would obey; tracebacks are ours, and have lines."""
+    for name, value in event.items():
+        if isinstance(value, str) and name != "exception" and not value.isprintable():
+            event[name] = "".join(each if each.isprintable() else repr(each)[1:-1] for each in value)
+    return event
 
 
 def _event_first(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

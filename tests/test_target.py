@@ -147,7 +147,7 @@ def test_own(raw: str, own: bool) -> None:  # noqa: FBT001 - a column of the tab
         ("/api/v1", True),
         ("/api/v1/", True),
         ("http://localhost:6387/", True),
-        ("http://lab.metquay.co", True),
+        ("https://lab.metquay.co", True),
         ("/-", True),
         ("/favicon.ico", True),
         ("/robots.txt", True),
