@@ -14,6 +14,7 @@ import asyncio
 import json
 import math
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -38,14 +39,14 @@ _POLICY: Final = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
 _TROUBLE: Final = {
-    "upstream-unreachable": ("cannot be reached", "Check the network: cable, VPN, firewall, company proxy."),
+    "upstream-unreachable": ("could not be reached", "Check the network: cable, VPN, firewall, company proxy."),
     "upstream-tls": (
-        "cannot be reached securely",
+        "could not be reached securely",
         "Its certificate is not trusted here: see what `metquay-proxy check` says about it.",
     ),
-    "upstream-timeout": ("does not answer in time", "It may have too much to do. Wait a few minutes."),
-    "upstream-closed": ("breaks off its answers", "It may be restarting. Wait a few minutes."),
-    "upstream-protocol": ("gives answers that make no sense", "Check that METQUAY_HOST names the right server."),
+    "upstream-timeout": ("did not answer in time", "It may have too much to do. Wait a few minutes."),
+    "upstream-closed": ("broke off its answer", "It may be restarting. Wait a few minutes."),
+    "upstream-protocol": ("gave an answer that makes no sense", "Check that METQUAY_HOST names the right server."),
 }
 
 
@@ -142,7 +143,13 @@ class Admin:
 
     def _state(self) -> dict[str, Any]:
         status = self._status()
-        told = dict(zip(("level", "text", "cure"), headline(status, self._telemetry.trouble), strict=True))
+        told = dict(
+            zip(
+                ("level", "text", "cure"),
+                headline(status, self._telemetry.trouble, self._telemetry.refused(), time.time()),
+                strict=True,
+            )
+        )
         return {"headline": told, **status, "hour": self._telemetry.hour()}
 
     def _figures(self) -> str:
@@ -179,42 +186,94 @@ def wrong_method(method: str, path: str, allow: str) -> ProxyError:
     return ProxyError("method-not-allowed", msg, headers=(("Allow", allow),))
 
 
-def headline(  # noqa: PLR0911 - each state has its sentence
-    status: Mapping[str, Any], trouble: Exchange | None
-) -> tuple[str, str, str]:
+def headline(status: Mapping[str, Any], trouble: Exchange | None, refused: int, now: float) -> tuple[str, str, str]:
     """Return how things stand: a level (ok, slow, wait or bad), a sentence, and what to do about it.
 
-    ``status`` is what ``/-/status`` tells, ``trouble`` the last exchange with Metquay if it failed.
+    ``status`` is what ``/-/status`` tells, ``trouble`` the last exchange with Metquay if it failed, ``refused`` how
+    many requests the quota refused in the last minute, ``now`` the wall clock in seconds. No sentence says more than
+    these figures do.
     """
     token, quota = status["token"], status["quota"]
     host = status["upstream"].partition("://")[2].partition("/")[0]
     if status.get("sandbox"):
         host = "the built-in sandbox (made-up data)"
     key = f"key {status['key']}" if status.get("key") else ""
-    reason = f"{token['last_error'] or ''} Next attempt in {math.ceil(token['next_login_in'])} s."
     if status.get("draining"):
         return "wait", "Stopping: no new requests are taken.", "Start the proxy again when you need it."
+    if token["failures_in_a_row"] or not status["ready"]:
+        fails = f"{host} refuses the {key or 'keys'}" if token["rejected"] else f"the login to {host} fails"
+        if status["ready"] and trouble is None:
+            return "slow", f"Working for {_more(token['seconds_left'])}: {fails}.", _login_cure(token)
+        if not status["ready"]:
+            return _without_a_token(token, host, fails)
+    if trouble is not None:
+        out_of_order = (f"was out of order (status {trouble.status})", "It may be restarting. Wait a few minutes.")
+        what, cure = _TROUBLE.get(trouble.error or "", out_of_order)
+        ago = _span(now - trouble.ended)
+        told = (
+            f"That was {ago} ago. {cure} This proxy need not be restarted, and the button tests whether it works now."
+        )
+        return "bad", f"The last request failed: {host} {what}.", told
+    if refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
+        return "slow", *_slowed(quota, refused, host)
+    return "ok", f"Ready: connected to {host}{key and f' with {key}'}.", ""
+
+
+def _without_a_token(token: Mapping[str, Any], host: str, fails: str) -> tuple[str, str, str]:
+    if token["failures_in_a_row"]:
+        return "bad", f"Not working: {fails}.", _login_cure(token)
+    if token["renewals"]:
+        return (
+            "wait",
+            f"Logging in to {host} again: the token is no longer good.",
+            "Requests wait for that, a few seconds.",
+        )
+    return "wait", f"Starting: logging in to {host}.", "This takes a few seconds."
+
+
+def _login_cure(token: Mapping[str, Any]) -> str:
     if token["rejected"]:
-        cure = (
+        return (
             "Ask whoever looks after Metquay for a valid key pair, put it into METQUAY_ACCESS_KEY and "
             "METQUAY_SECRET_KEY, and start the proxy again. (Keys in files are read anew every minute, without that.)"
         )
-        return "bad", f"Not working: {host} refuses the {key or 'keys'}.", cure
-    if not status["ready"]:
-        if token["failures_in_a_row"]:
-            return "bad", f"Not working: no connection to {host}.", reason
-        return "wait", f"Starting: logging in to {host}.", "This takes a few seconds."
-    if trouble is not None:
-        out_of_order = (f"is out of order (status {trouble.status})", "It may be restarting. Wait a few minutes.")
-        what, cure = _TROUBLE.get(trouble.error or "", out_of_order)
-        return "bad", f"Not working: {host} {what}.", f"{cure} This proxy need not be restarted."
-    if token["failures_in_a_row"]:
-        minutes = int(token["seconds_left"] // 60)
-        return "slow", f"Working for {minutes} more minutes: the login to {host} fails.", reason
-    if quota and (quota["waiting"] or quota["closed_for"] or quota["used"] >= quota["limit"]):
-        cure = (
-            f"Nothing is lost: requests wait for their turn ({quota['waiting']} now). It goes faster if tools ask for "
-            "more records at once (limit=500), or if fewer run at the same time."
+    wait = token["next_login_in"]
+    coming = f"Next attempt in {math.ceil(wait)} s." if wait else "The next attempt is under way."
+    return f"{token['last_error'] or ''} {coming}"
+
+
+def _slowed(quota: Mapping[str, Any] | None, refused: int, host: str) -> tuple[str, str]:
+    """Return why requests don't go at once, and what to do about it."""
+    faster = "It goes faster if tools ask for more records at once (limit=500), or if fewer run at the same time."
+    told = f"{_count(refused, 'request was', 'requests were')} refused in the last minute (429)"
+    again = "Their tools must ask again, after the seconds that Retry-After told them."
+    counted = f"{host} counted too many requests (429)"
+    if quota is None:
+        return (
+            f"Too busy: {told}.",
+            f"{counted}, and METQUAY_RATE_LIMIT is off, so that none waits here. {again} {faster}",
         )
-        return "slow", f"Slowed down: tools ask for more than {quota['limit']} requests in {quota['window']:g} s.", cure
-    return "ok", f"Ready: connected to {host}{key and f' with {key}'}.", ""
+    waiting = _count(quota["waiting"], "request waits for its turn", "requests wait for their turn")
+    used = f"{quota['used']} of {quota['limit']} requests in {quota['window']:g} s are used."
+    if quota["closed_for"]:
+        used = f"{counted}. Something else may use the same keys, or METQUAY_RATE_LIMIT may be set too high."
+    if refused:
+        return f"Too busy: {told}, and {waiting}.", f"{used} {again} {faster}"
+    if quota["closed_for"]:
+        return f"Slowed down: {host} wants no requests for {_span(quota['closed_for'])}, and {waiting}.", used
+    if quota["waiting"]:
+        return f"Slowed down: {waiting}.", f"{used} None was refused in the last minute. {faster}"
+    text = f"Slowed down: a request that came now would wait {_span(quota['next_free_in'])}."
+    return text, f"{used} What is left is spread over the time. {faster}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def _span(seconds: float) -> str:
+    return f"{max(1, math.ceil(seconds))} s" if seconds < 100 else f"{round(seconds / 60)} min"  # noqa: PLR2004 - as the page has it
+
+
+def _more(seconds: float) -> str:
+    return f"{int(seconds // 60)} more minutes" if seconds >= 120 else f"{int(seconds)} more seconds"  # noqa: PLR2004 - two

@@ -568,7 +568,7 @@ def _field(head: ResponseHead, name: bytes) -> str | None:
 
 def _quota_exceeded(seconds: float) -> ProxyError:
     msg = (
-        "Metquay allows this key pair only so many requests a minute, and more are asked for than can be sent in time. "
+        "Metquay limits the requests of this key pair, and more are asked for than could be sent in time. "
         "Try again after the seconds that Retry-After names, or ask for less at once."
     )
     return ProxyError("quota-exceeded", msg, retry_after=seconds)

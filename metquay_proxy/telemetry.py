@@ -42,6 +42,7 @@ BOUNDS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2,
 """Upper ends of the buckets of every histogram, in seconds."""
 RECENT: Final = 100
 """Exchanges that are kept for the status page; whoever reads too slowly misses those in between."""
+_REFUSALS: Final = 10_000
 _HELD: Final = 0.2
 _WORTH_TELLING: Final = 0.001
 """Seconds of waiting that the console's line tells of."""
@@ -197,6 +198,7 @@ class Telemetry:
         self._upstream, self._own, self._waited = Histogram(), Histogram(), Histogram()
         self._recent: deque[Exchange] = deque(maxlen=RECENT)
         self._remembered = 0
+        self._refusals: deque[float] = deque(maxlen=_REFUSALS)
         self._minutes: deque[list[float]] = deque([[0, 0, 0, 0, 0, 0]], maxlen=60)
 
     def opened(self) -> None:
@@ -230,6 +232,8 @@ class Telemetry:
             self.trouble = exchange if status in _OUTAGE else None
         elif exchange.error is not None and exchange.error.startswith("upstream-"):
             self.trouble = exchange
+        elif exchange.error == "quota-exceeded":
+            self._refusals.append(exchange.ended)
         minute, milliseconds = self._minutes[-1], exchange.seconds * 1000
         if minute[0] != exchange.ended // 60:
             minute = [int(exchange.ended // 60), 0, 0, 0, 0, 0]
@@ -253,6 +257,10 @@ class Telemetry:
         kept = min(new, len(self._recent))
         exchanges = islice(self._recent, len(self._recent) - kept, None)
         return [exchange.line() for exchange in exchanges], new - kept, self._remembered
+
+    def refused(self) -> int:
+        """Return how many requests the quota refused in the last minute."""
+        return sum(ended > time.time() - 60 for ended in self._refusals)
 
     def hour(self) -> list[list[float]]:
         """Return [minute since 1970, good, refused (4xx), failed, average in ms, slowest in ms] for each minute.

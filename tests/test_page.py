@@ -157,8 +157,8 @@ async def test_screenshots(browser: Browser, session: aiohttp.ClientSession, sch
             "Not working: 127.0.0.1:{port} refuses the key ...4F2A.",
             "METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY",
         ),
-        ("down", "Not working: 127.0.0.1:{port} cannot be reached.", "Check the network"),
-        ("quota", "Slowed down: tools ask for more than 10 requests in 60 s.", "their turn (1 now)"),
+        ("down", "The last request failed: 127.0.0.1:{port} could not be reached.", "Check the network"),
+        ("quota", "Slowed down: 1 request waits for its turn.", "7 of 10 requests in 60 s are used. None was refused"),
     ],
 )
 async def test_what_is_wrong(
@@ -254,7 +254,46 @@ async def test_polling_and_a_proxy_that_ends(browser: Browser, session: aiohttp.
         await get(session, f"{url}/works")
         await expect(page.locator("#requests tbody tr")).to_have_count(1)
         await proxy.stop(1)
-        await expect(page.locator("#sentence")).to_have_text("Not running: the proxy does not answer this page.")
+        await expect(page.locator("#sentence")).to_have_text("No answer: this page does not reach the proxy.")
         await expect(page.locator("#cure")).to_contain_text("Start metquay-proxy again")
         await expect(page.locator("#live")).to_have_text("no contact")
+        left = await page.locator("#left").text_content()
+        await asyncio.sleep(1.2)
+        assert left == await page.locator("#left").text_content(), "figures that nobody brings do not tick on"
+        assert "no contact" == await page.locator("main").get_attribute("data-stale")
+    await sandbox.stop()
+
+
+@pytest.mark.parametrize(
+    ("status", "slug", "body", "sentence", "cure"),
+    [
+        (403, "client-key-required", '{"code": 403, "message": "x"}', "Locked: the proxy runs", "Load this page again"),
+        (403, "host-not-allowed", '{"code": 403, "message": "told"}', "Refused: the proxy runs", "told"),
+        (503, "shutting-down", '{"code": 503, "message": "told"}', "Stopping: no new", "told"),
+        (200, None, "<html>", "Not the proxy: another program answers", "status 200"),
+        (404, None, '{"error": "none"}', "Not the proxy: another program answers", "status 404"),
+    ],
+)
+async def test_what_the_page_says_when_it_gets_no_figures(  # noqa: PLR0913 - the columns
+    browser: Browser, status: int, slug: str | None, body: str, sentence: str, cure: str
+) -> None:
+    """It tells a proxy that refuses it from one that is gone, and from another program; old figures are marked."""
+    sandbox = Sandbox(rate_limit=None)
+    await sandbox.start()
+    async with running(sandbox.url) as (_, url), opened(browser, url, strict=False) as page:
+        await expect(page.locator("#live")).to_have_text("live")
+        headers = {} if slug is None else {"X-Metquay-Proxy-Error": slug}
+
+        async def answer(route: Any) -> None:  # noqa: ANN401 - Playwright's own
+            await route.fulfill(status=status, body=body, headers=headers)
+
+        await page.route("**/-/events", answer)
+        await page.route("**/-/status", answer)
+        await page.reload()
+        await expect(page.locator("#sentence")).to_contain_text(sentence)
+        await expect(page.locator("#cure")).to_contain_text(cure)
+        await expect(page.locator("#live")).to_have_text("old figures")
+        await page.unroute_all()
+        await expect(page.locator("#sentence")).to_contain_text("Ready", timeout=10_000)
+        assert await page.locator("main").get_attribute("data-stale") is None
     await sandbox.stop()

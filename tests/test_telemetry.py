@@ -280,6 +280,18 @@ def test_the_last_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 60 == len(telemetry.hour())
 
 
+def test_how_many_the_quota_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the last minute are counted, whatever else was answered; memory stays bounded."""
+    telemetry, now = Telemetry(), 1_700_000_000.0
+    monkeypatch.setattr("metquay_proxy.telemetry.time.time", lambda: now)
+    for _ in range(200):
+        telemetry.closed(exchange(status=429, answered_by="proxy", error="quota-exceeded", attempts=0))
+        telemetry.closed(exchange())
+    assert 200 == telemetry.refused()
+    now += 60
+    assert 0 == telemetry.refused()
+
+
 def test_trouble_with_metquay() -> None:
     """The last exchange counts: an outage is trouble until Metquay answers, or a login goes well."""
     telemetry = Telemetry()
