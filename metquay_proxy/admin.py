@@ -245,23 +245,22 @@ def _login_cure(token: Mapping[str, Any]) -> str:
 def _slowed(quota: Mapping[str, Any] | None, refused: int, host: str) -> tuple[str, str]:
     """Return why requests don't go at once, and what to do about it."""
     faster = "It goes faster if tools ask for more records at once (limit=500), or if fewer run at the same time."
-    told = f"{_count(refused, 'request was', 'requests were')} refused in the last minute (429)"
-    again = "Their tools must ask again, after the seconds that Retry-After told them."
+    told = f"Too busy: {_count(refused, 'request was', 'requests were')} refused in the last minute (429)."
+    again = f"Tools that were refused must ask again, after the seconds that Retry-After told them. {faster}"
     counted = f"{host} counted too many requests (429)"
     if quota is None:
-        return (
-            f"Too busy: {told}.",
-            f"{counted}, and METQUAY_RATE_LIMIT is off, so that none waits here. {again} {faster}",
-        )
-    waiting = _count(quota["waiting"], "request waits for its turn", "requests wait for their turn")
+        return told, f"{counted}, and METQUAY_RATE_LIMIT is off, so that none waits here. {again}"
+    waits = _count(quota["waiting"], "request waits for its turn", "requests wait for their turn")
+    waiting = waits if quota["waiting"] else ""
     used = f"{quota['used']} of {quota['limit']} requests in {quota['window']:g} s are used."
     if quota["closed_for"]:
         used = f"{counted}. Something else may use the same keys, or METQUAY_RATE_LIMIT may be set too high."
     if refused:
-        return f"Too busy: {told}, and {waiting}.", f"{used} {again} {faster}"
+        return told, f"{waiting and f'{waiting}. '}{used} {again}"
     if quota["closed_for"]:
-        return f"Slowed down: {host} wants no requests for {_span(quota['closed_for'])}, and {waiting}.", used
-    if quota["waiting"]:
+        wait = _span(quota["closed_for"])
+        return f"Slowed down: {host} takes no requests for {wait}{waiting and f'; {waiting}'}.", used
+    if waiting:
         return f"Slowed down: {waiting}.", f"{used} None was refused in the last minute. {faster}"
     text = f"Slowed down: a request that came now would wait {_span(quota['next_free_in'])}."
     return text, f"{used} What is left is spread over the time. {faster}"

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
-"""Seconds for the last answers of a drain to be written."""
+"""Seconds for the last answers of a drain to be written; shorter waits are not worth telling."""
 _CRLF: Final = b"\r\n"
 _BLANK_LINE: Final = b"\r\n\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -713,7 +713,8 @@ class Server(web.Server):
                 exchange.error = "client-left"
                 raise
             exchange.note_sent("unknown" if body.sent else "no")
-            self._answer_error(connection, exchange, _shutting_down(), message, body)
+            doubtful = exchange.sent != "no" and message.method not in READING
+            self._answer_error(connection, exchange, _shutting_down(doubtful=doubtful), message, body)
         except Exception as failure:  # noqa: BLE001 - whatever it is, it must not leave the handler
             error = _as_error(failure, exchange)
             if exchange.head_sent:
@@ -938,7 +939,8 @@ class Server(web.Server):
         if exchange.status != HTTPStatus.OK:
             why = "`metquay-proxy check` says more."
             return {"ok": False, "text": f"Metquay answered, but not with customers (status {exchange.status}): {why}"}
-        return {"ok": True, "text": f"Metquay answered in {exchange.seconds * 1000:.0f} ms."}
+        waited = f", after {exchange.waited:.1f} s in which the request waited" if exchange.waited >= _PATIENCE else ""
+        return {"ok": True, "text": f"Metquay answered in {exchange.upstream * 1000:.0f} ms{waited}."}
 
     async def _write(self, request: Request, exchange: Exchange) -> Response:
         """Forward a write in a task of its own: it runs on without its client once its body was sent whole."""
@@ -1150,7 +1152,9 @@ def _as_error(failure: Exception, exchange: Exchange) -> ProxyError:
         return failure
     if isinstance(failure, (ConnectionError, web.RequestPayloadError)):
         exchange.error = "client-left"
-        why = "The body of this request ended early or was not valid HTTP."
+        why = (
+            "The body of this request broke off, or its chunks were not valid HTTP. Correct the tool, or send it again."
+        )
         return ProxyError("bad-request", why, sent=exchange.sent)
     exchange.error = "internal-error"
     log.error("internal error", id=exchange.id, exc_info=failure)
@@ -1158,10 +1162,11 @@ def _as_error(failure: Exception, exchange: Exchange) -> ProxyError:
     return ProxyError("internal-error", why, sent="unknown")
 
 
-def _shutting_down() -> ProxyError:
-    return ProxyError(
-        "shutting-down", "The proxy is being stopped. Send the request again when it runs again.", retry_after=5
-    )
+def _shutting_down(*, doubtful: bool = False) -> ProxyError:
+    what_to_do = "Send the request again when it runs again."
+    if doubtful:
+        what_to_do = "Nobody knows whether Metquay carried this request out: look there before you send it again."
+    return ProxyError("shutting-down", f"The proxy is being stopped. {what_to_do}", retry_after=5)
 
 
 def _secret_key(data: bytes) -> str | None:

@@ -14,7 +14,7 @@ from metquay_proxy.auth import Credentials
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.sandbox import Faults, Sandbox
 from metquay_proxy.telemetry import Exchange, Telemetry
-from tests.running import running
+from tests.running import FastTime, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -141,7 +141,7 @@ STATES: list[tuple[str, str, str, dict[str, Any], Exchange | None, int]] = [
     ),
     (
         "slow",
-        f"Slowed down: {LAB} wants no requests for 12 s, and 0 requests wait for their turn.",
+        f"Slowed down: {LAB} takes no requests for 12 s.",
         "counted too many requests (429). Something else may use the same keys",
         {"quota": {**QUOTA, "closed_for": 12.0, "next_free_in": 12.0}},
         None,
@@ -149,8 +149,8 @@ STATES: list[tuple[str, str, str, dict[str, Any], Exchange | None, int]] = [
     ),
     (
         "slow",
-        "Too busy: 31 requests were refused in the last minute (429), and 7 requests wait for their turn.",
-        "100 of 100 requests in 60 s are used. Their tools must ask again",
+        "Too busy: 31 requests were refused in the last minute (429).",
+        "7 requests wait for their turn. 100 of 100 requests in 60 s are used. Tools that were refused must",
         {"quota": {**QUOTA, "used": 100, "waiting": 7, "next_free_in": 24.0}},
         None,
         31,
@@ -366,7 +366,7 @@ async def test_refusals_are_told(sandbox: Sandbox, session: aiohttp.ClientSessio
             text = (await response.json())["headline"]["text"]
         refused = statuses.count(429)
         assert refused == proxy.telemetry.refused() > 1
-        assert f"Too busy: {refused} requests were refused in the last minute (429), and 0 requests wait" in text
+        assert f"Too busy: {refused} requests were refused in the last minute (429)." in text
 
 
 async def test_metrics_over_http(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
@@ -426,6 +426,20 @@ async def test_the_connection_is_tested(sandbox: Sandbox, session: aiohttp.Clien
             status = await response.json()
         assert "could not be reached" in status["headline"]["text"]
         assert "test of the connection" == status["recent"][-1]["client"]
+
+
+async def test_waiting_is_not_metquays_time(sandbox: Sandbox) -> None:
+    """What the request waited for the proxy is told apart from the time in which Metquay answered."""
+    async with running(sandbox.url, time_=FastTime(20)) as (proxy, _):
+        await proxy.test()
+        token = proxy.tokens.current()
+        assert token is not None
+        proxy.tokens.reject(token)
+        told = re.fullmatch(
+            r"Metquay answered in (\d+) ms, after (\d\.\d) s in which .* waited\.", (await proxy.test())["text"]
+        )
+        assert told is not None
+        assert int(told[1]) < 1000 * float(told[2])
 
 
 async def test_a_reading_key_may_test_and_no_web_page_may(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:

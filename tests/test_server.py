@@ -181,7 +181,7 @@ class TestDrain:
     @rule("contract 9")
     @pytest.mark.parametrize(("request_", "sent"), [(get(), b"no"), (post(b"abc"), b"unknown")])
     async def test_the_deadline(self, bench: Bench, request_: bytes, sent: bytes) -> None:
-        """What is not answered at the deadline gets 503 that says whether it may have been executed."""
+        """What is not answered at the deadline gets 503 that says whether it may have been executed, and what to do."""
         client = await bench.client()
         await client.send(request_)
         peer = await bench.upstream.peer()
@@ -190,6 +190,7 @@ class TestDrain:
         answer = await client.answer()
         assert (503, "shutting-down") == (answer.status, answer.slug)
         assert answer.value(b"X-Metquay-Proxy-Sent") in {sent, b"unknown"}
+        assert (request_[:4] == b"POST") == (b"look there before" in answer.body)
         await peer.gone()
 
     @rule("contract 9")
