@@ -387,8 +387,8 @@ class Forwarder:
             if not attempts.repeatable:
                 raise ProxyError(
                     "retry-with-new-token",
-                    "Metquay did not accept the token, so that nothing was changed, and the body was too large to be "
-                    "kept for a second attempt (METQUAY_REPLAY_LIMIT). The proxy is getting a new token: send it again.",
+                    "Metquay did not accept the token, so that nothing was changed, and this body was not kept for a "
+                    "second attempt (METQUAY_REPLAY_LIMIT). The proxy is getting a new token: send the request again.",
                 )
         elif status == _TOO_MANY:
             await self._close_window(attempts, response)
