@@ -47,6 +47,7 @@ _HELD: Final = 0.2
 _WORTH_TELLING: Final = 0.001
 """Seconds of waiting that the console's line tells of."""
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_SILENT: Final = 100
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
 _RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
@@ -191,7 +192,6 @@ class Telemetry:
         self.finished = 0
         self.trouble: Exchange | None = None
         """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
-        self._threshold = logging.getLogger("metquay_proxy").getEffectiveLevel()
         self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
         self._requests: dict[tuple[str, str, int, str], int] = {}
         self._retries = 0
@@ -217,7 +217,7 @@ class Telemetry:
         self._requests[key] = self._requests.get(key, 0) + 1
         if not (exchange.quiet or exchange.path.startswith("/-/")):
             self._remember(exchange, now)
-        if _LEVELS[exchange.level] >= self._threshold:
+        if _LEVELS[exchange.level] >= _output.threshold:
             _output.request(exchange)
 
     def _remember(self, exchange: Exchange, now: float) -> None:
@@ -347,6 +347,8 @@ class _Output:
     def __init__(self) -> None:
         self.stream: TextIO = sys.stderr
         self.as_json = False
+        self.threshold = _SILENT
+        """The least level of a request's line that is written; none is before logging was set up."""
         self._held: list[str] = []
 
     def request(self, exchange: Exchange) -> None:
@@ -383,6 +385,7 @@ def configure_logging(level: str, form: str) -> None:
     ``form``: ``console``, ``json``, or ``auto`` (console on a terminal, JSON otherwise).
     """
     _output.stream, _output.as_json = sys.stderr, form == "json" or (form == "auto" and not sys.stderr.isatty())
+    _output.threshold = _LEVELS[level]
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso" if _output.as_json else "%Y-%m-%d %H:%M:%S", utc=_output.as_json),
