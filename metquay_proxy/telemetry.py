@@ -399,7 +399,8 @@ def configure_logging(level: str, form: str) -> None:
             structlog.processors.JSONRenderer(),
         ]
     else:
-        colours = _output.stream.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
+        # no-color.org; and structlog's colours need another package on Windows
+        colours = _output.stream.isatty() and not os.environ.get("NO_COLOR") and sys.platform != "win32"
         console = structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=structlog.dev.plain_traceback)
         renderers = [_printable, console]
     structlog.configure(
