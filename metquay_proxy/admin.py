@@ -186,7 +186,9 @@ def wrong_method(method: str, path: str, allow: str) -> ProxyError:
     return ProxyError("method-not-allowed", msg, headers=(("Allow", allow),))
 
 
-def headline(status: Mapping[str, Any], trouble: Exchange | None, refused: int, now: float) -> tuple[str, str, str]:
+def headline(  # noqa: PLR0911 - each state has its sentence
+    status: Mapping[str, Any], trouble: Exchange | None, refused: int, now: float
+) -> tuple[str, str, str]:
     """Return how things stand: a level (ok, slow, wait or bad), a sentence, and what to do about it.
 
     ``status`` is what ``/-/status`` tells, ``trouble`` the last exchange with Metquay if it failed, ``refused`` how
@@ -200,35 +202,22 @@ def headline(status: Mapping[str, Any], trouble: Exchange | None, refused: int, 
     key = f"key {status['key']}" if status.get("key") else ""
     if status.get("draining"):
         return "wait", "Stopping: no new requests are taken.", "Start the proxy again when you need it."
-    if token["failures_in_a_row"] or not status["ready"]:
-        fails = f"{host} refuses the {key or 'keys'}" if token["rejected"] else f"the login to {host} fails"
-        if status["ready"] and trouble is None:
-            return "slow", f"Working for {_more(token['seconds_left'])}: {fails}.", _login_cure(token)
-        if not status["ready"]:
-            return _without_a_token(token, host, fails)
+    fails = f"{host} refuses the {key or 'keys'}" if token["rejected"] else f"the login to {host} fails"
+    if not status["ready"]:
+        if token["failures_in_a_row"]:
+            return "bad", f"Not working: {fails}.", _login_cure(token)
+        what = "Logging in again" if token["renewals"] else "Starting: logging in"
+        return "wait", f"{what} to {host}.", "This usually takes a few seconds; requests wait for it."
     if trouble is not None:
         out_of_order = (f"was out of order (status {trouble.status})", "It may be restarting. Wait a few minutes.")
         what, cure = _TROUBLE.get(trouble.error or "", out_of_order)
-        ago = _span(now - trouble.ended)
-        told = (
-            f"That was {ago} ago. {cure} This proxy need not be restarted, and the button tests whether it works now."
-        )
-        return "bad", f"The last request failed: {host} {what}.", told
+        cure = f"That was {_span(now - trouble.ended)} ago. {cure} The button tests whether it works now."
+        return "bad", f"The last request failed: {host} {what}.", cure
+    if token["failures_in_a_row"]:
+        return "slow", f"Working for {_more(token['seconds_left'])}: {fails}.", _login_cure(token)
     if refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
         return "slow", *_slowed(quota, refused, host)
     return "ok", f"Ready: connected to {host}{key and f' with {key}'}.", ""
-
-
-def _without_a_token(token: Mapping[str, Any], host: str, fails: str) -> tuple[str, str, str]:
-    if token["failures_in_a_row"]:
-        return "bad", f"Not working: {fails}.", _login_cure(token)
-    if token["renewals"]:
-        return (
-            "wait",
-            f"Logging in to {host} again: the token is no longer good.",
-            "Requests wait for that, a few seconds.",
-        )
-    return "wait", f"Starting: logging in to {host}.", "This takes a few seconds."
 
 
 def _login_cure(token: Mapping[str, Any]) -> str:
@@ -250,16 +239,17 @@ def _slowed(quota: Mapping[str, Any] | None, refused: int, host: str) -> tuple[s
     counted = f"{host} counted too many requests (429)"
     if quota is None:
         return told, f"{counted}, and METQUAY_RATE_LIMIT is off, so that none waits here. {again}"
-    waits = _count(quota["waiting"], "request waits for its turn", "requests wait for their turn")
-    waiting = waits if quota["waiting"] else ""
+    waiting = quota["waiting"] and _count(
+        quota["waiting"], "request waits for its turn", "requests wait for their turn"
+    )
     used = f"{quota['used']} of {quota['limit']} requests in {quota['window']:g} s are used."
     if quota["closed_for"]:
         used = f"{counted}. Something else may use the same keys, or METQUAY_RATE_LIMIT may be set too high."
     if refused:
-        return told, f"{waiting and f'{waiting}. '}{used} {again}"
+        return told, f"{f'{waiting}. ' if waiting else ''}{used} {again}"
     if quota["closed_for"]:
-        wait = _span(quota["closed_for"])
-        return f"Slowed down: {host} takes no requests for {wait}{waiting and f'; {waiting}'}.", used
+        text = f"Slowed down: {host} takes no requests for {_span(quota['closed_for'])}"
+        return f"{text}; {waiting}." if waiting else f"{text}.", used
     if waiting:
         return f"Slowed down: {waiting}.", f"{used} None was refused in the last minute. {faster}"
     text = f"Slowed down: a request that came now would wait {_span(quota['next_free_in'])}."

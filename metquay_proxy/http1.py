@@ -518,7 +518,7 @@ def request_fault(head: bytes) -> ProxyError:
 
 
 def _line_fault(line: bytes, method: str, asked: re.Match[bytes] | None, ended: bool) -> ProxyError | None:  # noqa: FBT001 - a fact
-    if method not in _METHODS and (not ended or re.fullmatch(_TOKEN, line)):
+    if method and method not in _METHODS and (not ended or re.fullmatch(_TOKEN, line)):
         return _unknown_method(method)
     if asked is None:
         return _bad_request(_FORM)

@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from metquay_proxy.http1 import ResponseHead
     from metquay_proxy.target import TargetRules
 
+    _Plain = tuple[RequestHead, bool, str]
+
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
@@ -228,12 +230,10 @@ class ClientConnection(RequestHandler):
         if self.exchange is not None and self.exchange.head_sent:
             abort(self)
             raise ConnectionResetError
-        del request
-        del exc, message
+        del request, exc, message
         if status == HTTPStatus.REQUEST_TIMEOUT:
-            why = (
-                f"The head of this request was not complete {self._server.bounds.head:g} seconds after its first byte."
-            )
+            seconds = self._server.bounds.head
+            why = f"The head of this request was not complete {seconds:g} seconds after its first byte."
             error = ProxyError("request-timeout", why)
         elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             why = "The proxy made a mistake with this request. Its log says more."
@@ -647,7 +647,7 @@ class Server(web.Server):
         self._nothing = self.no_body(sent=True)
         """The body of every read that is sent at once, until it leaves its lane."""
         self.bounds = bounds
-        self._plain_heads: dict[bytes, tuple[RequestHead, bool, str]] = {}
+        self._plain_heads: dict[bytes, _Plain] = {}
         self._detached: set[asyncio.Task[None]] = set()
         self.draining = False
         self.stopping = False
@@ -741,18 +741,12 @@ class Server(web.Server):
             return None
         method, target, lines = plain
         known = self._plain_heads.get(lines) or self._plain_head(lines)
-        return None if known is None else self._send_at_once(connection, data, method, target, *known)
+        return None if known is None else self._send_at_once(connection, data, method, target, known)
 
-    def _send_at_once(  # noqa: PLR0913 - the parts of one request
-        self,
-        connection: ClientConnection,
-        data: bytes,
-        method: str,
-        raw_target: str,
-        head: RequestHead,
-        keep: bool,  # noqa: FBT001 - as it was remembered
-        agent: str,
+    def _send_at_once(
+        self, connection: ClientConnection, data: bytes, method: str, raw_target: str, known: _Plain
     ) -> Lane | None:
+        head, keep, agent = known
         try:
             target = self._rules.parse(method, raw_target)
             admission = self._gate.check(method, target, head, time.time())
@@ -771,7 +765,7 @@ class Server(web.Server):
         self.telemetry.opened()
         return Lane(self, connection, data, request, exchange, begun, keep=keep)
 
-    def _plain_head(self, lines: bytes) -> tuple[RequestHead, bool, str] | None:
+    def _plain_head(self, lines: bytes) -> _Plain | None:
         """Return the head of these field lines, whether the connection stays, and the User-Agent, if they are plain.
 
         A tool sends the same lines with each request, so that a few heads are remembered, but none that holds a secret.

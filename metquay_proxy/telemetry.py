@@ -124,7 +124,7 @@ class Exchange:
         stamp = f"{_to_second(second)}.{int((self.ended - second) * 1e6):06d}Z"
         return (
             f'{{"event": "request", "level": "{self.level}", "timestamp": "{stamp}", "id": "{self.id}", '
-            f'{_whom(self.client or self.caller, self.agent, self.address)}, "method": "{self.method}", '
+            f'{_whom((self.client or self.caller)[:80], self.agent[:200], self.address)}, "method": "{self.method}", '
             f'"path": {_shown(self.path)}, "status": {self.status}, "answered_by": "{self.answered_by}", '
             f'"ms": {self.seconds * 1000:.1f}, "waited_ms": {self.waited * 1000:.1f}, "attempts": {self.attempts}'
             + (', "replayed": true' if self.replayed else "")
@@ -150,9 +150,9 @@ class Exchange:
 @lru_cache(maxsize=256)
 def _whom(who: str, agent: str, address: str | None) -> str:
     """Return who asked, as members of a JSON object; a tool is the same from one request to the next."""
-    told = f'"client": {quoted(who[:80]) if who else "null"}'
+    told = f'"client": {quoted(who) if who else "null"}'
     if agent:
-        told += f', "user_agent": {quoted(agent[:200])}'
+        told += f', "user_agent": {quoted(agent)}'
     return told if address is None else f'{told}, "address": "{address}"'
 
 

@@ -70,7 +70,7 @@ STATES: list[tuple[str, str, str, dict[str, Any], Exchange | None, int]] = [
     ("ok", "Ready: connected to", "", {"redis": {"shared": False, "alone_for": 3.0, "share": 50}}, None, 0),
     # no token
     ("wait", f"Starting: logging in to {LAB}.", "a few seconds", {"ready": False, "token": TOKEN | NEVER}, None, 0),
-    ("wait", f"Logging in to {LAB} again", "wait for that", {"ready": False}, None, 0),
+    ("wait", f"Logging in again to {LAB}.", "wait for it", {"ready": False}, None, 0),
     (
         "bad",
         f"Not working: the login to {LAB} fails.",
@@ -144,6 +144,14 @@ STATES: list[tuple[str, str, str, dict[str, Any], Exchange | None, int]] = [
         f"Slowed down: {LAB} takes no requests for 12 s.",
         "counted too many requests (429). Something else may use the same keys",
         {"quota": {**QUOTA, "closed_for": 12.0, "next_free_in": 12.0}},
+        None,
+        0,
+    ),
+    (
+        "slow",
+        f"Slowed down: {LAB} takes no requests for 12 s; 3 requests wait for their turn.",
+        "Something else may use the same keys",
+        {"quota": {**QUOTA, "closed_for": 12.0, "waiting": 3, "next_free_in": 14.0}},
         None,
         0,
     ),

@@ -955,6 +955,7 @@ FAULTS = [
     ),
     ("bad-request", "User-Agent stands in it more than once", b"GET / HTTP/1.1" + H + b"\r\nuser-agent: a" * 2 + END),
     ("bad-request", "Host stands in it more than once", b"GET / HTTP/1.1" + H + H + END),
+    ("bad-request", "method, one space, address", b""),
     ("bad-request", "no Host field", b"GET / HTTP/1.1" + END),
     ("bad-request", "no Host field", b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked" + END),
     ("bad-request", "not allowed in HTTP/1.0", b"PUT / HTTP/1.0\r\nTransfer-Encoding: chunked" + END),
