@@ -260,7 +260,8 @@ class ClientConnection(RequestHandler):
         if transport is None or transport.is_closing():
             return
         if transport.can_write_eof():
-            transport.write_eof()
+            with contextlib.suppress(OSError):  # it was reset, which its loss will tell
+                transport.write_eof()
         self._resume_transport_reading()
         await asyncio.sleep(self._server.bounds.linger)
 
@@ -709,8 +710,9 @@ class Server(web.Server):
         except asyncio.CancelledError:
             if exchange.head_sent:
                 abort(connection)
-            if not self.stopping or exchange.head_sent or connection.transport is None:
-                exchange.error = "client-left"
+            left = not self.stopping or connection.transport is None
+            if left or exchange.head_sent:
+                exchange.error = "client-left" if left else "shutting-down"
                 raise
             exchange.note_sent("unknown" if body.sent else "no")
             doubtful = exchange.sent != "no" and message.method not in READING
