@@ -25,6 +25,7 @@ STATUS: Final[dict[str, int]] = {
     "client-key-required": 403,
     "read-only": 403,
     "no-such-page": 404,
+    "pass-through-off": 404,
     "method-not-allowed": 405,
     "request-timeout": 408,
     "outcome-unknown": 409,

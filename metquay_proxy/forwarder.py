@@ -242,6 +242,7 @@ class Forwarder:
         digest = hashlib.sha256(await request.body.all(self._replay_limit)).digest()
         claim = await self._records.claim(name, digest, self._clock())
         if isinstance(claim, Answer):
+            exchange.replayed = True
             return _replayed(claim)
         answer: Answer | None = None
         try:
@@ -415,8 +416,8 @@ class Forwarder:
                 self._refusals.mark(request.resource, token)  # the next token that it refuses is the second in a row
                 raise ProxyError(
                     "retry-with-new-token",
-                    "Metquay no longer accepted the token when this large upload arrived, and nothing was changed. "
-                    "The proxy is getting a new token: send the request again.",
+                    "Metquay did not accept the token, so that nothing was changed, and this body was not kept for a "
+                    "second attempt (METQUAY_REPLAY_LIMIT). The proxy is getting a new token: send the request again.",
                     retry_after=self._tokens.state.next_login_in,
                 )
         elif status == _TOO_MANY:
@@ -593,7 +594,7 @@ async def _beginning(response: Response, limit: int) -> bytes:
 
 def _quota_exceeded(seconds: float) -> ProxyError:
     msg = (
-        "Metquay allows this key pair only so many requests a minute, and more are asked for than can be sent in time. "
+        "Metquay limits the requests of this key pair, and more are asked for than could be sent in time. "
         "Try again after the seconds that Retry-After names, or ask for less at once."
     )
     return ProxyError("quota-exceeded", msg, retry_after=seconds)

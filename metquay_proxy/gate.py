@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.errors import ProxyError
-from metquay_proxy.target import OWN_PREFIX, Target, split_authority
+from metquay_proxy.target import LOGIN_PATH, OWN_PREFIX, Target, split_authority
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 READING_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 PROBES: Final = frozenset({"/-/live", "/-/ready"})
 STATUS_PAGE: Final = OWN_PREFIX
+_LINKED: Final = frozenset({"/", "/-", STATUS_PAGE})
+"""The status page and what leads there: other sites may link to these."""
 PLACEHOLDER_LIFETIME: Final = 900
 """Seconds; the same as Metquay's own tokens, so that SDKs renew it as they always do."""
 
@@ -201,7 +203,7 @@ class Gate:
         raise _foreign()
 
     def _check_key(self, method: str, target: Target, judged: Mapping[bytes, bytes | None], now: float) -> Admission:
-        if target.local in PROBES:
+        if target.unasked or target.local in PROBES:
             return self._open
         for secret in (judged.get(b"x-proxy-key"), _secret(judged.get(b"authorization"))):
             key = None if secret is None else self._identify(secret, now)
@@ -277,7 +279,7 @@ def _is_address(host: str) -> bool:
 
 
 def _is_login(method: str, target: Target) -> bool:
-    return method == "POST" and target.local == "/authenticate"
+    return method == "POST" and target.local == LOGIN_PATH
 
 
 def _sign(key: ClientKey, expiry: int) -> str:
@@ -309,7 +311,7 @@ def _check_fetch_site(method: str, target: Target, judged: Mapping[bytes, bytes 
     if judged[b"sec-fetch-site"] in {b"same-origin", b"none"}:
         return
     navigation = judged.get(b"sec-fetch-mode") == b"navigate" and judged.get(b"sec-fetch-dest") == b"document"
-    if not (navigation and method == "GET" and target.local == STATUS_PAGE):
+    if not (navigation and method == "GET" and target.local in _LINKED):
         raise _foreign()
 
 

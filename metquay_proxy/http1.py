@@ -1,5 +1,7 @@
 """The strict reader of HTTP/1 answers, of a request's chunks and of plain reads: heads and framing, as bytes.
 
+It also says what is wrong with a request's head that was refused.
+
 Owns the judgement of what an upstream sent: which bytes are the head, which the body, whether the answer ended and
 whether its connection may be used again. Must not do I/O, know asyncio or rewrite anything: fields are handed on in
 their order, case and bytes. A doubtful answer is refused, never repaired, since whoever reads it next may repair it
@@ -27,7 +29,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from metquay_proxy.errors import ProxyError
+from metquay_proxy.target import bad_target, forbidden
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_LINE: Final = 64 * 1024
+"""Bytes of a request's first line,"""
+MAX_HEAD: Final = 128 * 1024
+"""of its whole head,"""
+MAX_FIELDS: Final = 128
+"""and how many fields it may have."""
 
 _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
@@ -49,6 +64,23 @@ _VALUE: Final = rb"[ \t]*+=[ \t]*+(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
 _EXTENSION: Final = rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:" + _VALUE + rb")?"
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15}+)(?:" + _EXTENSION + rb")*\r\n")
 _FOUL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
+
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+_ASKED: Final = re.compile(rb"[^ ]++ ([^ ](?:.*?[^ ])??)(?: ++([A-Za-z]++/[0-9][^ ]*+) *+)?", re.DOTALL)
+_NAMED: Final = re.compile(rb"(" + _TOKEN + rb")([ \t]*+):(.*+)", re.DOTALL)
+_LINE_END_ALONE: Final = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_REQUEST_LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}+")
+_ONCE: Final = frozenset(
+    b"host content-length transfer-encoding content-type user-agent content-location content-range etag max-forwards "
+    b"server".split()
+)
+_OTHER_PROTOCOLS: Final = (
+    ((b"\x16\x03",), "the tool speaks https where http is expected. Write http:// in the tool's settings"),
+    ((b"PRI * HTTP/2",), "the tool begins with HTTP/2, and this proxy speaks HTTP/1.1. Switch HTTP/2 off in the tool"),
+    ((b"\x04", b"\x05"), "the tool takes this for a SOCKS proxy. Enter it as the address of the API: http://host:port"),
+)
+_FORM: Final = "its first line must be method, one space, address, one space, version, as in GET /customers HTTP/1.1"
 
 _START: Final = b"HTTP/1."
 _CRLF: Final = b"\r\n"
@@ -454,3 +486,114 @@ def _parse_framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | 
     if not minor:
         _refuse("the upstream's answer has a Transfer-Encoding, which HTTP/1.0 does not know")
     return None, True
+
+
+def request_fault(head: bytes) -> ProxyError:
+    """Return what is wrong with a request that the parser refused, and how to mend it.
+
+    ``head`` is its head, or as much of it as came. No value of a field is quoted.
+    """
+    for starts, why in _OTHER_PROTOCOLS:
+        if head.startswith(starts):
+            return _bad_request(why)
+    whole = head.endswith(_BLANK_LINE)
+    line, ended, rest = head.partition(_CRLF)
+    lines = [text for text in rest.split(_CRLF) if text]
+    if len(line) > MAX_LINE or len(lines) > MAX_FIELDS or (len(head) >= MAX_HEAD and not whole):
+        return ProxyError(
+            "head-too-large",
+            "The head of this request is too large: 64 KiB for the first line, 128 KiB and 128 fields in all. Nothing "
+            "was sent.",
+        )
+    if _LINE_END_ALONE.search(head):
+        return _bad_request("one of its lines ends in CR or LF alone, where both must stand (CR LF)")
+    method = line.partition(b" ")[0].decode("latin-1")
+    asked = _ASKED.fullmatch(line)
+    fault = _line_fault(line, method, asked, bool(ended)) or _fields_fault(lines, whole)
+    if fault is None and whole and asked is not None:
+        fault = head_fault(method, int(asked[2] != b"HTTP/1.0"), _judged(lines))
+    if fault is None and asked is not None and not asked[1].lower().startswith((b"/", b"http://", b"https://")):
+        fault = bad_target("it must begin with a slash")
+    return fault or (_bad_request(_FORM) if method in _METHODS else _unknown_method(method))
+
+
+def _line_fault(line: bytes, method: str, asked: re.Match[bytes] | None, ended: bool) -> ProxyError | None:  # noqa: FBT001 - a fact
+    if method and method not in _METHODS and (not ended or re.fullmatch(_TOKEN, line)):
+        return _unknown_method(method)
+    if asked is None:
+        return _bad_request(_FORM)
+    fault = forbidden(asked[1].decode("utf-8", "surrogateescape"))
+    if fault is None and ended and asked[2] is None:
+        return _bad_request(_FORM)
+    if fault is None and ended and asked[2] not in {b"HTTP/1.0", b"HTTP/1.1"}:
+        version = asked[2][:20].decode("latin-1")
+        return _bad_request(f"its version is {version!a}, and this proxy knows HTTP/1.1 and HTTP/1.0")
+    return fault
+
+
+def _fields_fault(lines: list[bytes], whole: bool) -> ProxyError | None:  # noqa: FBT001 - a fact
+    for number, text in enumerate(lines, 2):
+        if text[:1] in {b" ", b"\t"}:
+            return _bad_request(f"line {number} begins with a blank, but each field must stand in one line")
+        field = _NAMED.fullmatch(text)
+        if field is None:
+            if whole or text is not lines[-1] or not re.fullmatch(_TOKEN, text):
+                return _bad_request(f"line {number} is no field, which is a name without blanks, a colon and a value")
+        elif field[2]:
+            return _bad_request(f"there is a blank between {_shown(field[1])} and its colon")
+        elif _CONTROL.search(field[3]):
+            return _bad_request(f"the value of {_shown(field[1])} holds a control character")
+    return None
+
+
+def _judged(lines: list[bytes]) -> dict[bytes, bytes | None]:
+    judged: dict[bytes, bytes | None] = {}
+    for text in lines:
+        name, _, value = text.lower().partition(b":")
+        judged[name] = None if name in judged else value.strip(b" \t")
+    return judged
+
+
+def head_fault(  # noqa: PLR0911 - one return for each kind of error
+    method: str, minor: int, judged: Mapping[bytes, bytes | None]
+) -> ProxyError | None:
+    """Return what speaks against the head of an HTTP/1.``minor`` request whose lines are in order.
+
+    ``judged`` maps names in lower case to values, None where a name came more than once.
+    """
+    twice = [name for name, value in judged.items() if value is None and name in _ONCE]
+    if twice:
+        return _bad_request(f"{_shown(twice[0])} stands in it more than once. Send it once")
+    coding, length = judged.get(b"transfer-encoding"), judged.get(b"content-length")
+    if coding is not None:
+        if not minor:
+            return _bad_request("Transfer-Encoding is not allowed in HTTP/1.0")
+        if length is not None:
+            return _bad_request("it has both Content-Length and Transfer-Encoding. Send one of them")
+        if coding.lower() != b"chunked":
+            msg = "Only the transfer encoding chunked is supported, so that nothing was sent."
+            return ProxyError("not-supported", msg)
+    if length is not None and not _REQUEST_LENGTH.fullmatch(length):
+        return _bad_request(
+            "its Content-Length is not a plain number (at most 18 digits, without sign or leading zeros)"
+        )
+    if minor and b"host" not in judged:
+        return _bad_request("it has no Host field, which HTTP/1.1 asks for")
+    if method == "CONNECT":
+        msg = "This proxy makes no tunnels. Send plain http:// requests to it; it speaks TLS to Metquay by itself."
+        return ProxyError("not-supported", msg)
+    return None
+
+
+def _bad_request(why: str) -> ProxyError:
+    return ProxyError("bad-request", f"This is no valid HTTP/1.1 request: {why}. Nothing was sent.")
+
+
+def _unknown_method(method: str) -> ProxyError:
+    capitals = f" (methods are written in capitals: {method.upper()})" if method.upper() in _METHODS else ""
+    msg = f"The method {method[:20]!a} is none that HTTP knows{capitals}, so that nothing was sent."
+    return ProxyError("not-supported", msg)
+
+
+def _shown(name: bytes) -> str:
+    return name[:40].decode("ascii").title()

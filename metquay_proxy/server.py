@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import re
 import socket
@@ -30,17 +31,28 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 from aiohttp import web
-from aiohttp.http_exceptions import BadHttpMethod, BadStatusLine, InvalidURLError, LineTooLong
+from aiohttp.http_exceptions import BadStatusLine
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from metquay_proxy.admin import Admin, Answer
+from metquay_proxy.admin import Admin, Answer, wrong_method
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.forwarder import READING, Forwarder, Request
-from metquay_proxy.gate import PLACEHOLDER_LIFETIME, Admission, Gate
-from metquay_proxy.http1 import ChunkTracker, ProtocolError, plain_fields, read_plain
+from metquay_proxy.gate import PLACEHOLDER_LIFETIME, PROBES, Admission, Gate
+from metquay_proxy.http1 import (
+    MAX_FIELDS,
+    MAX_HEAD,
+    MAX_LINE,
+    ChunkTracker,
+    ProtocolError,
+    head_fault,
+    plain_fields,
+    read_plain,
+    request_fault,
+)
 from metquay_proxy.rewrite import BaseURL, RequestHead, inbound
+from metquay_proxy.target import LOGIN_PATH
 from metquay_proxy.telemetry import Exchange, Telemetry, masked
 
 if TYPE_CHECKING:
@@ -54,25 +66,24 @@ if TYPE_CHECKING:
     from metquay_proxy.http1 import ResponseHead
     from metquay_proxy.target import TargetRules
 
-MAX_LINE: Final = 64 * 1024
-MAX_HEAD: Final = 128 * 1024
-MAX_FIELDS: Final = 128
+    _Plain = tuple[RequestHead, bool, str]
+
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _LOGIN_LIMIT: Final = 64 * 1024
 _PATIENCE: Final = 0.1
-"""Seconds for the last answers of a drain to be written."""
+"""Seconds for the last answers of a drain to be written; shorter waits are not worth telling."""
 _FLUSH: Final = 1.0
 """Seconds for the last lines of the audit log to be written."""
 _LONGEST_AGENT: Final = 200
 _CRLF: Final = b"\r\n"
 _BLANK_LINE: Final = b"\r\n\r\n"
 _LAST_CHUNK: Final = b"0\r\n\r\n"
-_REQUEST_LINE: Final = re.compile(rb"[A-Z-]++ [\x21-\x7e]++ HTTP/1\.[01]\r\n")
-_MAX_LENGTH_DIGITS: Final = 18
+_REQUEST_LINE: Final = re.compile(rb"(?=.{,%d}\r)[A-Z-]++ [\x21-\x7e]++ HTTP/1\.[01]\r\n" % MAX_LINE)
 _NOT_PLAIN: Final = frozenset(
     {b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"origin", b"http2-settings"}
 )
 _SECRETS: Final = frozenset({b"authorization", b"proxy-authorization", b"x-proxy-key", b"cookie"})
+_QUIET: Final = PROBES | {"/-/metrics", "/-/events"}
 _REMEMBERED: Final = 64
 _LONGEST_REMEMBERED: Final = 2048
 _PERSISTENCE: Final[dict[bytes | None, bool]] = {b"keep-alive": True, b"Keep-Alive": True, b"close": False}
@@ -138,8 +149,10 @@ class ClientConnection(RequestHandler):
         "_head_timer",
         "_last",
         "_left",
+        "_refused",
         "_server",
         "_unread",
+        "address",
         "exchange",
         "lane",
     )
@@ -156,6 +169,9 @@ class ClientConnection(RequestHandler):
         self._left = 0
         self._last = False
         self._unread = b""
+        self._refused = b""
+        self.address: str | None = None
+        """The client's, where that is another machine."""
         self.exchange: Exchange | None = None
         self.lane: Lane | None = None
 
@@ -165,6 +181,7 @@ class ClientConnection(RequestHandler):
         aiohttp's own would begin a task here, which a connection of plain reads never needs.
         """
         self.transport = cast("asyncio.Transport", transport)
+        self.address = remote(transport.get_extra_info("peername"))
         self._server.connection_made(self, self.transport)
         self._start_head_timer()
 
@@ -216,13 +233,21 @@ class ClientConnection(RequestHandler):
         if self.exchange is not None and self.exchange.head_sent:
             abort(self)
             raise ConnectionResetError
-        del request
+        del request, exc, message
+        if status == HTTPStatus.REQUEST_TIMEOUT:
+            seconds = self._server.bounds.head
+            why = f"The head of this request was not complete {seconds:g} seconds after its first byte."
+            error = ProxyError("request-timeout", why)
+        elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            why = "The proxy made a mistake with this request. Its log says more."
+            error = ProxyError("internal-error", why, sent="unknown")
+        else:
+            error = request_fault(self._refused)
         exchange = Exchange("-", "-")
+        exchange.address = self.address
         self._server.telemetry.opened()
         try:
-            write_error(
-                self, exchange, _parser_error(status, exc, message, self._server.bounds), keep=False, with_body=True
-            )
+            write_error(self, exchange, error, keep=False, with_body=True)
         finally:
             self._server.telemetry.closed(exchange)
         return cast("web.StreamResponse", _Refused(self))
@@ -238,7 +263,8 @@ class ClientConnection(RequestHandler):
         if transport is None or transport.is_closing():
             return
         if transport.can_write_eof():
-            transport.write_eof()
+            with contextlib.suppress(OSError):  # it was reset, which its loss will tell
+                transport.write_eof()
         self._resume_transport_reading()
         await asyncio.sleep(self._server.bounds.linger)
 
@@ -254,12 +280,12 @@ class ClientConnection(RequestHandler):
         end = data.find(_BLANK_LINE)
         if end < 0 or end + 4 != len(data) or not _REQUEST_LINE.match(data):
             return False
-        self._take_message(data, plain=True)
+        self._take_message(data, data)
         return True
 
     def take_over(self, data: bytes) -> None:
         """Let aiohttp's server go on with a request that was sent at once; ``data`` is its head."""
-        self._take_message(data, plain=True)
+        self._take_message(data, data)
         self._go_on()
 
     def served_at_once(self, *, keep: bool) -> None:
@@ -322,39 +348,36 @@ class ClientConnection(RequestHandler):
                 head += data[start : start + MAX_HEAD]
         if size >= 4:  # noqa: PLR2004 - as above
             stop = start + size - held
-            whole = head[:size] if held else data[start:stop]
+            whole = bytes(head[:size]) if held else data[start:stop]
             head.clear()
-            self._take_message(data[start:stop], plain=_REQUEST_LINE.match(whole) is not None, line=whole.find(_CRLF))
+            self._take_message(data[start:stop], whole)
             return stop
         if len(head) >= MAX_HEAD:
-            self._refuse(431, LineTooLong(b"", str(MAX_HEAD)))
+            self._refuse(head)
         elif head:
             if not held:
                 self._start_head_timer()
             if self._feed(data[start:]):
-                self._deaf = True
+                self._deaf, self._refused = True, bytes(head)
                 self._stop_head_timer()
         return len(data)
 
-    def _take_message(self, data: bytes, *, plain: bool, line: int = 0) -> None:
-        """Hand the parser the (rest of the) bytes of one head.
-
-        ``plain``: its first line is what we take for one; ``line``: that line's length in bytes.
-        """
+    def _take_message(self, data: bytes, whole: bytes) -> None:
+        """Hand the parser the (rest of the) bytes of one head; ``whole`` is all of it."""
         if self._head_timer is not None:
             self._stop_head_timer()
         self._begin_task()
         count = self._request_count
         RequestHandler.data_received(self, data)
         if self._request_count == count:
-            self._refuse(400, BadStatusLine())  # the parser waits for more, as after HTTP/2's preface
+            self._refuse(whole)  # the parser waits for more, as after HTTP/2's preface
             return
         message, payload = self._messages[-1]
         if isinstance(message, _ErrInfo):
-            self._deaf = True
-        elif line > MAX_LINE or not plain:
+            self._deaf, self._refused = True, whole
+        elif not _REQUEST_LINE.match(whole):
             self._messages.pop()
-            self._refuse(400, LineTooLong(b"", str(MAX_LINE)) if plain else BadStatusLine())
+            self._refuse(whole)
         elif payload is EMPTY_PAYLOAD or self._upgraded:
             self._deaf = message.should_close or message.upgrade
         else:
@@ -403,7 +426,7 @@ class ClientConnection(RequestHandler):
     def _head_late(self) -> None:
         self._head_timer = None
         if self._head:
-            self._refuse(408, None)
+            self._refuse()
         elif self._current_request is None:
             self.force_close()
 
@@ -415,12 +438,13 @@ class ClientConnection(RequestHandler):
             if self._keepalive_handle is None and not self._begun:  # aiohttp looks whether its task waits
                 self.force_close()
 
-    def _refuse(self, status: int, exc: BaseException | None) -> None:
-        """Queue a refusal behind the requests that came before it, and read no more."""
-        self._deaf = True
+    def _refuse(self, head: bytes | bytearray = b"") -> None:
+        """Queue a refusal of a head behind the requests that came before it, and read no more; none came in time."""
+        self._deaf, self._refused = True, bytes(head)
         self._stop_head_timer()
         self._begin_task()
-        self._messages.append((_ErrInfo(status=status, exc=exc or TimeoutError(), message=""), EMPTY_PAYLOAD))
+        status, exc = (400, BadStatusLine()) if head else (408, TimeoutError())
+        self._messages.append((_ErrInfo(status=status, exc=exc, message=""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -501,46 +525,13 @@ class Lane:
         connection.served_at_once(keep=self.keep)
 
 
-def _parser_error(  # noqa: PLR0911 - a table: one return for each kind of error
-    status: int, exc: BaseException | None, message: str | None, bounds: Bounds
-) -> ProxyError:
-    text = message or ""
-    if status == HTTPStatus.REQUEST_TIMEOUT:
-        why = f"The head of this request was not complete {bounds.head:g} seconds after its first byte."
-        return ProxyError("request-timeout", why)
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return ProxyError(
-            "internal-error", "The proxy made a mistake with this request. Its log says more.", sent="unknown"
-        )
-    if isinstance(exc, LineTooLong) or text.startswith("Too many"):
-        return _head_too_large()
-    if (isinstance(exc, BadHttpMethod) and "HTTPS" not in text) or "Invalid method" in text:
-        return ProxyError(
-            "not-supported", "The method of this request is none that HTTP knows, so that it was not sent."
-        )
-    if "nvalid `Transfer-Encoding`" in text:
-        return _not_chunked()
-    if isinstance(exc, InvalidURLError):
-        return ProxyError(
-            "bad-target", "The address of this request is not valid. Correct it in the tool; nothing was sent."
-        )
-    return ProxyError(
-        "bad-request",
-        "This is not a valid HTTP/1.1 request, so that nothing was sent. (Does the tool speak https to a clear-text "
-        "port?)",
-    )
-
-
-def _not_chunked() -> ProxyError:
-    return ProxyError("not-supported", "Only the transfer encoding chunked is supported, so that nothing was sent.")
-
-
-def _head_too_large() -> ProxyError:
-    return ProxyError(
-        "head-too-large",
-        "The head of this request is too large: 64 KiB for the first line, 128 KiB and 128 fields in all. Nothing was "
-        "sent.",
-    )
+def remote(peer: object) -> str | None:
+    """Return the address of a peer's name, if that is another machine's; an IPv4 address is one in IPv6 too."""
+    if not isinstance(peer, tuple):
+        return None  # a unix socket's
+    address = ipaddress.ip_address(peer[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    return None if address.is_loopback else str(address)
 
 
 def abort(connection: ClientConnection) -> None:
@@ -574,6 +565,8 @@ def write_error(
     """Write one of the proxy's own errors (part 8 of the contract)."""
     exchange.note_sent(error.sent)
     exchange.error = error.slug
+    if exchange.path == "-":
+        exchange.reason = error.message
     fields = [
         ("Content-Type", "application/json"),
         ("X-Metquay-Proxy-Error", error.slug),
@@ -658,7 +651,7 @@ class Server(web.Server):
         self._nothing = self.no_body(sent=True)
         """The body of every read that is sent at once, until it leaves its lane."""
         self.bounds = bounds
-        self._plain_heads: dict[bytes, tuple[RequestHead, bool]] = {}
+        self._plain_heads: dict[bytes, _Plain] = {}
         self._detached: set[asyncio.Task[None]] = set()
         self.draining = False
         self.stopping = False
@@ -704,7 +697,7 @@ class Server(web.Server):
         connection = cast("ClientConnection", request.protocol)
         message = request._message  # noqa: SLF001 - the raw target, which no public property gives
         lane, connection.lane = connection.lane, None
-        exchange = connection.exchange = self._open(message) if lane is None else lane.exchange
+        exchange = connection.exchange = self._open(connection, message) if lane is None else lane.exchange
         body = self._body(request, message) if lane is None else lane.request.body
         detached = False
         keep = False
@@ -720,11 +713,13 @@ class Server(web.Server):
         except asyncio.CancelledError:
             if exchange.head_sent:
                 abort(connection)
-            if not self.stopping or exchange.head_sent or connection.transport is None:
-                exchange.error = "client-left"
+            left = not self.stopping or connection.transport is None
+            if left or exchange.head_sent:
+                exchange.error = "client-left" if left else "shutting-down"
                 raise
             exchange.note_sent("unknown" if body.sent else "no")
-            self._answer_error(connection, exchange, _shutting_down(), message, body)
+            doubtful = exchange.sent != "no" and message.method not in READING
+            self._answer_error(connection, exchange, _shutting_down(doubtful=doubtful), message, body)
         except Exception as failure:  # noqa: BLE001 - whatever it is, it must not leave the handler
             error = _as_error(failure, exchange)
             if exchange.head_sent:
@@ -750,12 +745,13 @@ class Server(web.Server):
         if plain is None:
             return None
         method, target, lines = plain
-        head, keep = self._plain_heads.get(lines) or self._plain_head(lines)
-        return None if head is None else self._send_at_once(connection, data, method, target, head, keep=keep)
+        known = self._plain_heads.get(lines) or self._plain_head(lines)
+        return None if known is None else self._send_at_once(connection, data, method, target, known)
 
-    def _send_at_once(  # noqa: PLR0913 - the parts of one request
-        self, connection: ClientConnection, data: bytes, method: str, raw_target: str, head: RequestHead, *, keep: bool
+    def _send_at_once(
+        self, connection: ClientConnection, data: bytes, method: str, raw_target: str, known: _Plain
     ) -> Lane | None:
+        head, keep, agent = known
         try:
             target = self._rules.parse(method, raw_target)
             admission = self._gate.check(method, target, head, time.time())
@@ -765,7 +761,8 @@ class Server(web.Server):
             return None
         exchange = Exchange(method, target.sent)
         exchange.client = admission.client
-        exchange.caller = admission.client or head.text(b"user-agent") or ""
+        exchange.agent, exchange.address = agent, connection.address
+        exchange.caller = admission.client or agent
         request = Request(method, target, head, self._nothing, exchange.caller, admission.read_only)
         begun = self._forwarder.begin(request, exchange)
         if begun is None:
@@ -773,8 +770,8 @@ class Server(web.Server):
         self.telemetry.opened()
         return Lane(self, connection, data, request, exchange, begun, keep=keep)
 
-    def _plain_head(self, lines: bytes) -> tuple[RequestHead | None, bool]:
-        """Return the head of these field lines, and whether the connection stays; no head where they are not plain.
+    def _plain_head(self, lines: bytes) -> _Plain | None:
+        """Return the head of these field lines, whether the connection stays, and the User-Agent, if they are plain.
 
         A tool sends the same lines with each request, so that a few heads are remembered, but none that holds a secret.
         """
@@ -782,12 +779,13 @@ class Server(web.Server):
         head = None if fields is None else RequestHead(fields)
         keep = None if head is None else _persists(head)
         if fields is None or head is None or keep is None:
-            return None, False
+            return None
+        known = head, keep, head.text(b"user-agent") or ""
         if len(lines) <= _LONGEST_REMEMBERED and _SECRETS.isdisjoint([name.lower() for name, _ in fields]):
             if len(self._plain_heads) >= _REMEMBERED:
                 self._plain_heads.clear()
-            self._plain_heads[lines] = head, keep
-        return head, keep
+            self._plain_heads[lines] = known
+        return known
 
     def answer_at_once(self, lane: Lane) -> bytes | None:
         """Return the answer's bytes for the client; None where it is no plain one, or not all there."""
@@ -808,9 +806,11 @@ class Server(web.Server):
         lane.exchange.error = lane.exchange.error or "client-left"
         self.telemetry.closed(lane.exchange)
 
-    def _open(self, message: RawRequestMessage) -> Exchange:
+    def _open(self, connection: ClientConnection, message: RawRequestMessage) -> Exchange:
         self.telemetry.opened()
-        return Exchange(message.method, "-")
+        exchange = Exchange(message.method, "-")
+        exchange.address = connection.address
+        return exchange
 
     def no_body(self, *, sent: bool = False) -> RequestBody:
         """Return the body of a request that has none; ``sent``: an attempt has been made already."""
@@ -853,7 +853,9 @@ class Server(web.Server):
         """Judge the request and answer it; return whether the connection may stay open."""
         method = message.method
         head = RequestHead(message.raw_headers)
-        _check_framing(message, head)
+        exchange.agent = head.text(b"user-agent") or ""
+        if (fault := head_fault(method, message.version.minor, head.judged)) is not None:
+            raise fault
         exchange.cors = self._gate.cors(head)
         if self.draining:
             raise _shutting_down()
@@ -867,14 +869,18 @@ class Server(web.Server):
             return self._preflight(connection, exchange, head, keep=keep and body.arrived)
         if message.upgrade and (head.text(b"upgrade") or "").lower() == "websocket":
             raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
-        if target.own:
+        login = target.local == LOGIN_PATH
+        if login and method != "POST":
+            raise wrong_method(method, LOGIN_PATH, "POST")
+        if target.own and not login:
+            exchange.quiet = target.unasked or target.local in _QUIET
             answer = self._admin.answer(method, target.local)
             if answer.stream is not None and method != "HEAD":
                 return await self._stream(connection, message, exchange, answer, answer.stream(admission.client))
             return self._own(connection, exchange, answer, keep=keep and body.arrived, with_body=method != "HEAD")
         if b"expect" in head.judged and not body.arrived:
             self._continue(connection, message, head)
-        if method == "POST" and target.local == "/authenticate":
+        if login:
             answer = await self._authenticate(admission, body, now)
             return self._own(connection, exchange, answer, keep=keep, with_body=True)
         request = Request(
@@ -882,7 +888,7 @@ class Server(web.Server):
             target,
             head,
             body,
-            admission.client or head.text(b"user-agent") or "",
+            admission.client or exchange.agent,
             admission.read_only,
             target.pass_through and not self._gate.is_ours(head.text(b"authorization"), now),
         )
@@ -932,7 +938,8 @@ class Server(web.Server):
         if exchange.status != HTTPStatus.OK:
             why = "`metquay-proxy check` says more."
             return {"ok": False, "text": f"Metquay answered, but not with customers (status {exchange.status}): {why}"}
-        return {"ok": True, "text": f"Metquay answered in {exchange.seconds * 1000:.0f} ms."}
+        waited = f", after {exchange.waited:.1f} s in which the request waited" if exchange.waited >= _PATIENCE else ""
+        return {"ok": True, "text": f"Metquay answered in {exchange.upstream * 1000:.0f} ms{waited}."}
 
     async def _write(self, request: Request, exchange: Exchange) -> Response:
         """Forward a write in a task of its own: it runs on without its client once its body was sent whole."""
@@ -960,7 +967,7 @@ class Server(web.Server):
             async with asyncio.timeout(self._read_timeout):
                 response = await task
             exchange.status = response.head.status
-            exchange.answered_by = "metquay"
+            exchange.answered_by = "proxy" if exchange.replayed else "metquay"
             response.close()
         except (TimeoutError, asyncio.CancelledError):
             exchange.note_sent("unknown")
@@ -991,6 +998,7 @@ class Server(web.Server):
                     "sent": "yes" if exchange.answered_by == "metquay" else exchange.sent,
                     "id": exchange.id,
                 }
+                | ({"replayed": True} if exchange.replayed else {})
             )
 
     async def _relay(  # noqa: PLR0913 - both sides of one exchange
@@ -1039,7 +1047,7 @@ class Server(web.Server):
         """Return the head of Metquay's answer as the client gets it, and note that it is there."""
         exchange.head_at = time.perf_counter()
         exchange.status = head.status
-        exchange.answered_by = "metquay"
+        exchange.answered_by = "proxy" if exchange.replayed else "metquay"
         added = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         if not keep:
             added += b"Connection: close\r\n"
@@ -1138,28 +1146,6 @@ def _persists(head: RequestHead) -> bool | None:
     return _PERSISTENCE.get(judged.get(b"connection", b"keep-alive"))
 
 
-def _check_framing(message: RawRequestMessage, head: RequestHead) -> None:
-    """Refuse what the parser lets pass and another server might read differently."""
-    judged = head.judged
-    if message.version not in {(1, 0), (1, 1)}:
-        raise ProxyError("bad-request", "This proxy speaks HTTP/1.0 and HTTP/1.1 only, so that nothing was sent.")
-    if b"transfer-encoding" in judged:
-        if message.version.minor == 0:
-            raise ProxyError(
-                "bad-request", "An HTTP/1.0 request can't have a Transfer-Encoding, so that nothing was sent."
-            )
-        if (judged[b"transfer-encoding"] or b"").lower() != b"chunked":
-            raise _not_chunked()
-    length = judged.get(b"content-length")
-    if length is not None and len(length) > 1 and (len(length) > _MAX_LENGTH_DIGITS or length.startswith(b"0")):
-        raise ProxyError("bad-request", "The Content-Length of the request is absurd, so that nothing was sent.")
-    if judged.get(b"host", b"" if message.version.minor == 0 else None) is None:
-        raise ProxyError("bad-request", "The request must name its host exactly once (Host), so that nothing was sent.")
-    if message.method == "CONNECT":
-        msg = "This proxy makes no tunnels. Send plain http:// requests to it; it speaks TLS to Metquay by itself."
-        raise ProxyError("not-supported", msg)
-
-
 def _as_error(failure: Exception, exchange: Exchange) -> ProxyError:
     """Return what to tell a client about a failure, and note it."""
     if isinstance(failure, ProxyError):
@@ -1167,7 +1153,9 @@ def _as_error(failure: Exception, exchange: Exchange) -> ProxyError:
         return failure
     if isinstance(failure, (ConnectionError, web.RequestPayloadError)):
         exchange.error = "client-left"
-        why = "The body of this request ended early or was not valid HTTP."
+        why = (
+            "The body of this request broke off, or its chunks were not valid HTTP. Correct the tool, or send it again."
+        )
         return ProxyError("bad-request", why, sent=exchange.sent)
     exchange.error = "internal-error"
     log.error("internal error", id=exchange.id, exc_info=failure)
@@ -1175,10 +1163,11 @@ def _as_error(failure: Exception, exchange: Exchange) -> ProxyError:
     return ProxyError("internal-error", why, sent="unknown")
 
 
-def _shutting_down() -> ProxyError:
-    return ProxyError(
-        "shutting-down", "The proxy is being stopped. Send the request again when it runs again.", retry_after=5
-    )
+def _shutting_down(*, doubtful: bool = False) -> ProxyError:
+    what_to_do = "Send the request again when it runs again."
+    if doubtful:
+        what_to_do = "Nobody knows whether Metquay carried this request out: look there before you send it again."
+    return ProxyError("shutting-down", f"The proxy is being stopped. {what_to_do}", retry_after=5)
 
 
 def _secret_key(data: bytes) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from metquay_proxy.errors import ProxyError
 
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 API_PREFIX: Final = "/api/v1"
 OWN_PREFIX: Final = "/-/"
+LOGIN_PATH: Final = "/authenticate"
+OLDER_INTERFACE: Final = "/FlexicalERP/"
 
 _FORBIDDEN: Final = re.compile(r"[^\x21-\x7e]|[\\#]")
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?]*)(.*)", re.IGNORECASE)
+_NAMES: Final = {"\\": "a backslash", "#": "a number sign (#)", " ": "a space", "\t": "a tab"}
+_BY_ITSELF: Final = re.compile(r"/-?|/favicon\.ico|/robots\.txt|/apple-touch-icon.*|/\.well-known/.*")
 _SEPARATORS: Final = re.compile(r"[/\\]")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _MAX_PORT: Final = 65535
@@ -38,7 +42,8 @@ class Target(NamedTuple):
 
     ``sent`` is what goes upstream, byte for byte (ASCII); ``local`` is the path below the API's prefix, or below the
     server's root for a pass-through, without query; ``query`` is what follows the question mark, None where there is
-    none.
+    none. ``own``: the proxy answers it itself and never forwards it; ``unasked``: so it does because browsers ask for
+    it by themselves.
     """
 
     sent: str
@@ -46,11 +51,8 @@ class Target(NamedTuple):
     query: str | None
     absolute: bool = False
     pass_through: bool = False
-
-    @property
-    def own(self) -> bool:
-        """Whether the proxy answers this path itself and never forwards it."""
-        return self.local.startswith(OWN_PREFIX)
+    own: bool = False
+    unasked: bool = False
 
 
 def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
@@ -108,8 +110,8 @@ class TargetRules:
         return target
 
     def _parse(self, method: str, raw: str) -> Target:
-        if match := _FORBIDDEN.search(raw):
-            raise _bad(f"it holds {_name(match.group())}, which must be percent-encoded")
+        if (fault := forbidden(raw)) is not None:
+            raise fault
         absolute = not raw.startswith("/")
         if absolute:
             if raw == "*" and method == "OPTIONS":
@@ -119,22 +121,31 @@ class TargetRules:
                 return Target("*", "*", None, absolute=True)
         path, mark, query = raw.partition("?")
         if ("." in path or "%" in path) and _has_dot_segment(path):
-            raise _bad("it holds a dot segment (. or ..), which could leave the API's path")
+            raise bad_target("it holds a dot segment (. or ..), which could leave the API's path")
         if path.startswith("//"):
             path = "/" + path.lstrip("/")
         for prefix in self._pass_through:
             if path.startswith(prefix):
                 return Target(path + mark + query, path, query if mark else None, absolute, pass_through=True)
         below = self._below_prefix(path)
-        return Target(self._prefix + below + mark + query, below or "/", query if mark else None, absolute)
+        local = below or "/"
+        unasked = _BY_ITSELF.fullmatch(local) is not None
+        return Target(
+            self._prefix + below + mark + query,
+            local,
+            query if mark else None,
+            absolute,
+            own=unasked or local == LOGIN_PATH or local.startswith((OWN_PREFIX, OLDER_INTERFACE)),
+            unasked=unasked,
+        )
 
     def _origin_form(self, method: str, raw: str) -> str:
         match = _ABSOLUTE.fullmatch(raw)
         if match is None:
-            raise _bad("it must begin with a slash")
+            raise bad_target("it must begin with a slash")
         scheme, authority, rest = match.groups()
         if split_authority(authority, scheme.lower()) not in self._authorities:
-            raise _bad("it names another server; this proxy forwards to Metquay only")
+            raise bad_target("it names another server; this proxy forwards to Metquay only")
         if not rest and method == "OPTIONS":
             return "*"
         return rest if rest.startswith("/") else "/" + rest
@@ -162,11 +173,23 @@ def _has_dot_segment(path: str) -> bool:
     return True
 
 
-def _bad(why: str) -> ProxyError:
+def forbidden(raw: str) -> ProxyError | None:
+    """Return the refusal of a target for its first character that can't stand in one; it says how to write that.
+
+    Bytes that are no UTF-8 are to be given as surrogates (PEP 383).
+    """
+    found = _FORBIDDEN.search(raw)
+    if found is None:
+        return None
+    character = found.group()
+    if "\ud800" <= character <= "\udfff":
+        return bad_target(
+            "it holds a byte beyond ASCII; write such characters in UTF-8 and percent-encoded (%C3%A9 for \xe9)"
+        )
+    name = _NAMES.get(character, character if character.isprintable() else "a control character")
+    return bad_target(f"it holds {name}, which must be written {quote(character, safe='')}")
+
+
+def bad_target(why: str) -> ProxyError:
+    """Return the refusal of a target; ``why`` goes on after a colon."""
     return ProxyError("bad-target", f"The address of this request was refused: {why}. Correct the address in the tool.")
-
-
-def _name(character: str) -> str:
-    return {"\\": "a backslash", "#": "a number sign (#)", " ": "a space"}.get(
-        character, "a control character" if character < "\x80" else "a character beyond ASCII"
-    )

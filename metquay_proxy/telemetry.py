@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import json
 import logging
 import os
 import re
@@ -43,8 +42,12 @@ BOUNDS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2,
 """Upper ends of the buckets of every histogram, in seconds."""
 RECENT: Final = 100
 """Exchanges that are kept for the status page; whoever reads too slowly misses those in between."""
+_REFUSALS: Final = 10_000
 _HELD: Final = 0.2
+_WORTH_TELLING: Final = 0.001
+"""Seconds of waiting that the console's line tells of."""
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_SILENT: Final = 100
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
 _RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
@@ -66,7 +69,11 @@ class Exchange:
     """Where it came from, if from another machine."""
     status: int = 0
     answered_by: Literal["metquay", "proxy"] = "proxy"
+    replayed: bool = False
+    """Answered from the record of an earlier request with the same Idempotency-Key: this one was not sent."""
     error: str | None = None
+    reason: str | None = None
+    """What was wrong with a request that could not be read: whoever sent that may not read the answer either."""
     attempts: int = 0
     head_at: float = 0.0
     """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
@@ -86,6 +93,8 @@ class Exchange:
     head_sent: bool = False
     client_left: bool = False
     audited: bool = False
+    quiet: bool = False
+    """Asked for all the time by machines, or by a browser by itself."""
 
     def __init__(self, method: str, path: str) -> None:
         """Begin; ``path`` is a dash until the canonical target is known: a refused one may hold anything."""
@@ -99,18 +108,52 @@ class Exchange:
         if _CERTAINTY[sent] > _CERTAINTY[self.sent]:
             self.sent = sent
 
+    @property
+    def level(self) -> str:
+        """How loud the log tells of it: what somebody may have to look after is at least a warning."""
+        error = self.error
+        if self.quiet:
+            return "debug"
+        if (error is None and self.status < 500) or (error == "client-left" and self.sent != "unknown"):  # noqa: PLR2004 - RFC 9110 section 15.6
+            return "info"
+        return "error" if error == "credentials-rejected" else "warning"
+
     def line(self) -> str:
         """Return the JSON object that the log and the status page tell of it, without a line's end."""
-        who = self.client or self.caller[:80]
         second = int(self.ended)
         stamp = f"{_to_second(second)}.{int((self.ended - second) * 1e6):06d}Z"
         return (
-            f'{{"event": "request", "level": "info", "timestamp": "{stamp}", "id": "{self.id}", '
-            f'"client": {quoted(who) if who else "null"}, "method": "{self.method}", '
+            f'{{"event": "request", "level": "{self.level}", "timestamp": "{stamp}", "id": "{self.id}", '
+            f'{_whom((self.client or self.caller)[:80], self.agent[:200], self.address)}, "method": "{self.method}", '
             f'"path": {_shown(self.path)}, "status": {self.status}, "answered_by": "{self.answered_by}", '
             f'"ms": {self.seconds * 1000:.1f}, "waited_ms": {self.waited * 1000:.1f}, "attempts": {self.attempts}'
-            + (f', "error": "{self.error}"}}' if self.error else "}")
+            + (', "replayed": true' if self.replayed else "")
+            + (f', "error": "{self.error}"' if self.error else "")
+            + (f', "reason": {quoted(self.reason)}}}' if self.reason else "}")
         )
+
+    def told(self) -> tuple[str, dict[str, Any]]:
+        """Return the same for eyes: what every line tells, in order, and by name what is out of the ordinary."""
+        path, who = masked(self.path), self.client or self.caller[:80] or "-"
+        unusual = {
+            "error": self.error,
+            "reason": self.reason,
+            "replayed": self.replayed or None,
+            "waited_ms": round(self.waited * 1000, 1) if self.waited >= _WORTH_TELLING else None,
+            "attempts": self.attempts if self.attempts > 1 else None,
+            "address": self.address,
+        }
+        text = f"{self.method} {path} {self.status or '-'} {self.seconds * 1000:.1f} ms {who}"
+        return text, {name: value for name, value in unusual.items() if value is not None}
+
+
+@lru_cache(maxsize=256)
+def _whom(who: str, agent: str, address: str | None) -> str:
+    """Return who asked, as members of a JSON object; a tool is the same from one request to the next."""
+    told = f'"client": {quoted(who) if who else "null"}'
+    if agent:
+        told += f', "user_agent": {quoted(agent)}'
+    return told if address is None else f'{told}, "address": "{address}"'
 
 
 @lru_cache(maxsize=2)
@@ -149,13 +192,13 @@ class Telemetry:
         self.finished = 0
         self.trouble: Exchange | None = None
         """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
-        self.logs_requests = logging.getLogger("metquay_proxy").isEnabledFor(logging.INFO)
         self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
         self._requests: dict[tuple[str, str, int, str], int] = {}
         self._retries = 0
         self._upstream, self._own, self._waited = Histogram(), Histogram(), Histogram()
         self._recent: deque[Exchange] = deque(maxlen=RECENT)
         self._remembered = 0
+        self._refusals: deque[float] = deque(maxlen=_REFUSALS)
         self._minutes: deque[list[float]] = deque([[0, 0, 0, 0, 0, 0]], maxlen=60)
 
     def opened(self) -> None:
@@ -169,13 +212,12 @@ class Telemetry:
         exchange.seconds = now - exchange.began
         self.active -= 1
         self.finished += 1
-        own = exchange.path.startswith("/-/")
         route = self._route(exchange.path)
         key = (exchange.method, route, exchange.status, exchange.answered_by)
         self._requests[key] = self._requests.get(key, 0) + 1
-        if not own:
+        if not (exchange.quiet or exchange.path.startswith("/-/")):
             self._remember(exchange, now)
-        if self.logs_requests:
+        if _LEVELS[exchange.level] >= _output.threshold:
             _output.request(exchange)
 
     def _remember(self, exchange: Exchange, now: float) -> None:
@@ -190,6 +232,8 @@ class Telemetry:
             self.trouble = exchange if status in _OUTAGE else None
         elif exchange.error is not None and exchange.error.startswith("upstream-"):
             self.trouble = exchange
+        elif exchange.error == "quota-exceeded":
+            self._refusals.append(exchange.ended)
         minute, milliseconds = self._minutes[-1], exchange.seconds * 1000
         if minute[0] != exchange.ended // 60:
             minute = [int(exchange.ended // 60), 0, 0, 0, 0, 0]
@@ -214,6 +258,10 @@ class Telemetry:
         exchanges = islice(self._recent, len(self._recent) - kept, None)
         return [exchange.line() for exchange in exchanges], new - kept, self._remembered
 
+    def refused(self) -> int:
+        """Return how many requests the quota refused in the last minute."""
+        return sum(ended > time.time() - 60 for ended in self._refusals)
+
     def hour(self) -> list[list[float]]:
         """Return [minute since 1970, good, refused (4xx), failed, average in ms, slowest in ms] for each minute.
 
@@ -226,7 +274,8 @@ class Telemetry:
         """Log what became of a login."""
         told = f"token {event.kind}"
         if event.kind in {"failed", "rejected"}:
-            log.warning(told, reason=event.text, next_attempt_s=round(event.wait, 1))
+            tell = log.error if event.kind == "rejected" else log.warning
+            tell(told, reason=event.text, next_attempt_s=round(event.wait, 1))
         else:
             self.trouble = None
             log.info(told, lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
@@ -301,17 +350,19 @@ class _Output:
     def __init__(self) -> None:
         self.stream: TextIO = sys.stderr
         self.as_json = False
+        self.threshold = _SILENT
+        """The least level of a request's line that is written; none is before logging was set up."""
         self._held: list[str] = []
 
     def request(self, exchange: Exchange) -> None:
         """Log an exchange; from within the event loop."""
-        line = exchange.line()
         if self.as_json:
             if not self._held:
                 asyncio.get_running_loop().call_later(_HELD, self.flush)
-            self._held.append(f"{line}\n")
+            self._held.append(f"{exchange.line()}\n")
         else:
-            log.info(**{name: value for name, value in json.loads(line).items() if name not in {"level", "timestamp"}})
+            text, unusual = exchange.told()
+            log.log(_LEVELS[exchange.level], text, **unusual)
 
     def write(self, text: str) -> None:
         """Write what was held, then ``text``."""
@@ -337,9 +388,10 @@ def configure_logging(level: str, form: str) -> None:
     ``form``: ``console``, ``json``, or ``auto`` (console on a terminal, JSON otherwise).
     """
     _output.stream, _output.as_json = sys.stderr, form == "json" or (form == "auto" and not sys.stderr.isatty())
+    _output.threshold = _LEVELS[level]
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.TimeStamper(fmt="iso" if _output.as_json else "%Y-%m-%d %H:%M:%S", utc=_output.as_json),
     ]
     renderers: list[structlog.typing.Processor]
     if _output.as_json:
@@ -350,7 +402,10 @@ def configure_logging(level: str, form: str) -> None:
             structlog.processors.JSONRenderer(),
         ]
     else:
-        renderers = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        # no-color.org; and structlog's colours need another package on Windows
+        colours = _output.stream.isatty() and not os.environ.get("NO_COLOR") and sys.platform != "win32"
+        console = structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=structlog.dev.plain_traceback)
+        renderers = [_printable, console]
     structlog.configure(
         processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -367,6 +422,14 @@ def configure_logging(level: str, form: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(_LEVELS[level])
     logging.captureWarnings(capture=True)
+
+
+def _printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Escape what a terminal would obey; tracebacks are ours, and have lines."""
+    for name, value in event.items():
+        if isinstance(value, str) and name != "exception" and not value.isprintable():
+            event[name] = "".join(each if each.isprintable() else repr(each)[1:-1] for each in value)
+    return event
 
 
 def _event_first(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

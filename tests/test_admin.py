@@ -14,7 +14,7 @@ from metquay_proxy.auth import Credentials
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.sandbox import Faults, Sandbox
 from metquay_proxy.telemetry import Exchange, Telemetry
-from tests.running import running
+from tests.running import FastTime, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -43,77 +43,158 @@ STATUS: dict[str, Any] = {
     "requests": {"active": 0, "finished": 9},
 }
 FAILING = {**TOKEN, "failures_in_a_row": 2, "last_error": "lab.metquay.co cannot be found.", "next_login_in": 3.2}
+REJECTED = {**FAILING, "rejected": True, "last_error": "Metquay refused the key pair (status 401)."}
+NEVER = {"renewals": 0, "seconds_left": 0.0}
+NOW = 1_700_000_000.0
+LAB = "lab.metquay.co"
+SANDBOX = {"sandbox": True, "key": None}
+FASTER = "more records at once (limit=500)"
 
 
-def trouble(error: str | None, status: int) -> Exchange:
-    """Make an exchange with Metquay that went wrong."""
+def trouble(error: str | None, status: int, ago: float = 5.0) -> Exchange:
+    """Make an exchange with Metquay that went wrong so many seconds ago."""
     exchange = Exchange("GET", "/api/v1/customers")
-    exchange.error, exchange.status = error, status
+    exchange.error, exchange.status, exchange.ended = error, status, NOW - ago
     return exchange
 
 
-@pytest.mark.parametrize(
-    ("level", "text", "cure", "change", "last"),
-    [
-        ("ok", "Ready: connected to lab.metquay.co with key ...4F2A.", "", {}, None),
-        ("ok", "Ready: connected to lab.metquay.co.", "", {"key": None}, None),
-        ("ok", "Ready: connected to the built-in sandbox (made-up data).", "", {"sandbox": True, "key": None}, None),
-        (
-            "wait",
-            "Starting: logging in to lab.metquay.co.",
-            "a few seconds",
-            {"ready": False},
-            None,
-        ),
-        (
-            "bad",
-            "Not working: lab.metquay.co refuses the key ...4F2A.",
-            "METQUAY_SECRET_KEY",
-            {"ready": False, "token": {**FAILING, "rejected": True}},
-            None,
-        ),
-        (
-            "bad",
-            "Not working: no connection to lab.metquay.co.",
-            "lab.metquay.co cannot be found. Next attempt in 4 s.",
-            {"ready": False, "token": FAILING},
-            None,
-        ),
-        (
-            "bad",
-            "Not working: lab.metquay.co cannot be reached.",
-            "Check the network",
-            {},
-            trouble("upstream-unreachable", 502),
-        ),
-        ("bad", "Not working: lab.metquay.co is out of order (status 503).", "Wait", {}, trouble(None, 503)),
-        (
-            "slow",
-            "Working for 14 more minutes: the login to lab.metquay.co fails.",
-            "Next attempt in 4 s.",
-            {"token": FAILING},
-            None,
-        ),
-        (
-            "slow",
-            "Slowed down: tools ask for more than 100 requests in 60 s.",
-            "their turn (7 now)",
-            {"quota": {**QUOTA, "waiting": 7}},
-            None,
-        ),
-        ("slow", "Slowed down: tools", "Nothing is lost", {"quota": {**QUOTA, "used": 100}}, None),
-        ("slow", "Slowed down: tools", "Nothing is lost", {"quota": {**QUOTA, "closed_for": 12.0}}, None),
-        ("ok", "Ready: connected", "", {"quota": None}, None),
-        ("wait", "Stopping: no new requests are taken.", "Start the proxy again", {"draining": True}, None),
-    ],
-)
-def test_the_sentence(level: str, text: str, cure: str, change: dict[str, Any], last: Exchange | None) -> None:
-    """Each state has one sentence that says how things stand, and one that says what to do."""
-    found = headline({**STATUS, **change}, last)
+UNREACHABLE = trouble("upstream-unreachable", 502)
+STATES: list[tuple[str, str, str, dict[str, Any], Exchange | None, int]] = [
+    # nothing is the matter
+    ("ok", f"Ready: connected to {LAB} with key ...4F2A.", "", {}, None, 0),
+    ("ok", f"Ready: connected to {LAB}.", "", {"key": None}, None, 0),
+    ("ok", "Ready: connected to the built-in sandbox (made-up data).", "", SANDBOX, None, 0),
+    ("ok", "Ready: connected to", "", {"read_only": True}, None, 0),
+    ("ok", "Ready: connected to", "", {"quota": None}, None, 0),
+    ("ok", "Ready: connected to", "", {"quota": {**QUOTA, "used": 69}}, None, 0),
+    ("ok", "Ready: connected to", "", {"redis": {"shared": False, "alone_for": 3.0, "share": 50}}, None, 0),
+    # no token
+    ("wait", f"Starting: logging in to {LAB}.", "a few seconds", {"ready": False, "token": TOKEN | NEVER}, None, 0),
+    ("wait", f"Logging in again to {LAB}.", "wait for it", {"ready": False}, None, 0),
+    (
+        "bad",
+        f"Not working: the login to {LAB} fails.",
+        "lab.metquay.co cannot be found. Next attempt in 4 s.",
+        {"ready": False, "token": FAILING},
+        None,
+        0,
+    ),
+    (
+        "bad",
+        f"Not working: the login to {LAB} fails.",
+        "cannot be found. The next attempt is under way.",
+        {"ready": False, "token": {**FAILING, "next_login_in": 0.0}},
+        UNREACHABLE,
+        0,
+    ),
+    (
+        "bad",
+        f"Not working: {LAB} refuses the key ...4F2A.",
+        "METQUAY_SECRET_KEY",
+        {"ready": False, "token": REJECTED},
+        None,
+        0,
+    ),
+    # the token of before still serves
+    ("slow", f"Working for 14 more minutes: the login to {LAB} fails.", "attempt in 4 s.", {"token": FAILING}, None, 0),
+    (
+        "slow",
+        f"Working for 59 more seconds: the login to {LAB} fails.",
+        "Next attempt",
+        {"token": {**FAILING, "seconds_left": 59.9}},
+        None,
+        0,
+    ),
+    ("slow", f"Working for 14 more minutes: {LAB} refuses the key", "valid key pair", {"token": REJECTED}, None, 0),
+    # Metquay is out of order
+    ("bad", f"The last request failed: {LAB} could not be reached.", "5 s ago. Check the network", {}, UNREACHABLE, 0),
+    ("bad", "The last request failed: lab", "Check the network", {"token": FAILING}, UNREACHABLE, 9),
+    (
+        "bad",
+        f"The last request failed: {LAB} was out of order (status 503).",
+        "That was 12 min ago.",
+        {},
+        trouble(None, 503, 720.0),
+        0,
+    ),
+    ("bad", "could not be reached securely.", "certificate", {}, trouble("upstream-tls", 502), 0),
+    ("bad", "did not answer in time.", "Wait", {}, trouble("upstream-timeout", 504), 0),
+    ("bad", "broke off its answer.", "Wait", {}, trouble("upstream-closed", 502), 0),
+    ("bad", "gave an answer that makes no sense.", "METQUAY_HOST", {}, trouble("upstream-protocol", 502), 0),
+    # the quota
+    (
+        "slow",
+        "Slowed down: 7 requests wait for their turn.",
+        "73 of 100 requests in 60 s are used. None was refused in the last minute. It goes faster",
+        {"quota": {**QUOTA, "used": 73, "waiting": 7, "next_free_in": 24.0}},
+        None,
+        0,
+    ),
+    ("slow", "Slowed down: 1 request waits for its turn.", FASTER, {"quota": {**QUOTA, "waiting": 1}}, None, 0),
+    (
+        "slow",
+        "Slowed down: a request that came now would wait 2 s.",
+        "73 of 100 requests in 60 s are used. What is left is spread over the time.",
+        {"quota": {**QUOTA, "used": 73, "next_free_in": 1.9}},
+        None,
+        0,
+    ),
+    (
+        "slow",
+        f"Slowed down: {LAB} takes no requests for 12 s.",
+        "counted too many requests (429). Something else may use the same keys",
+        {"quota": {**QUOTA, "closed_for": 12.0, "next_free_in": 12.0}},
+        None,
+        0,
+    ),
+    (
+        "slow",
+        f"Slowed down: {LAB} takes no requests for 12 s; 3 requests wait for their turn.",
+        "Something else may use the same keys",
+        {"quota": {**QUOTA, "closed_for": 12.0, "waiting": 3, "next_free_in": 14.0}},
+        None,
+        0,
+    ),
+    (
+        "slow",
+        "Too busy: 31 requests were refused in the last minute (429).",
+        "7 requests wait for their turn. 100 of 100 requests in 60 s are used. Tools that were refused must",
+        {"quota": {**QUOTA, "used": 100, "waiting": 7, "next_free_in": 24.0}},
+        None,
+        31,
+    ),
+    (
+        "slow",
+        "Too busy: 1 request was refused",
+        "counted too many requests (429). Something else may use the same keys",
+        {"quota": {**QUOTA, "closed_for": 12.0, "next_free_in": 12.0}},
+        None,
+        1,
+    ),
+    ("slow", "Too busy: 2 requests were refused in the last minute (429).", "is off", {"quota": None}, None, 2),
+    # the end
+    (
+        "wait",
+        "Stopping: no new requests are taken.",
+        "Start the proxy again",
+        {"draining": True, "ready": False},
+        None,
+        0,
+    ),
+]
+
+
+@pytest.mark.parametrize(("level", "text", "cure", "change", "last", "refused"), STATES)
+def test_the_sentence(  # noqa: PLR0913 - the columns
+    level: str, text: str, cure: str, change: dict[str, Any], last: Exchange | None, refused: int
+) -> None:
+    """Each state has one sentence that says how things stand, and one that says what to do; each is true in it."""
+    found = headline({**STATUS, **change}, last, refused, NOW)
     assert level == found[0]
     assert text in found[1]
     assert cure in found[2]
     assert bool(cure) == bool(found[2])
+    assert "  " not in " ".join(found)
 
 
 def admin(telemetry: Telemetry | None = None, *, allow_quit: bool = False, tick: float = 0.01) -> Admin:
@@ -142,6 +223,35 @@ def test_wrong_methods(allow: str, method: str, path: str) -> None:
         admin().answer(method, path)
     assert "method-not-allowed" == refusal.value.slug
     assert (("Allow", allow),) == refusal.value.headers
+
+
+@pytest.mark.parametrize(
+    ("status", "path"),
+    [(302, "/"), (302, "/-"), (204, "/favicon.ico"), (404, "/robots.txt"), (404, "/apple-touch-icon.png")],
+)
+def test_what_browsers_ask_for_by_themselves(status: int, path: str) -> None:
+    """The root leads to the status page; there is no picture, and nothing else; other methods are refused."""
+    if status == 404:
+        for method in ("GET", "POST"):
+            with pytest.raises(ProxyError, match=r"no page .*/-/status") as refusal:
+                admin().answer(method, path)
+            assert "no-such-page" == refusal.value.slug
+        return
+    for method in ("GET", "HEAD"):
+        answer = admin().answer(method, path)
+        assert (status, b"") == (answer.status, answer.body)
+        assert (status == 302) == (("Location", "/-/") in answer.headers)
+    with pytest.raises(ProxyError) as refusal:
+        admin().answer("POST", path)
+    assert ("method-not-allowed", (("Allow", "GET, HEAD"),)) == (refusal.value.slug, refusal.value.headers)
+
+
+def test_the_older_interface_where_it_is_off() -> None:
+    """Whatever is asked of it, the answer names the setting that is missing."""
+    for method in ("GET", "POST"):
+        with pytest.raises(ProxyError, match=r"METQUAY_PASS_THROUGH=/FlexicalERP/") as refusal:
+            admin().answer(method, "/FlexicalERP/rest/customer")
+        assert "pass-through-off" == refusal.value.slug
 
 
 def test_unknown_pages() -> None:
@@ -274,6 +384,20 @@ async def test_status_is_the_single_source(sandbox: Sandbox, session: aiohttp.Cl
     assert isinstance(status["settings"], list)
 
 
+async def test_refusals_are_told(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """Where the quota refuses requests, the sentence says how many, and no longer once a minute has passed."""
+    async with running(sandbox.url, rate_limit="4/minute", max_wait="0.1") as (proxy, url):
+        statuses = []
+        for _ in range(6):
+            async with session.get(f"{url}/customers?limit=1") as response:
+                statuses.append(response.status)
+        async with session.get(f"{url}/-/status") as response:
+            text = (await response.json())["headline"]["text"]
+        refused = statuses.count(429)
+        assert refused == proxy.telemetry.refused() > 1
+        assert f"Too busy: {refused} requests were refused in the last minute (429)." in text
+
+
 async def test_metrics_over_http(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
     """Prometheus gets its text, with the time that Metquay took apart from the proxy's own."""
     async with running(sandbox.url) as (_, url):
@@ -329,8 +453,22 @@ async def test_the_connection_is_tested(sandbox: Sandbox, session: aiohttp.Clien
         assert "could not be reached" in down["text"]
         async with session.get(f"{url}/-/status") as response:
             status = await response.json()
-        assert "cannot be reached" in status["headline"]["text"]
+        assert "could not be reached" in status["headline"]["text"]
         assert "test of the connection" == status["recent"][-1]["client"]
+
+
+async def test_waiting_is_not_metquays_time(sandbox: Sandbox) -> None:
+    """What the request waited for the proxy is told apart from the time in which Metquay answered."""
+    async with running(sandbox.url, time_=FastTime(20)) as (proxy, _):
+        await proxy.test()
+        token = proxy.tokens.current()
+        assert token is not None
+        proxy.tokens.reject(token)
+        told = re.fullmatch(
+            r"Metquay answered in (\d+) ms, after (\d\.\d) s in which .* waited\.", (await proxy.test())["text"]
+        )
+        assert told is not None
+        assert int(told[1]) < 1000 * float(told[2])
 
 
 async def test_a_reading_key_may_test_and_no_web_page_may(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:

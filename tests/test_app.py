@@ -459,11 +459,9 @@ async def test_a_process_that_is_told_to_stop(tmp_path: Path, number: int) -> No
         lines = [json.loads(line) for line in running.command.log.read_text().splitlines()]
         requests = {line["path"]: (line["status"], line.get("error")) for line in lines if line["event"] == "request"}
         assert {
-            "/-/ready": (200, None),
-            "/-/events": (200, None),
             "/api/v1/upload": (200, None),
             "/api/v1/detached": (200, "client-left"),
-            "/api/v1/download": (200, "client-left"),
+            "/api/v1/download": (200, "shutting-down"),
         } == requests
 
 

@@ -41,7 +41,7 @@ async proxy => {
         return response.type === "opaque" ? "opaque" : response.status + ":" + (await response.text()).slice(0, 40);
     };
     for (const mode of ["cors", "no-cors", "same-origin"])
-        for (const path of ["/customers?limit=1", "/-/status", "/-/", "/authenticate"])
+        for (const path of ["/customers?limit=1", "/-/status", "/-/", "/authenticate", "/", "/favicon.ico"])
             await attempt("GET " + mode + " " + path, () => read(path, {mode}));
     for (const type of ["text/plain", "application/x-www-form-urlencoded", "application/json"])
         for (const mode of ["cors", "no-cors"])
@@ -71,6 +71,7 @@ async proxy => {
     await load("script", "src", "/customers");
     await load("iframe", "src", "/customers");
     await load("iframe", "src", "/-/");
+    await load("iframe", "src", "/");
     await new Promise(done => {
         new EventSource(proxy + "/customers").onerror = done; setTimeout(done, 1500);
     });
@@ -144,6 +145,19 @@ async def test_another_site_gets_nothing_through(sandbox: Sandbox) -> None:
             assert outcome in {"refused", "opaque", "true"}, (name, outcome)
         assert 0 == sandbox.requests
         assert 20 < proxy.telemetry.finished, "the attacks were made, and the proxy refused them"
+
+
+async def test_a_link_leads_to_the_status_page(sandbox: Sandbox) -> None:
+    """Another site may link to the bare address; what the browser asks for by itself is no news, nor Metquay's."""
+    async with running(sandbox.url) as (proxy, url), site() as origin, browser() as chromium:
+        await asyncio.sleep(0.2)
+        page = await chromium.new_page()  # type: ignore[attr-defined]
+        await page.goto(origin)
+        await page.evaluate("address => { location.href = address; }", url)
+        await page.wait_for_url(f"{url}/-/")
+        assert 204 == await page.evaluate("async () => (await fetch('/favicon.ico')).status")
+        assert 0 == sandbox.requests
+        assert ([], 0, 0) == proxy.telemetry.since(0)
 
 
 async def test_rebinding(sandbox: Sandbox) -> None:

@@ -15,7 +15,7 @@ CONTRACT = {
     400: {"bad-target", "bad-request"},
     401: {"login-required"},
     403: {"host-not-allowed", "origin-not-allowed", "client-key-required", "read-only"},
-    404: {"no-such-page"},
+    404: {"no-such-page", "pass-through-off"},
     405: {"method-not-allowed"},
     408: {"request-timeout"},
     409: {"outcome-unknown", "in-progress"},

@@ -330,8 +330,9 @@ class TestFetchMetadata:
     @pytest.mark.parametrize("site", ["cross-site", "same-site"])
     def test_a_link_to_the_status_page(self, site: str) -> None:
         """The status page may be opened from anywhere, as a page of its own."""
-        for path in ("/-/", "/-/?x=1", "/api/v1/-/"):
+        for path in ("/-/", "/-/?x=1", "/api/v1/-/", "/", "/-"):
             assert "admitted" == verdict(OPEN, {"Sec-Fetch-Site": site} | NAVIGATION, path=path)
+        assert "origin-not-allowed" == verdict(OPEN, {"Sec-Fetch-Site": site} | NAVIGATION, path="/favicon.ico")
 
     @pytest.mark.parametrize(
         "fields",
@@ -540,6 +541,14 @@ class TestKey:
         for fields in ({}, {"X-Proxy-Key": "wrong"}):
             for method in ("GET", "HEAD", "POST"):
                 assert Admission() == admit(GUARDED, fields, method, path)
+
+    @pytest.mark.parametrize("path", ["/", "/-", "/favicon.ico", "/robots.txt", "/.well-known/x"])
+    def test_what_browsers_ask_for_by_themselves_needs_none(self, path: str) -> None:
+        """A browser knows none yet; but Host and the rules against other sites hold."""
+        assert Admission() == admit(GUARDED, {"X-Proxy-Key": "wrong"}, "POST", path)
+        assert "host-not-allowed" == verdict(GUARDED, {"Host": "rebound.example"}, path=path)
+        assert "origin-not-allowed" == verdict(GUARDED, {"Origin": "https://evil.example"}, path=path)
+        assert "origin-not-allowed" == verdict(GUARDED, {"Sec-Fetch-Site": "cross-site"}, path=path)
 
     @pytest.mark.parametrize(
         "path", ["/-/live/", "/-/livex", "/-/Live", "/-//live", "/-/status", "/-/unknown", "/-/ready;x"]

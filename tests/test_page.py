@@ -108,21 +108,26 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             await get(session, f"{proxy.url}/nothing")
             await expect(rows.first).to_contain_text("! 404")
 
+            reader, writer = await asyncio.open_connection(*proxy.url.removeprefix("http://").split(":"))
+            writer.write(b"\x16\x03\x01\x02\x00\x01")
+            await reader.read()
+            writer.close()
+            await expect(rows.first).to_contain_text("the tool speaks https where http is expected")
             await page.fill("#filter", "excel 404")
             await expect(rows).to_have_count(1)
             await page.fill("#filter", "")
-            await expect(rows).to_have_count(2)
+            await expect(rows).to_have_count(3)
 
             await page.click("#pause")
             await get(session, f"{proxy.url}/works")
             await expect(page.locator("#shown")).to_have_text("Paused; 1 new")
-            assert 2 == await rows.count()
+            assert 3 == await rows.count()
             await page.click("#pause")
-            await expect(rows).to_have_count(3)
+            await expect(rows).to_have_count(4)
 
             await expect(page.locator("#used")).to_have_text("3 of 100 requests in 60 s used", timeout=5000)
             await expect(page.locator("#callers")).to_contain_text("Excel")
-            await expect(page.locator("#answers")).to_contain_text("2 good, 1 refused (4xx), 0 failed")
+            await expect(page.locator("#answers")).to_contain_text("2 good, 2 refused (4xx), 0 failed")
             assert await page.locator("#statuses rect").count() > 0
             await expect(page.locator("#token")).to_contain_text("1 login, no failure")
             await page.click("summary")
@@ -157,8 +162,8 @@ async def test_screenshots(browser: Browser, session: aiohttp.ClientSession, sch
             "Not working: 127.0.0.1:{port} refuses the key ...4F2A.",
             "METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY",
         ),
-        ("down", "Not working: 127.0.0.1:{port} cannot be reached.", "Check the network"),
-        ("quota", "Slowed down: tools ask for more than 10 requests in 60 s.", "their turn (1 now)"),
+        ("down", "The last request failed: 127.0.0.1:{port} could not be reached.", "Check the network"),
+        ("quota", "Slowed down: 1 request waits for its turn.", "7 of 10 requests in 60 s are used. None was refused"),
     ],
 )
 async def test_what_is_wrong(
@@ -254,7 +259,46 @@ async def test_polling_and_a_proxy_that_ends(browser: Browser, session: aiohttp.
         await get(session, f"{url}/works")
         await expect(page.locator("#requests tbody tr")).to_have_count(1)
         await proxy.stop(1)
-        await expect(page.locator("#sentence")).to_have_text("Not running: the proxy does not answer this page.")
+        await expect(page.locator("#sentence")).to_have_text("No answer: this page does not reach the proxy.")
         await expect(page.locator("#cure")).to_contain_text("Start metquay-proxy again")
         await expect(page.locator("#live")).to_have_text("no contact")
+        left = await page.locator("#left").text_content()
+        await asyncio.sleep(1.2)
+        assert left == await page.locator("#left").text_content(), "figures that nobody brings do not tick on"
+        assert "no contact" == await page.locator("main").get_attribute("data-stale")
+    await sandbox.stop()
+
+
+@pytest.mark.parametrize(
+    ("status", "slug", "body", "sentence", "cure"),
+    [
+        (403, "client-key-required", '{"code": 403, "message": "x"}', "Locked: the proxy runs", "Load this page again"),
+        (403, "host-not-allowed", '{"code": 403, "message": "told"}', "Refused: the proxy runs", "told"),
+        (503, "shutting-down", '{"code": 503, "message": "told"}', "Stopping: no new", "told"),
+        (200, None, "<html>", "Not the proxy: another program answers", "status 200"),
+        (404, None, '{"error": "none"}', "Not the proxy: another program answers", "status 404"),
+    ],
+)
+async def test_what_the_page_says_when_it_gets_no_figures(  # noqa: PLR0913 - the columns
+    browser: Browser, status: int, slug: str | None, body: str, sentence: str, cure: str
+) -> None:
+    """It tells a proxy that refuses it from one that is gone, and from another program; old figures are marked."""
+    sandbox = Sandbox(rate_limit=None)
+    await sandbox.start()
+    async with running(sandbox.url) as (_, url), opened(browser, url, strict=False) as page:
+        await expect(page.locator("#live")).to_have_text("live")
+        headers = {} if slug is None else {"X-Metquay-Proxy-Error": slug}
+
+        async def answer(route: Any) -> None:  # noqa: ANN401 - Playwright's own
+            await route.fulfill(status=status, body=body, headers=headers)
+
+        await page.route("**/-/events", answer)
+        await page.route("**/-/status", answer)
+        await page.reload()
+        await expect(page.locator("#sentence")).to_contain_text(sentence)
+        await expect(page.locator("#cure")).to_contain_text(cure)
+        await expect(page.locator("#live")).to_have_text("old figures")
+        await page.unroute_all()
+        await expect(page.locator("#sentence")).to_contain_text("Ready", timeout=10_000)
+        assert await page.locator("main").get_attribute("data-stale") is None
     await sandbox.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ import pytest
 from aiohttp import web
 
 from metquay_proxy.errors import ProxyError
-from metquay_proxy.server import Bounds
-from tests.wire import BLANK, OK, Broken, Client, Peer, answered, chunked, eventually, get, head, post, rule
+from metquay_proxy.server import Bounds, remote
+from tests.wire import BLANK, OK, Broken, Client, Peer, answered, chunked, eventually, get, head, post, rule, running
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from metquay_proxy.telemetry import Exchange
     from tests.wire import Bench
 
@@ -178,7 +181,7 @@ class TestDrain:
     @rule("contract 9")
     @pytest.mark.parametrize(("request_", "sent"), [(get(), b"no"), (post(b"abc"), b"unknown")])
     async def test_the_deadline(self, bench: Bench, request_: bytes, sent: bytes) -> None:
-        """What is not answered at the deadline gets 503 that says whether it may have been executed."""
+        """What is not answered at the deadline gets 503 that says whether it may have been executed, and what to do."""
         client = await bench.client()
         await client.send(request_)
         peer = await bench.upstream.peer()
@@ -187,6 +190,7 @@ class TestDrain:
         answer = await client.answer()
         assert (503, "shutting-down") == (answer.status, answer.slug)
         assert answer.value(b"X-Metquay-Proxy-Sent") in {sent, b"unknown"}
+        assert (request_[:4] == b"POST") == (b"look there before" in answer.body)
         await peer.gone()
 
     @rule("contract 9")
@@ -504,3 +508,96 @@ class TestAtOnce:
         with pytest.raises(Broken):
             await client.answer()
         await eventually(lambda: 0 == bench.proxy.telemetry.active)
+
+
+def lines(bench: Bench) -> list[dict[str, Any]]:
+    """Return what the log tells of the requests."""
+    return [json.loads(line) for line in bench.proxy.telemetry.since(0)[0]]
+
+
+class TestLog:
+    @rule("contract 9")
+    async def test_who_asked(self, bench: Bench) -> None:
+        """User-Agents are told in every way through the server, refused requests included; loopback is no address."""
+        client = await bench.client()
+        bench.upstream.plays(OK)
+        for request in (get, post):
+            for target in ("/x", "/../x"):
+                fields = ["User-Agent: Tool/1"]
+                await client.send(get(target, *fields) if request is get else post(b"{}", *fields, target=target))
+                await client.answer()
+        assert ["Tool/1"] * 4 == [line["user_agent"] for line in lines(bench)]
+        assert [None, "bad-target"] * 2 == [line.get("error") for line in lines(bench)]
+        assert not [line for line in lines(bench) if "address" in line]
+
+    @rule("contract 9")
+    async def test_from_where(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The address of another machine is found once a connection, and told of each of its requests."""
+        found = []
+        monkeypatch.setattr("metquay_proxy.server.remote", lambda peer: found.append(peer) or "192.0.2.7")
+        client = await bench.client()
+        bench.upstream.plays(OK)
+        for request in (get(), post(b"{}"), b"nonsense" + BLANK):
+            await client.send(request)
+            await client.answer()
+        assert ["192.0.2.7"] * 3 == [line["address"] for line in lines(bench)]
+        assert 1 == len(found)
+
+    @pytest.mark.parametrize(
+        ("address", "peer"),
+        [
+            ("192.0.2.7", ("192.0.2.7", 50000)),
+            ("192.0.2.7", ("::ffff:192.0.2.7", 50000, 0, 0)),
+            ("2001:db8::7", ("2001:db8::7", 50000, 0, 0)),
+            ("fe80::7%eth0", ("fe80::7%eth0", 50000, 0, 2)),
+            (None, ("127.0.0.1", 50000)),
+            (None, ("127.8.8.8", 50000)),
+            (None, ("::1", 50000, 0, 0)),
+            (None, ("::ffff:127.0.0.1", 50000, 0, 0)),
+            (None, ""),
+            (None, None),
+        ],
+    )
+    def test_what_is_an_address(self, address: str | None, peer: object) -> None:
+        """Loopback and unix sockets are this machine; IPv4 in IPv6 is IPv4."""
+        assert address == remote(peer)
+
+    @rule("contract 9")
+    async def test_what_is_asked_all_the_time(self, bench: Bench) -> None:
+        """Probes, scrapes, event streams and what browsers ask by themselves are no news, unless they were refused."""
+        told: list[Exchange] = []
+        tell = bench.proxy.telemetry.closed
+        bench.proxy.telemetry.closed = lambda exchange: told.append(exchange) or tell(exchange)  # type: ignore[method-assign, func-returns-value]
+        for path in ("/-/live", "/-/ready", "/-/metrics", "/", "/favicon.ico", "/robots.txt", "/-/status", "/-/x"):
+            await bench.ask(get(path))
+            await bench.ask(get(path, host=b"rebound.example"))
+        stream = await bench.client()
+        await stream.send(get("/-/events"))
+        await stream.until(b"data: ")
+        stream.close()
+        await eventually(lambda: 0 == bench.proxy.telemetry.active)
+        assert ["debug", "warning"] * 6 + ["info", "warning"] + ["warning"] * 2 + ["debug"] == [
+            each.level for each in told
+        ]
+
+    async def test_a_replayed_answer(self, tmp_path: Path) -> None:
+        """A repeated POST was answered by the proxy, from its record: log and audit tell of one execution."""
+        path = tmp_path / "audit.log"
+        async with running(audit_log=str(path)) as bench:
+            await self.replay(bench)
+            told = lines(bench)
+        assert [("metquay", 1, None), ("proxy", 0, True)] == [
+            (line["answered_by"], line["attempts"], line.get("replayed")) for line in told
+        ]
+        audit = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [("yes", None), ("no", True)] == [(line["sent"], line.get("replayed")) for line in audit]
+        assert [line["id"] for line in told] == [line["id"] for line in audit]
+
+    async def replay(self, bench: Bench) -> None:
+        """Send the same POST twice."""
+        client = await bench.client()
+        bench.upstream.plays(answered("X-Request-Id: first", status="201 Created", body=b"{}"))
+        for _ in range(2):
+            await client.send(post(b"{}", "Idempotency-Key: k"))
+            answer = await client.answer()
+            assert (201, b"first") == (answer.status, answer.value(b"X-Request-Id"))

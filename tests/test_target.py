@@ -116,11 +116,62 @@ def test_asterisk() -> None:
 
 @pytest.mark.parametrize(
     ("raw", "own"),
-    [("/-/live", True), ("/api/v1/-/live", True), ("//-/", True), ("/-", False), ("/--/x", False), ("/x/-/", False)],
+    [
+        ("/-/live", True),
+        ("/api/v1/-/live", True),
+        ("//-/", True),
+        ("/authenticate", True),
+        ("/api/v1/authenticate?x", True),
+        ("/authenticate/", False),
+        ("/--/x", False),
+        ("/-x", False),
+        ("/x/-/", False),
+        ("/FlexicalERP", False),
+        ("/FlexicalERP/x", False),
+        ("/api/v1/FlexicalERP/x", True),
+    ],
 )
 def test_own(raw: str, own: bool) -> None:  # noqa: FBT001 - a column of the table
-    """The proxy's own pages are told by the canonical path."""
-    assert own is RULES.parse("GET", raw).own
+    """What the proxy answers itself is told by the canonical path; the older interface is, unless it passes through."""
+    target = RULES.parse("GET", raw)
+    assert (own, False) == (target.own, target.unasked)
+    assert "FlexicalERP/" not in raw or TargetRules("/api/v1", []).parse("GET", raw).own
+
+
+@pytest.mark.parametrize(
+    ("raw", "unasked"),
+    [
+        ("/", True),
+        ("/?utm=1", True),
+        ("//", True),
+        ("/api/v1", True),
+        ("/api/v1/", True),
+        ("http://localhost:6387/", True),
+        ("https://lab.metquay.co", True),
+        ("/-", True),
+        ("/favicon.ico", True),
+        ("/robots.txt", True),
+        ("/apple-touch-icon.png", True),
+        ("/apple-touch-icon-120x120-precomposed.png", True),
+        ("/.well-known/appspecific/com.chrome.devtools.json", True),
+        ("/.well-known", False),
+        ("/favicon.ico/", False),
+        ("/favicon_ico", False),
+        ("/x/favicon.ico", False),
+        ("/Robots.txt", False),
+        ("/customers", False),
+    ],
+)
+def test_what_browsers_ask_for_by_themselves(raw: str, unasked: bool) -> None:  # noqa: FBT001 - a column of the table
+    """These never go upstream, in whatever form they are asked for; the API's root is one of them."""
+    target = RULES.parse("GET", raw)
+    assert (unasked, unasked) == (target.own, target.unasked)
+
+
+def test_a_path_that_is_passed_through_is_asked_for() -> None:
+    """Where the settings send such a path to the server, it needs a client key like any other."""
+    target = TargetRules("/api/v1", [], pass_through=("/.well-known/",)).parse("GET", "/.well-known/x")
+    assert (True, False, False) == (target.pass_through, target.own, target.unasked)
 
 
 def test_fields() -> None:

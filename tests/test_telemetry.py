@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +18,8 @@ from metquay_proxy.telemetry import RECENT, Exchange, Telemetry, masked
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from metquay_proxy.errors import Sent
 
 STATUS = {
     "ready": True,
@@ -80,12 +84,15 @@ def test_a_line_tells_the_contract() -> None:
     """Id, client, method, path, status, who answered, ms, waited, attempts; an error where there was one."""
     made = exchange(status=429, answered_by="proxy", error="quota-exceeded", attempts=2)
     made.client, made.caller, made.waited, made.seconds, made.ended = "workbook", "Excel", 1.5, 2.0123, 1700000000.25
+    made.agent, made.address, made.replayed = "Excel/16" * 50, "192.0.2.7", True
     assert {
         "event": "request",
-        "level": "info",
+        "level": "warning",
         "timestamp": "2023-11-14T22:13:20.250000Z",
         "id": made.id,
         "client": "workbook",
+        "user_agent": ("Excel/16" * 50)[:200],
+        "address": "192.0.2.7",
         "method": "GET",
         "path": "/api/v1/customers",
         "status": 429,
@@ -93,8 +100,45 @@ def test_a_line_tells_the_contract() -> None:
         "ms": 2012.3,
         "waited_ms": 1500.0,
         "attempts": 2,
+        "replayed": True,
         "error": "quota-exceeded",
     } == json.loads(made.line())
+
+
+def test_a_line_leaves_out_what_is_not_known() -> None:
+    """Neither address nor User-Agent nor reason, where there is none; nobody is null."""
+    fields = json.loads(exchange().line())
+    assert fields["client"] is None
+    assert {"user_agent", "address", "replayed", "error", "reason"}.isdisjoint(fields)
+
+
+@pytest.mark.parametrize(
+    ("level", "status", "error", "sent", "quiet"),
+    [
+        ("info", 200, None, "no", False),
+        ("info", 404, None, "no", False),
+        ("info", 0, "client-left", "no", False),
+        ("info", 201, "client-left", "yes", False),
+        ("warning", 0, "client-left", "unknown", False),
+        ("warning", 500, None, "no", False),
+        ("warning", 503, None, "no", False),
+        ("warning", 200, "upstream-closed", "no", False),
+        ("warning", 502, "upstream-unreachable", "no", False),
+        ("warning", 429, "quota-exceeded", "no", False),
+        ("warning", 403, "client-key-required", "no", False),
+        ("warning", 404, "pass-through-off", "no", False),
+        ("error", 503, "credentials-rejected", "no", False),
+        ("debug", 200, None, "no", True),
+        ("debug", 503, None, "no", True),
+        ("debug", 404, "no-such-page", "no", True),
+        ("debug", 200, "client-left", "no", True),
+    ],
+)
+def test_how_loud_a_line_is(level: str, status: int, error: str | None, sent: Sent, *, quiet: bool) -> None:
+    """Made by the proxy or broken: a warning; keys refused: an error; what machines ask all the time: debug."""
+    made = exchange(status=status, error=error)
+    made.sent, made.quiet = sent, quiet
+    assert level == json.loads(made.line())["level"]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +243,10 @@ def test_the_last_exchanges_are_bounded() -> None:
         telemetry.closed(exchange(f"/api/v1/works/{number}"))
     telemetry.closed(exchange("/-/status"))
     lines, lost, last = telemetry.since(1)
+    probe = exchange("/favicon.ico")
+    probe.quiet = True
+    telemetry.closed(probe)
+    assert (lines, lost, last) == telemetry.since(1)
     assert ["/api/v1/works/1", "/api/v1/works/2"] == [json.loads(line)["path"] for line in lines]
     assert (0, 3) == (lost, last)
     for _ in range(RECENT + 5):
@@ -232,6 +280,18 @@ def test_the_last_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 60 == len(telemetry.hour())
 
 
+def test_how_many_the_quota_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the last minute are counted, whatever else was answered; memory stays bounded."""
+    telemetry, now = Telemetry(), 1_700_000_000.0
+    monkeypatch.setattr("metquay_proxy.telemetry.time.time", lambda: now)
+    for _ in range(200):
+        telemetry.closed(exchange(status=429, answered_by="proxy", error="quota-exceeded", attempts=0))
+        telemetry.closed(exchange())
+    assert 200 == telemetry.refused()
+    now += 60
+    assert 0 == telemetry.refused()
+
+
 def test_trouble_with_metquay() -> None:
     """The last exchange counts: an outage is trouble until Metquay answers, or a login goes well."""
     telemetry = Telemetry()
@@ -261,7 +321,7 @@ telemetry = Telemetry()
 
 async def main():
     made = Exchange("GET", "/api/v1/customers?name=ACME")
-    made.status = 200
+    made.status, made.caller, made.agent = 200, "Excel\\x9b31m", "Excel\\x9b31m"
     telemetry.closed(made)
     telemetry.token_event(TokenEvent("renewed", "", 900.0, 720.0))
     telemetry.token_event(TokenEvent("failed", "no network", None, 4.0))
@@ -273,7 +333,13 @@ async def main():
     except ValueError:
         log.exception("internal error", id=made.id)
         logging.getLogger("aiohttp.server").exception("also of aiohttp")
-    telemetry.closed(Exchange("GET", "/-/live"))
+    telemetry.token_event(TokenEvent("rejected", "refused\\x1b[31m", None, 60.0))
+    failed = Exchange("POST", "/api/v1/works")
+    failed.status, failed.error, failed.attempts, failed.waited = 502, "upstream-closed", 3, 1.25
+    telemetry.closed(failed)
+    probe = Exchange("GET", "/-/live")
+    probe.quiet = True
+    telemetry.closed(probe)
     {after}
 
 asyncio.run(main())
@@ -297,7 +363,9 @@ def test_json_log() -> None:
     events = [line["event"] for line in lines]
     assert ["request", "token renewed", "token failed", "a message of aiohttp"] == events[:4]
     assert "a warning of Python's" in events[4]
-    assert ["internal error", "also of aiohttp", "request"] == events[5:]
+    assert ["internal error", "also of aiohttp", "token rejected", "request"] == events[5:]
+    assert ["info", "error", "warning"] == [lines[place]["level"] for place in (0, 7, 8)]
+    assert "Excel\x9b31m" == lines[0]["user_agent"]
     assert "no network" == lines[2]["reason"]
     assert ("error", "aiohttp.server") == (lines[3]["level"], lines[3]["logger"])
     assert lines[0]["id"] == lines[5]["id"]
@@ -309,18 +377,45 @@ def test_json_log() -> None:
 def test_console_log() -> None:
     """On a terminal the same things are said for people, tracebacks without variables too."""
     text = logged("console")
-    for part in ("request", "/api/v1/customers?name=*", "token renewed", "a message of aiohttp", "ValueError: broken"):
+    for part in ("token renewed", "a message of aiohttp", "ValueError: broken"):
         assert part in text
+    good, failed = (line for line in text.splitlines() if " /api/v1/" in line)
+    assert re.match(r"[\d-]+ [\d:]+ \[info +\] GET /api/v1/customers\?name=\* 200 \d+\.\d ms Excel\\x9b31m *$", good)
+    assert re.match(r"[\d-]+ [\d:]+ \[warning +\] POST /api/v1/works 502 \d+\.\d ms - ", failed)
+    for part in ("error=upstream-closed", "waited_ms=1250.0", "attempts=3"):
+        assert part in failed
+    assert "waited" not in good
+    assert "/-/live" not in text
+    assert text.replace("\n", "").isprintable(), "no colours in a file, and nothing that a terminal would obey"
     assert "ACME" not in text
     assert "{" not in text
 
 
-def test_a_level_above_info_writes_no_request() -> None:
-    """At level warning there is no line for each request, and the warnings stay."""
-    events = [json.loads(line)["event"] for line in logged("json", level="warning").splitlines()]
-    assert "request" not in events
-    assert "token renewed" not in events
-    assert "token failed" == events[0]
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no pseudo terminals")
+@pytest.mark.parametrize(("colours", "environment"), [(True, {"NO_COLOR": ""}), (False, {"NO_COLOR": "1"})])
+def test_colours(environment: dict[str, str], *, colours: bool) -> None:
+    """On a terminal there are colours, unless NO_COLOR is set (no-color.org)."""
+    ours, theirs = os.openpty()
+    text = SCRIPT.format(level="info", form="auto", after="")
+    command = [sys.executable, "-c", text]
+    subprocess.run(command, stderr=theirs, check=True, env={**os.environ, **environment})  # noqa: S603 - our own script
+    os.close(theirs)
+    assert colours == (b"\x1b[" in os.read(ours, 4096))
+    os.close(ours)
+
+
+def test_the_level_warning() -> None:
+    """At level warning there is no line for what went well, and one for each request that did not."""
+    lines = [json.loads(line) for line in logged("json", level="warning").splitlines()]
+    assert ("token failed", "token rejected") == (lines[0]["event"], lines[-2]["event"])
+    assert "token renewed" not in [line["event"] for line in lines]
+    assert [502] == [line["status"] for line in lines if line["event"] == "request"]
+
+
+def test_the_level_debug() -> None:
+    """At level debug probes are told too."""
+    lines = [json.loads(line) for line in logged("json", level="debug").splitlines()]
+    assert ["/-/live"] == [line["path"] for line in lines if line["event"] == "request" and line["level"] == "debug"]
 
 
 async def test_request_lines_are_held_for_a_moment(tmp_path: Path) -> None:

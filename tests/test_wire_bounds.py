@@ -132,7 +132,7 @@ async def test_endless_target(bench: Bench) -> None:
         get("/1"),
         post(b"abc"),
         post(b"a\r\n\r\nb"),
-        head("POST / HTTP/1.1", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+        head("POST /x HTTP/1.1", "Transfer-Encoding: chunked") + b"0\r\n\r\n",
     ],
 )
 @pytest.mark.parametrize("begun", [b"G", b"GET /x HTTP/1.1\r\nHost: loc", b"GET /x HTTP/1.1\r\nHost: localhost\r\n"])

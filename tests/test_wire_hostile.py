@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -438,6 +439,39 @@ async def test_garbage(bench: Bench) -> None:
         await client.send(data)
         assert (await client.answer()).status in {400, 501}
     await bench.healthy()
+
+
+@rule("contract 8")
+@pytest.mark.parametrize(
+    ("status", "text", "data"),
+    [
+        (400, "a space, which must be written %20", get("/customers?name=ACME Ltd")),
+        (400, "%C3%A9", "GET /caf\xe9 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()),
+        (400, "%C3%A9", "GET /caf\xe9 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode("latin-1")),
+        (400, "Content-Type stands in it more than once", post(b"", "Content-Type: a/b", "Content-Type: a/b")),
+        (400, "User-Agent stands in it more than once", get("/x", "User-Agent: a", "User-Agent: b")),
+        (400, "the tool speaks https", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40)),
+        (400, "CR or LF alone", b"GET /x HTTP/1.1\nHost: localhost\n\n"),
+        (400, "line 4 begins with a blank", raw(b"X: a", b" b", first=b"GET /x HTTP/1.1")),
+        (400, "a blank between X and its colon", raw(b"X : y", first=b"GET /x HTTP/1.1")),
+        (400, "no Host field", head("GET /x HTTP/1.1", host=None)),
+        (400, "begins with HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+        (400, "SOCKS", b"\x05\x01\x00"),
+        (400, "both Content-Length and Transfer-Encoding", raw(b"Content-Length: 1", b"Transfer-Encoding: chunked")),
+        (400, "its version is 'HTTP/1.2'", b"GET /x HTTP/1.2\r\nHost: localhost\r\n\r\n"),
+        (501, "(methods are written in capitals: GET)", head("get /x HTTP/1.1")),
+    ],
+)
+async def test_each_refusal_says_what_is_wrong(bench: Bench, status: int, text: str, data: bytes) -> None:
+    """A request that can't be read is told what is wrong with it, in the log too; https only where it speaks that."""
+    answer = await bench.ask(data)
+    assert status == answer.status
+    message = json.loads(answer.body)["message"]
+    assert text in message
+    assert ("https" in message) == (data[:1] == b"\x16")
+    lines, *_ = bench.proxy.telemetry.since(0)
+    assert message == json.loads(lines[-1])["reason"]
+    assert [] == bench.upstream.peers
 
 
 BAD_HEADS = [

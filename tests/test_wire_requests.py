@@ -500,6 +500,37 @@ async def test_connect(bench: Bench) -> None:
     assert [] == bench.upstream.peers
 
 
+@rule("contract 3")
+@pytest.mark.parametrize(
+    ("line", "status", "field"),
+    [
+        ("GET /", 302, (b"Location", b"/-/")),
+        ("GET /-", 302, (b"Location", b"/-/")),
+        ("GET /api/v1/", 302, (b"Location", b"/-/")),
+        ("GET http://localhost/", 302, (b"Location", b"/-/")),
+        ("HEAD /", 302, (b"Location", b"/-/")),
+        ("POST /", 405, (b"Allow", b"GET, HEAD")),
+        ("DELETE http://localhost", 405, (b"Allow", b"GET, HEAD")),
+        ("GET /favicon.ico", 204, (b"Content-Length", None)),
+        ("GET /robots.txt", 404, (b"X-Metquay-Proxy-Error", b"no-such-page")),
+        ("GET /apple-touch-icon-precomposed.png", 404, (b"X-Metquay-Proxy-Error", b"no-such-page")),
+        ("GET /.well-known/security.txt", 404, (b"X-Metquay-Proxy-Error", b"no-such-page")),
+        ("GET /authenticate", 405, (b"Allow", b"POST")),
+        ("PUT /api/v1/authenticate", 405, (b"Allow", b"POST")),
+        ("POST /FlexicalERP/rest/x", 404, (b"X-Metquay-Proxy-Error", b"pass-through-off")),
+    ],
+)
+async def test_what_never_reaches_metquay(bench: Bench, line: str, status: int, field: tuple[bytes, bytes]) -> None:
+    """What browsers ask for by themselves, logins, and the older interface while it is off are answered here."""
+    bench.upstream.plays(OK)
+    client = await bench.client()
+    method, target = line.replace("http://localhost", f"http://{bench.authority.decode()}").split(" ")
+    await client.send(head(f"{method} {target} HTTP/1.1"))
+    answer = await client.answer(method)
+    assert (status, field[1]) == (answer.status, answer.value(field[0]))
+    assert [] == bench.upstream.peers
+
+
 @rule("6455 4.2")
 async def test_websocket(bench: Bench) -> None:
     """A websocket handshake is answered 501."""
