@@ -11,7 +11,6 @@ has no ``loop.add_signal_handler``.
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import os
 import sys
@@ -21,7 +20,7 @@ from metquay_proxy import __version__
 TYPE_CHECKING = False  # to import `typing` costs `health` 8 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from typing import Final, NoReturn
+    from typing import Final, NoReturn, TextIO
 
     from metquay_proxy.address import Address
     from metquay_proxy.sandbox import Sandbox
@@ -87,6 +86,48 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {nearest[0]}?" if nearest else ""
+
+
+class _Stream:
+    """A standard stream that never raises: what can't be written (the disk is full, the reader gone) is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: it was closed
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+
+def _mend_streams() -> None:
+    """Give the program the streams that it was started without (by services, pythonw, ``>&-``).
+
+    A descriptor that is closed would become a socket's, and what is printed would go to a client.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, _Stream):
+            continue
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - pathlib is slow; it stays open
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Stream(stream))
 
 
 def _say(*lines: str) -> None:
@@ -164,7 +205,29 @@ def _serve(arguments: Sequence[str]) -> int:
         return _refuse(error)
     from metquay_proxy import app  # noqa: PLC0415 - slow, and of no use with wrong settings
 
-    return app.run(settings, sandbox=values.sandbox)
+    return app.run(settings, sandbox=values.sandbox, warnings=_out_of_sight(values, settings))
+
+
+def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
+    """Return a warning for each flag that moves the proxy away from where ``health`` without flags looks for it."""
+    from metquay_proxy import health  # noqa: PLC0415 - only `serve` wants both
+    from metquay_proxy.address import DEFAULT_LISTEN, parse_listen  # noqa: PLC0415 - as above
+
+    flags = []
+    asked = health.find("METQUAY_LISTEN", os.environ) or DEFAULT_LISTEN
+    try:
+        seen = any(parse_listen(asked)[0].is_reached_at(address) for address in settings.listen)
+    except ValueError:
+        seen = False
+    if values.listen and not seen:
+        flags.append(("--listen", "METQUAY_LISTEN", values.listen))
+    if values.tls_cert and not health.find("METQUAY_TLS_CERT", os.environ):
+        flags.append(("--tls-cert", "METQUAY_TLS_CERT", values.tls_cert))
+    return [
+        f"metquay-proxy health does not see {flag}: without flags it asks {asked}, as a container's health check does. "
+        f"Set {name}={value} in place of the flag (docker run -e {name}={value}), or give the same flag to health."
+        for flag, name, value in flags
+    ]
 
 
 def _sandbox(arguments: Sequence[str]) -> int:
@@ -217,7 +280,13 @@ def _sandbox(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    asyncio.run(_simulate(simulator, address))
+    from metquay_proxy.listeners import CannotListen  # noqa: PLC0415 - slow
+
+    try:
+        asyncio.run(_simulate(simulator, address))
+    except CannotListen as error:
+        _say(f"{PROGRAM}: {error.cause} Choose another place with --listen.")
+        return _FAILED
     return 0
 
 
@@ -238,7 +307,12 @@ async def _simulate(simulator: Sandbox, address: Address) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    await simulator.start(address.host, address.port)
+    from metquay_proxy.listeners import listen  # noqa: PLC0415 - slow
+
+    listens = listen(
+        lambda why: _say(f"no new clients are let in: {why}" if why else "new clients are let in again"), 0
+    )
+    await simulator.start(address.host, address.port, listens)
     try:
         from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY  # noqa: PLC0415 - slow
 
@@ -320,6 +394,7 @@ def _health(arguments: Sequence[str]) -> int:
     if why is not None:
         _say(why)
         return _FAILED
+    _print("ready" if values.ready else "alive")
     return 0
 
 
@@ -340,6 +415,7 @@ def _overview() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; ``arguments`` are those after the program's name."""
+    _mend_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
         _print(f"{PROGRAM} {__version__}")
@@ -357,6 +433,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _FAILED if command == "health" else 0
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        hint = "; choose another place with --listen" if error.errno == errno.EADDRINUSE else ""
-        _say(f"{PROGRAM}: {error.strerror or error}{where}{hint}")
+        _say(f"{PROGRAM}: {error.strerror or error}{where}")
         return _FAILED
