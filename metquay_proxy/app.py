@@ -368,7 +368,7 @@ def _welcome(proxy: Proxy, settings: Settings, *, sandbox: bool, as_json: bool) 
         return json.dumps({"event": "started", **told})
     lines = [f"metquay-proxy {__version__} listens on {', '.join(urls)}", f"for {whom}"]
     if any(address.hosts != address.reach for address in proxy.listening):
-        lines.append("other machines reach it at every address of this one")
+        lines.append("other machines may reach it too, at the addresses of this one")
     if page:
         lines.append(f"status page: {page}")
     if settings.keys:

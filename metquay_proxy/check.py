@@ -117,16 +117,10 @@ def run(load: Callable[[], Settings], *, sandbox: bool, as_json: bool) -> int:
 
 def _summary(probes: Sequence[Probe]) -> str:
     count = Counter(probe.outcome for probe in probes)
-    failed, skipped = count["failed"], count["skipped"]
-    if len(probes) == failed:
-        return "Nothing else could be tried: begin with the settings."
-    if failed:
-        left = f", and {skipped} could not be tried or have nothing to try" if skipped else ""
-        return (
-            f"{failed} of {len(probes)} checks failed{left}; begin with {'that one' if failed == 1 else 'the first'}."
-        )
-    well = "All is well" if probes[0].text == _COMPLETE else "Nothing failed, but the settings are odd (see above)"
-    return f"{well}: {count['ok']} checks passed" + (f", {skipped} had nothing to try." if skipped else ".")
+    if count["failed"]:
+        return f"{count['failed']} of {len(probes)} checks failed; begin with the first."
+    well = "All is well" if probes[0].text == _COMPLETE else "Nothing failed, but the settings have a warning"
+    return f"{well}: {count['ok']} checks passed, {count['skipped']} had nothing to try."
 
 
 async def probed(load: Callable[[], Settings], *, sandbox: bool = False) -> AsyncIterator[Probe]:

@@ -126,7 +126,8 @@ def _mend_streams() -> None:
             continue
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - pathlib is slow; it stays open
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Stream(stream))
 
 
@@ -213,21 +214,23 @@ def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
     from metquay_proxy import health  # noqa: PLC0415 - only `serve` wants both
     from metquay_proxy.address import DEFAULT_LISTEN, parse_listen  # noqa: PLC0415 - as above
 
-    flags = []
     asked = health.find("METQUAY_LISTEN", os.environ) or DEFAULT_LISTEN
     try:
         seen = any(parse_listen(asked)[0].is_reached_at(address) for address in settings.listen)
-    except ValueError:
+    except ValueError:  # the flag took the place of a wrong one
         seen = False
-    if values.listen and not seen:
-        flags.append(("--listen", "METQUAY_LISTEN", values.listen))
+    moved = [("listen", values.listen)] if values.listen and not seen else []
     if values.tls_cert and not health.find("METQUAY_TLS_CERT", os.environ):
-        flags.append(("--tls-cert", "METQUAY_TLS_CERT", values.tls_cert))
-    return [
-        f"metquay-proxy health does not see {flag}: without flags it asks {asked}, as a container's health check does. "
-        f"Set {name}={value} in place of the flag (docker run -e {name}={value}), or give the same flag to health."
-        for flag, name, value in flags
-    ]
+        moved.append(("tls-cert", values.tls_cert))
+    warnings = []
+    for flag, value in moved:
+        variable = f"METQUAY_{flag.upper().replace('-', '_')}={value}"
+        cure = f'Set {variable} in place of the flag (docker run -e "{variable}"), or give health the same flag.'
+        if flag == "listen" and not (settings.listen[0].port or settings.listen[0].path):
+            cure = "Give it the address that is printed here, with --listen."
+        why = f"`metquay-proxy health` (a container's health check) does not see the flag --{flag}, and asks elsewhere"
+        warnings.append(f"{why}: {asked}. {cure}" if flag == "listen" else f"{why}: in clear text. {cure}")
+    return warnings
 
 
 def _sandbox(arguments: Sequence[str]) -> int:

@@ -536,7 +536,8 @@ socket.getaddrinfo = getaddrinfo
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     """A port that is taken gives one line and 1; what was opened before it is closed again."""
     with socket.create_server(("127.0.0.1", 0)) as other:
-        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        other_port = other.getsockname()[1]
+        listen = f"127.0.0.1:{other_port}"
         if sys.platform != "win32":
             listen = f"unix:{tmp_path / 'socket'},{listen}"
         run = subprocess.run(
@@ -549,7 +550,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
             check=False,
         )
     assert (1, "", 1) == (run.returncode, run.stdout, run.stderr.count("\n"))
-    assert run.stderr.startswith("metquay-proxy: cannot listen: the address of METQUAY_LISTEN is taken")
+    assert f"127.0.0.1:{other_port} is taken by another program" in json.loads(run.stderr)["reason"]
     assert [] == list(tmp_path.iterdir())
 
 
@@ -589,20 +590,22 @@ async def test_health_waits(tmp_path: Path) -> None:
 
     async def health(*flags: str) -> tuple[int, str]:
         words = [sys.executable, "-m", "metquay_proxy", "health", "--listen", listen, *flags]
-        asked = await asyncio.create_subprocess_exec(*words, stderr=asyncio.subprocess.PIPE)
-        _, told = await asked.communicate()
+        asked = await asyncio.create_subprocess_exec(
+            *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        told, _ = await asked.communicate()
         return asked.returncode or 0, told.decode()
 
     alive, ready = [asyncio.ensure_future(health("--wait", "20", *flags)) for flags in ([], ["--ready"])]
     await asyncio.sleep(0.2)
     keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
     with process(tmp_path, "serve", **environment(sandbox.url, listen, **keys)) as command:
-        assert (0, "") == await alive
+        assert (0, "alive\n") == await alive
         code, told = await health("--ready")
         assert (1, "not ready") == (code, told.strip().rpartition(", ")[2])
         assert not ready.done()
         sandbox.faults = Faults()
-        assert (0, "") == await ready
+        assert (0, "ready\n") == await ready
         await ended(command, signal.SIGTERM)
     await sandbox.stop()
 
@@ -624,7 +627,7 @@ async def test_process_1(tmp_path: Path) -> None:
             stderr=asyncio.subprocess.PIPE,
         )
         assert first.stdout is not None
-        assert b"listens on" in await first.stdout.readline()
+        assert b'"event": "started"' in await first.stdout.readline()
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text()
         status = Path(f"/proc/{children.strip()}/status").read_text()
         assert re.search(r"^NSpid:\s+\d+\s+1$", status, re.MULTILINE)

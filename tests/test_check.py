@@ -134,7 +134,7 @@ async def test_all_is_well(authority: trustme.CA, tmp_path: Path) -> None:
         found = await probes(f"https://localhost:{sandbox.port}", ca_bundle="ca.pem")
     names = ["settings", "keys", "port", "dns", "tcp", "tls", "clock", "login", "read", "quota", "redis"]
     assert names == list(found)
-    assert {"ok": 9, "skipped": 2} == {
+    assert {"ok": 10, "skipped": 1} == {
         outcome: [probe.outcome for probe in found.values()].count(outcome) for outcome in ("ok", "skipped")
     }
     assert "access key ...-key" == found["keys"].text
@@ -290,7 +290,7 @@ async def test_the_port_is_taken() -> None:
     """Another program listens where the proxy is to; the rest is tried all the same."""
     async with metquay() as sandbox, answering("200 OK", "alive\n") as port:
         found = await probes(sandbox.url, listen=f"127.0.0.1:{port}")
-    assert_failed(found, "port", f"Another program has taken 127.0.0.1:{port}", "METQUAY_LISTEN=localhost:")
+    assert_failed(found, "port", f"127.0.0.1:{port} is taken by another program", "METQUAY_LISTEN .--listen")
 
 
 async def test_a_silent_program_has_the_port() -> None:
@@ -298,7 +298,7 @@ async def test_a_silent_program_has_the_port() -> None:
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     async with metquay() as sandbox, server:
         found = await probes(sandbox.url, listen=f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    assert_failed(found, "port", "Another program", "Stop it")
+    assert_failed(found, "port", "another program", "Stop that one")
 
 
 async def test_a_proxy_is_running() -> None:
@@ -374,7 +374,8 @@ def test_one_line_for_each_probe(sandbox_settings: Callable[[], Settings], capsy
     """Each probe is a line: outcome, name, time, what was found; nothing failed, so the exit code is 0."""
     assert 0 == run(sandbox_settings, sandbox=True, as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert 11 == len(lines)
+    assert 12 == len(lines)
+    assert "All is well: 8 checks passed, 3 had nothing to try." == lines[-1]
     assert re.fullmatch(r"ok +login +\d+ ms  a token for 900 s", lines[7])
     assert re.fullmatch(r"skipped +tls +not used within this machine", lines[5])
 
@@ -384,6 +385,7 @@ def test_json(sandbox_settings: Callable[[], Settings], capsys: pytest.CaptureFi
     assert 0 == run(sandbox_settings, sandbox=True, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
+    assert "All is well: 8 checks passed, 3 had nothing to try." == found["summary"]
     assert ["name", "outcome", "text", "cure", "ms"] == list(found["probes"][0])
 
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from metquay_proxy import __version__, cli, health, server
+from metquay_proxy import __version__, app, cli, health
 from metquay_proxy import settings as settings_module
 from metquay_proxy.settings import VARIABLES, flag, variable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from metquay_proxy.settings import Settings
@@ -59,11 +59,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, bool]]:
     """Return what the server is started with; it ends at once with exit code 0."""
     starts: list[tuple[Settings, bool]] = []
 
-    def run(settings: Settings, *, sandbox: bool) -> int:
+    def run(settings: Settings, *, sandbox: bool, warnings: Sequence[str]) -> int:
         starts.append((settings, sandbox))
+        assert [] == list(warnings)
         return 0
 
-    monkeypatch.setattr(server, "run", run)
+    monkeypatch.setattr(app, "run", run)
     return starts
 
 
@@ -145,14 +146,14 @@ class TestServe:
     def test_what_the_system_refuses_is_one_line(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """A port that is taken, for one."""
+        """With the file that it is about."""
 
         def run(*_: object, **__: object) -> int:
-            raise OSError(errno.EADDRINUSE, "address already in use")
+            raise OSError(errno.EIO, "input/output error", "file")
 
-        monkeypatch.setattr(server, "run", run)
+        monkeypatch.setattr(app, "run", run)
         assert 1 == cli.main([])
-        assert "metquay-proxy: address already in use; choose another place with --listen\n" == capsys.readouterr().err
+        assert "metquay-proxy: input/output error: file\n" == capsys.readouterr().err
 
     @pytest.mark.usefixtures("account")
     def test_ctrl_c_before_the_server_listens_for_it_is_a_clean_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +162,7 @@ class TestServe:
         def interrupt(*_: object, **__: object) -> int:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(server, "run", interrupt)
+        monkeypatch.setattr(app, "run", interrupt)
         monkeypatch.setattr(health, "check", interrupt)
         assert 0 == cli.main([])
         assert 1 == cli.main(["health"])
@@ -288,11 +289,12 @@ class TestSettings:
 
 
 class TestHealth:
-    def test_alive_is_silence_and_0(self, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize(("flags", "word"), [([], "alive"), (["--ready"], "ready")])
+    def test_well_is_one_word_and_0(self, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
         """By flag."""
-        with listening(b"HTTP/1.1 200 OK\r\n\r\nalive") as port:
-            assert 0 == cli.main(["health", "--listen", f"127.0.0.1:{port}"])
-        assert ("", "") == capsys.readouterr()
+        with listening(b"HTTP/1.1 200 OK\r\n\r\nfine") as port:
+            assert 0 == cli.main(["health", "--listen", f"127.0.0.1:{port}", *flags])
+        assert (f"{word}\n", "") == capsys.readouterr()
 
     def test_not_ready_is_one_line_and_1(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -391,7 +393,7 @@ class TestProcess:
         taken = command("sandbox", "--listen", url.split("/")[2], cwd=tmp_path)
         assert 1 == taken.returncode
         assert 1 == taken.stderr.count("\n")
-        assert "address already in use; choose another place with --listen" in taken.stderr
+        assert f"{url.split('/')[2]} is taken by another program" in taken.stderr
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=10)
         assert (0, "", "") == (process.returncode, out, err)
