@@ -120,15 +120,14 @@ def _mend_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-    for name in ("stdout", "stderr"):
+    for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if isinstance(stream, _Stream):
-            continue
         if stream is None:
-            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - pathlib is slow; it stays open
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, _Stream(stream))
+            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as we run
+        if not isinstance(stream, _Stream):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Stream(stream))
 
 
 def _say(*lines: str) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -9,11 +11,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 
 from metquay_proxy import __version__, app, cli, health
 from metquay_proxy import settings as settings_module
@@ -166,6 +170,146 @@ class TestServe:
         monkeypatch.setattr(health, "check", interrupt)
         assert 0 == cli.main([])
         assert 1 == cli.main(["health"])
+
+
+class TestMovedAway:
+    @pytest.mark.parametrize(
+        ("variables", "flags", "expected"),
+        [
+            ({}, [], []),
+            ({}, ["--listen", "0.0.0.0:6387"], []),
+            (
+                {},
+                ["--listen", "localhost:7000"],
+                ['asks elsewhere: localhost:6387.*-e "METQUAY_LISTEN=localhost:7000"'],
+            ),
+            ({}, ["--listen", "localhost:0"], ["asks elsewhere: localhost:6387.*the address that is printed"]),
+            ({"LISTEN": "0.0.0.0:6387"}, ["--listen", "0.0.0.0:7000"], ['asks elsewhere: 0.0.0.0:6387.*="?']),
+            ({"LISTEN": "localhost:7000"}, [], []),
+            ({"LISTEN": "localhost:7000"}, ["--listen", "localhost:8000,localhost:7000"], []),
+            ({"LISTEN": "nonsense"}, ["--listen", "localhost:7000"], ["asks elsewhere: nonsense"]),
+            ({}, ["--tls-cert", "s.pem", "--tls-key", "s.pem"], ['in clear text.*-e "METQUAY_TLS_CERT=s.pem"']),
+            ({"TLS_CERT": "s.pem"}, ["--tls-cert", "s.pem", "--tls-key", "s.pem"], []),
+        ],
+    )
+    def test_a_flag_that_health_does_not_see(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        variables: dict[str, str],
+        flags: list[str],
+        expected: list[str],
+    ) -> None:
+        """One warning for each, at the start, with the variable that both would see."""
+        trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "s.pem"))
+        for name, value in variables.items():
+            monkeypatch.setenv(f"METQUAY_{name}", value)
+        told: list[str] = []
+        monkeypatch.setattr(app, "run", lambda *_, warnings, **__: told.extend(warnings) or 0)
+        assert 0 == cli.main(["--sandbox", *flags])
+        assert len(expected) == len(told)
+        for pattern, line in zip(expected, told, strict=True):
+            assert re.search(pattern, line), line
+
+
+BROKEN = [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full"]
+
+
+@posix_only
+class TestStreams:
+    @pytest.mark.parametrize("streams", BROKEN)
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            ("--version", 0),
+            ("health --listen 127.0.0.1:1", 1),
+            ("nonsense", 2),
+            *[
+                pytest.param(words, code, marks=pytest.mark.slow)
+                for words, code in (("settings", 2), ("--help", 0), ("check --sandbox", 0), ("settings --x", 2))
+            ],
+        ],
+    )
+    def test_a_command_whose_streams_are_closed_or_full(
+        self, tmp_path: Path, streams: str, words: str, code: int
+    ) -> None:
+        """It does its work, and ends with the code that says how that went; what can be said is said."""
+        ended = shell(f"{words} {streams}", tmp_path)
+        assert code == ended.returncode
+        assert not re.search("Traceback|Exception|Errno", ended.stdout + ended.stderr)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("streams", BROKEN)
+    @pytest.mark.parametrize("words", ["serve --sandbox", "sandbox"])
+    def test_a_server_whose_streams_are_closed_or_full(self, tmp_path: Path, streams: str, words: str) -> None:
+        """It serves, no client gets what was meant for a stream, and it ends with 0."""
+        port = free_port()
+        popen = subprocess.Popen(  # noqa: S602 - our own words
+            f"exec {sys.executable} -m metquay_proxy {words} --listen localhost:{port} {streams}",
+            shell=True,
+            cwd=tmp_path,
+        )
+        try:
+            wait = time.monotonic() + 10
+            while cli.main(["health", "--listen", f"localhost:{port}"]) and time.monotonic() < wait:
+                time.sleep(0.05)
+                if words == "sandbox":
+                    with contextlib.suppress(OSError):
+                        socket.create_connection(("127.0.0.1", port)).close()
+                        break
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(b"GET /-/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                answer = client.makefile("rb").read()
+            assert answer.startswith(b"HTTP/1.1 404 ")
+            assert b"listens" not in answer
+        finally:
+            popen.terminate()
+        assert 0 == popen.wait(20)
+
+    def test_streams_that_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As services and pythonw have them."""
+        monkeypatch.setattr(sys, "stdout", None)
+        monkeypatch.setattr(sys, "stderr", None)
+        assert 0 == cli.main(["--version"])
+        assert 2 == cli.main(["nonsense"])
+
+    def test_a_stream_that_was_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Python's own object for it."""
+        closed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert 0 == cli.main(["--version"])
+        closed.close()
+        assert 0 == cli.main(["--version"])
+
+    @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+    def test_any_encoding(self, tmp_path: Path, encoding: str) -> None:
+        """What an encoding lacks is written as an escape."""
+        more = {"PYTHONIOENCODING": encoding, "METQUAY_CA_BUNDLE": "日/ca.pem"}
+        for words, code in (("settings", 2), ("check", 1)):
+            ended = shell(words, tmp_path, **more)
+            assert code == ended.returncode
+            assert r"\u65e5/ca.pem" in ended.stdout
+            assert "Traceback" not in ended.stderr
+
+
+def shell(words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program by a shell, which can close its streams."""
+    return subprocess.run(  # noqa: S602 - our own words
+        f"{sys.executable} -m metquay_proxy {words}",
+        shell=True,
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+def free_port() -> int:
+    """Return a port at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 class TestUsage:
