@@ -234,7 +234,7 @@ class Door:
         self._reserve = reserve
         self._sockets, self._serve, self._tls, self._report = sockets, serve, tls, report
         self._loop = asyncio.get_running_loop()
-        self._arriving: set[asyncio.Task[None]] = set()
+        self._arriving: dict[object, socket.socket | None] = {}
         self._ceiling, self._limit = _descriptors(self._reserve)
         self._looking: asyncio.TimerHandle | None = None
         self._calm = 0
@@ -249,6 +249,7 @@ class Door:
             self._looking.cancel()
         for sock in self._sockets:
             sock.close()
+        self._sockets = ()
 
     def _open(self) -> None:
         for sock in self._sockets:
@@ -270,15 +271,21 @@ class Door:
                 self._wait(error)
                 return
             arriving = self._loop.create_task(self._arrive(client))
-            self._arriving.add(arriving)
-            arriving.add_done_callback(self._arriving.discard)
+            self._arriving[arriving] = client
+            arriving.add_done_callback(self._arrived)
             if client.fileno() >= self._ceiling:
                 self._wait(OSError(errno.EMFILE, ""))
                 return
 
     async def _arrive(self, client: socket.socket) -> None:
+        self._arriving[asyncio.current_task()] = None  # from here on a transport closes it
         with contextlib.suppress(OSError):  # it has left, or speaks no TLS
             await self._loop.connect_accepted_socket(self._serve, client, ssl=self._tls)
+
+    def _arrived(self, arriving: object) -> None:
+        client = self._arriving.pop(arriving)
+        if client is not None:  # it was cancelled before its first step
+            client.close()
 
     def _wait(self, error: OSError) -> None:
         self._shut()
