@@ -230,9 +230,10 @@ async def test_a_look_up_without_a_descriptor(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
     with pytest.raises(ProxyError, match="its name could not be looked up"):
         await transport.warm()
-    with monkeypatch.context() as patch, pytest.raises(ProxyError, match=r"may open no more files.*Raise") as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(socket, "socket", none_left)
-        await transport.warm()
+        with pytest.raises(ProxyError, match=r"may open no more files.*Raise") as caught:
+            await transport.warm()
     assert "upstream-unreachable" == caught.value.slug
 
 
