@@ -122,7 +122,7 @@ def _mend_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None:
+        if stream is None or stream.closed:
             stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as we run
         if not isinstance(stream, _Stream):
             if hasattr(stream, "reconfigure"):

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     Bound = tuple[Address, list[socket.socket]]
 
-SOCKET_MODE: Final = 0o600
 _BACKLOG: Final = 1024
 _BIND_ATTEMPTS: Final = 10  # a port that is free on one family may be taken on the other
 _NO_FAMILY: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT, errno.EINVAL})
@@ -53,7 +52,7 @@ class CannotListen(OSError):
         """Whether it is worth asking who listens there."""
 
 
-def bind(addresses: Iterable[Address], socket_mode: int = SOCKET_MODE) -> list[Bound]:
+def bind(addresses: Iterable[Address], socket_mode: int = 0o600) -> list[Bound]:
     """Return each address, with the port that it got, and its listening sockets; raise ``CannotListen``.
 
     ``localhost`` means both loopback addresses on one port (Windows spends seconds on a missing ``::1``), and ``[::]``
