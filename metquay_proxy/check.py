@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiohttp.streams import EMPTY_PAYLOAD
 
 from metquay_proxy import sandbox as simulator
-from metquay_proxy.auth import Credentials, CredentialsRejected, LoginFailed
+from metquay_proxy.auth import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.listeners import CannotListen, bind, release
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 MAX_SKEW: Final = 120.0
 """Seconds by which this machine's clock may differ from Metquay's."""
 _LOCAL_TIMEOUT: Final = 3.0
-_COMPLETE: Final = "complete"
 _NEEDS: Final = {
     "keys": "",
     "port": "",
@@ -99,9 +98,15 @@ def run(load: Callable[[], Settings], *, sandbox: bool, as_json: bool) -> int:
     ``load`` finds the settings and raises ``SettingsError``; ``sandbox``: the simulator takes Metquay's place.
     """
     probes: list[Probe] = []
+    warnings: list[str] = []
+
+    def loaded() -> Settings:
+        settings = load()
+        warnings.extend(settings.warnings)
+        return settings
 
     async def probe_all() -> None:
-        async for probe in probed(load, sandbox=sandbox):
+        async for probe in probed(loaded, sandbox=sandbox):
             probes.append(probe)
             took = "" if probe.outcome == "skipped" else f"{probe.ms:.0f} ms"
             if not as_json:
@@ -110,16 +115,20 @@ def run(load: Callable[[], Settings], *, sandbox: bool, as_json: bool) -> int:
 
     asyncio.run(probe_all())
     good = all(probe.outcome != "failed" for probe in probes)
-    told = {"ok": good, "summary": _summary(probes), "probes": [probe._asdict() for probe in probes]}
+    told = {
+        "ok": good,
+        "summary": _summary(probes, warned=bool(warnings)),
+        "probes": [probe._asdict() for probe in probes],
+    }
     print(json.dumps(told, indent=2) if as_json else told["summary"])  # noqa: T201 - as above
     return 0 if good else 1
 
 
-def _summary(probes: Sequence[Probe]) -> str:
+def _summary(probes: Sequence[Probe], *, warned: bool) -> str:
     count = Counter(probe.outcome for probe in probes)
     if count["failed"]:
         return f"{count['failed']} of {len(probes)} checks failed; begin with the first."
-    well = "All is well" if probes[0].text == _COMPLETE else "Nothing failed, but the settings have a warning"
+    well = "Nothing failed, but there is a warning about the settings" if warned else "All is well"
     return f"{well}: {count['ok']} checks passed, {count['skipped']} had nothing to try."
 
 
@@ -131,7 +140,8 @@ async def probed(load: Callable[[], Settings], *, sandbox: bool = False) -> Asyn
         cure = "Correct that; `metquay-proxy settings` shows where each setting comes from."
         yield Probe("settings", "failed", ". ".join(error.lines) + ".", cure)
         return
-    yield Probe("settings", "ok", "; ".join(settings.warnings) or _COMPLETE)
+    warnings = (warning for warning in settings.warnings if warning not in settings.doubts)  # `keys` tells those
+    yield Probe("settings", "ok", "; ".join(warnings) or "complete")
     server = simulator.Sandbox()
     if sandbox:
         await server.start()
@@ -183,10 +193,10 @@ class _Check:
 
     async def _keys(self) -> tuple[str, ...]:
         try:
-            return "ok", f"access key {last_four(self._credentials().access_key)}"
-        except (OSError, ValueError) as error:
-            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-            return "failed", f"The keys could not be read ({why}).", "Put them there again, one line of text each."
+            keys = self._credentials()
+            return "ok", "; ".join((f"access key {last_four(keys.access_key)}", *keys.doubts()))
+        except ValueError as error:
+            return "failed", f"The keys could not be read ({error}).", "Put them there again, one line of text each."
 
     async def _port(self) -> tuple[str, ...]:
         """Listen as the proxy would, and where it can't, look who is there: a proxy of ours, or another program."""
@@ -281,7 +291,7 @@ class _Check:
         except CredentialsRejected as error:
             return "failed", str(error), _KEYS
         except LoginFailed as error:
-            return "failed", str(error), _WAIT if "status 5" in str(error) else _HOST
+            return "failed", str(error), _WAIT if isinstance(error, LoginBusy) else _HOST
         self._token = token.authorization
         return "ok", f"a token for {token.lifetime:.0f} s"
 
