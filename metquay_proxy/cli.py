@@ -324,7 +324,7 @@ async def _simulate(simulator: Sandbox, address: Address) -> None:
             f"METQUAY_HOST={simulator.url}",
             f"METQUAY_ACCESS_KEY={ACCESS_KEY}",
             f"METQUAY_SECRET_KEY={SECRET_KEY}",
-            f'curl -d "{login}" {simulator.url}/authenticate',
+            f'{"curl.exe" if sys.platform == "win32" else "curl"} -d "{login}" "{simulator.url}/authenticate"',
         )
         await stop.wait()
     finally:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -530,7 +531,10 @@ class TestProcess:
         url = lines[1].removeprefix("METQUAY_HOST=")
         assert lines[0].endswith(url)
         assert lines[2].startswith("METQUAY_ACCESS_KEY=")
-        assert lines[4].endswith(f"{url}/authenticate")
+        assert lines[4].endswith(f'"{url}/authenticate"')
+        if shutil.which("curl"):
+            pasted = subprocess.run(f"{lines[4]} -s", shell=True, capture_output=True, text=True, check=True)  # noqa: S602 - ours
+            assert "503" in pasted.stdout
         with urllib.request.urlopen(url.replace("/api/v1", "/_sandbox/faults"), timeout=10) as answer:  # noqa: S310 - loopback
             faults = json.load(answer)
         assert ({"500": 0.5, "503": 0.25}, True) == (faults["fail"], faults["retry_after"])

@@ -11,6 +11,7 @@ import socket
 import stat
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ import pytest
 
 from metquay_proxy.address import Address, parse_listen
 from metquay_proxy.errors import ProxyError
-from metquay_proxy.listeners import CannotListen, bind, release
+from metquay_proxy.listeners import CannotListen, bind, let_in, release
 from metquay_proxy.rewrite import BaseURL
 from metquay_proxy.settings import SettingsError, load
 from metquay_proxy.upstream import Transport
@@ -213,6 +214,40 @@ class TestUnixSockets:
 
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+async def test_accepting_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it fails for want of a descriptor it is told once, tried again each second, and told when it is over."""
+
+    class Greeting(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            transport.write(b"hello")  # type: ignore[attr-defined]
+            transport.close()
+
+    tries: list[float] = []
+    accept = socket.socket.accept
+
+    def failing(sock: socket.socket) -> object:
+        tries.append(time.monotonic())
+        if len(tries) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(sock)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    told: list[str | None] = []
+    [(address, sockets)] = bind([Address("127.0.0.1", 0)])
+    doors = await let_in(Greeting, sockets, None, told.append)
+    reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
+    assert b"hello" == await reader.read()
+    writer.close()
+    assert 1.8 < tries[2] - tries[0] < 4
+    assert 3 <= len(tries) <= 4  # the last one finds nobody
+    await eventually(lambda: len(told) == 2)
+    assert "may open no more files" in str(told[0])
+    assert told[1] is None
+    for door in doors:
+        door.close()
 
 
 async def test_a_look_up_without_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
