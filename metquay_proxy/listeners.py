@@ -291,7 +291,8 @@ class Door:
         self._calm = 0
         if self._looking is None:
             why, cure = shortage(error) or ("", "")
-            self._report(f"{why} (limit {self._limit:g}). {cure}")
+            limit = f" (limit {self._limit:.0f})" if error.errno == errno.EMFILE else ""
+            self._report(f"{why}{limit}. {cure}")
             self._looking = self._loop.call_later(_RETRY, self._look)
 
     def _look(self) -> None:
