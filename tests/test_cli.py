@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +27,6 @@ from metquay_proxy.settings import VARIABLES, flag, variable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from metquay_proxy.settings import Settings
 
@@ -213,6 +213,22 @@ class TestMovedAway:
             assert re.search(pattern, line), line
 
 
+ROOT = Path(__file__).parent.parent
+
+FULL_LOG = """
+import resource
+from metquay_proxy import cli
+cli.main(["--version"])
+from metquay_proxy.telemetry import configure_logging, log
+configure_logging("info", "json")
+for _ in range(100):
+    log.info("x" * 1000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(10_000):
+    log.info("x" * 1000)
+raise SystemExit(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 1024)
+"""
+
 BROKEN = [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full"]
 
 
@@ -266,6 +282,14 @@ class TestStreams:
         finally:
             popen.terminate()
         assert 0 == popen.wait(20)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full, and kibibytes")
+    def test_a_log_that_is_full_is_not_kept(self, tmp_path: Path) -> None:
+        """What could not be written does not gather in memory."""
+        (tmp_path / "log.py").write_text(FULL_LOG)
+        words = f"{sys.executable} log.py 2>/dev/full"
+        run = subprocess.run(words, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)  # noqa: S602 - our own words
+        assert 0 == run.returncode
 
     def test_streams_that_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As services and pythonw have them."""
