@@ -3,7 +3,8 @@
 Owns that spelling alone. Pure, and shared by the settings and by ``health``, which has 60 ms for everything: it must
 not import what is slow to load (``dataclasses`` costs as much as ``socket``; ``ipaddress`` waits until it is needed).
 
-Facts: RFC 3986 section 3.2.2 (an IPv6 address stands in brackets). Python has no unix sockets on Windows.
+Facts: RFC 3986 section 3.2.2 (an IPv6 address stands in brackets). RFC 4291 section 2.5.5.2 (IPv4-mapped addresses).
+Go, nginx and Docker take [::] for every address of both families. Python has no unix sockets on Windows.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ DEFAULT_LISTEN: Final = "localhost:6387"
 _NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 _MAX_PORT: Final = 65535
+_BOTH: Final = {"localhost": ("127.0.0.1", "::1"), "::": ("0.0.0.0", "::")}  # noqa: S104 - what is written there
+_LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - as above
+_MAPPED: Final = "::ffff:"
 _EXAMPLE: Final = f"write it like {DEFAULT_LISTEN}, [::1]:6387 or unix:/run/metquay.sock"
 
 
@@ -35,6 +39,22 @@ class Address(_Fields):
     """One place to listen: host (lower case, no brackets) and port (0: any free one), or the path of a unix socket."""
 
     __slots__ = ()
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Where the proxy listens for it: a name for one of the families, or for each, means both."""
+        return _BOTH.get(self.host, (self.host,))
+
+    @property
+    def reach(self) -> tuple[str, ...]:
+        """Where a program of this machine reaches it. Windows may spend 2 s on a missing ::1, so that comes last."""
+        return tuple([_LOOPBACK.get(host, host) for host in self.hosts])
+
+    def is_reached_at(self, other: Address) -> bool:
+        """Whether a program of this machine that asks here reaches who listens at ``other``."""
+        if (self.path, self.port) != (other.path, other.port) or not (self.path or self.port):
+            return False
+        return any(host in other.hosts or every(host) in other.hosts for host in self.reach)
 
     def __str__(self) -> str:
         """Return the address as people write it."""
@@ -51,6 +71,16 @@ def parse_listen(text: str) -> tuple[Address, ...]:
             msg = f"{address} is listed twice"
             raise ValueError(msg)
     return addresses
+
+
+def every(host: str) -> str:
+    """Return what stands for all addresses of a host's family."""
+    return "::" if ":" in host else "0.0.0.0"  # noqa: S104 - for whoever sets it
+
+
+def peer(host: str) -> str:
+    """Return the address of who connected as one writes it: IPv4 that came in by IPv6 (::ffff:192.0.2.1) is IPv4."""
+    return host[len(_MAPPED) :] if host.lower().startswith(_MAPPED) and "." in host else host
 
 
 def _parse(text: str) -> Address:

@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import json
 import pathlib
+import shlex
 import signal
 import sys
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -18,14 +20,13 @@ import aiohttp.http_parser
 import structlog
 
 from metquay_proxy import __version__
-from metquay_proxy.address import Address
 from metquay_proxy.admin import Admin
 from metquay_proxy.audit import AuditLog, why_not
 from metquay_proxy.auth import Credentials, TokenCache, suspend_aware_clock
 from metquay_proxy.forwarder import Forwarder
 from metquay_proxy.gate import Gate
 from metquay_proxy.line import Line
-from metquay_proxy.listeners import BACKLOG, bind, why_not_listening
+from metquay_proxy.listeners import bind, let_in, listen
 from metquay_proxy.quota import Quota
 from metquay_proxy.reload import Reload, Serving, Source, serving_context
 from metquay_proxy.rewrite import BaseURL
@@ -37,9 +38,11 @@ from metquay_proxy.upstream import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, 
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
+    from metquay_proxy.address import Address
     from metquay_proxy.gate import ClientKey
+    from metquay_proxy.listeners import Door
     from metquay_proxy.settings import RedisAddress, Settings
     from metquay_proxy.shared import Shared
     from metquay_proxy.upstream import OutboundProxy
@@ -72,6 +75,13 @@ def _audit(settings: Settings) -> AuditLog | None:
         return AuditLog(path, from_thread)
     except OSError as error:
         raise SettingsError([f"METQUAY_AUDIT_LOG (--audit-log): {why_not(path, error)}"], (), ()) from None
+
+
+def _report_shortage(why: str | None) -> None:
+    if why is None:
+        log.info("new clients are let in again")
+    else:
+        log.error("no new clients are let in: who is connected is served, and it is tried again", reason=why)
 
 
 class Proxy:
@@ -169,9 +179,10 @@ class Proxy:
         self._shown: dict[str, str | None] = {}
         """What is shown of settings that have changed since the start."""
         self._files = Reload(list(self._sources(credentials)), sleep=sleep)
-        self._listeners: list[asyncio.AbstractServer] = []
+        self._listeners: Sequence[asyncio.AbstractServer | Door] = ()
         self._unix_paths: list[str] = []
         self._hurried = False
+        self.listening: list[Address] = []
         self.addresses: list[str] = []
 
     def ready(self) -> bool:
@@ -209,23 +220,20 @@ class Proxy:
     async def start(self) -> None:
         """Listen, then log in; raise ``OSError`` where an address can't be had."""
         tls = None if self._serving is None else self._serving.context
-        loop = asyncio.get_running_loop()
         if self._shared is not None:
             await self._shared.start()
         self._own_authorities |= self.base.authorities
-        for address in self._settings.listen:
-            for sock in bind(address):
-                if address.path:
-                    self._unix_paths.append(address.path)
-                    self.addresses.append(str(address))
-                    listener = await loop.create_unix_server(self.server, sock=sock, ssl=tls, backlog=BACKLOG)
-                else:
-                    port = sock.getsockname()[1]
-                    self.addresses.append(f"{self.scheme}://{Address(address.host, port)}")
-                    self._own_authorities |= {(host, port) for host in ("localhost", "127.0.0.1", "::1", address.host)}
-                    listener = await loop.create_server(self.server, sock=sock, ssl=tls, backlog=BACKLOG)
-                self._listeners.append(listener)
-        self.addresses = list(dict.fromkeys(self.addresses))
+        bound = bind(self._settings.listen, self._settings.socket_mode)
+        for address, _ in bound:
+            self.listening.append(address)
+            if address.path:
+                self._unix_paths.append(address.path)
+            else:
+                hosts = ("localhost", "127.0.0.1", "::1", address.host)
+                self._own_authorities |= {(host, address.port) for host in hosts}
+        self.addresses = [str(each) if each.path else f"{self.scheme}://{each}" for each in self.listening]
+        sockets = [sock for _, some in bound for sock in some]
+        self._listeners = await let_in(self.server, sockets, tls, _report_shortage)
         self.tokens.start()
         self._transport.keep_warm()
         self._files.start()
@@ -342,11 +350,16 @@ def _outbound_proxy(base: BaseURL, settings: Settings) -> OutboundProxy | None:
         return None
 
 
-def run(settings: Settings, *, sandbox: bool) -> int:
-    """Run the proxy until it is told to stop; return the exit code. ``sandbox``: the simulator is the upstream."""
-    configure_logging(settings.log_level, settings.log_format)
+def run(settings: Settings, *, sandbox: bool, warnings: Sequence[str] = ()) -> int:
+    """Run the proxy until it is told to stop; return the exit code. ``sandbox``: the simulator is the upstream.
+
+    ``warnings`` are told as those of the settings are.
+    """
+    as_json = configure_logging(settings.log_level, settings.log_format)
+    for warning in (*settings.warnings, *warnings):
+        log.warning(warning)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_run(settings, sandbox=sandbox))
+        return runner.run(_run(settings, sandbox=sandbox, as_json=as_json))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -357,9 +370,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _run(settings: Settings, *, sandbox: bool) -> int:
-    for warning in settings.warnings:
-        log.warning(warning)
+async def _run(settings: Settings, *, sandbox: bool, as_json: bool) -> int:
     if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
         log.warning(
             "aiohttp's compiled parser is missing: its slower one in pure Python has had holes. Reinstall aiohttp."
@@ -369,7 +380,7 @@ async def _run(settings: Settings, *, sandbox: bool) -> int:
         from metquay_proxy import sandbox as sandbox_module  # noqa: PLC0415 - of no use otherwise
 
         simulator = sandbox_module.Sandbox(rate_limit=settings.rate_limit)
-        await simulator.start()
+        await simulator.start(listen=listen(lambda _: None, 0))  # it gets its descriptors from the reserve
         base = BaseURL.parse(simulator.url)
         proxy = Proxy(settings, base, lambda: Credentials(sandbox_module.ACCESS_KEY, sandbox_module.SECRET_KEY))
     else:
@@ -379,11 +390,10 @@ async def _run(settings: Settings, *, sandbox: bool) -> int:
         try:
             await proxy.start()
         except OSError as error:
-            sys.stderr.write(f"metquay-proxy: cannot listen: {why_not_listening(error)}\n")
+            log.error("cannot start", reason=str(error))  # noqa: TRY400 - a person can put it right: no traceback
             await proxy.stop(0.0)
             return 1
-        sys.stdout.write(_welcome(proxy, settings, sandbox=sandbox))
-        sys.stdout.flush()
+        print(_welcome(proxy, settings, sandbox=sandbox, as_json=as_json), flush=True)  # noqa: T201 - it is for eyes
         log.info("listening", addresses=proxy.addresses, upstream=str(proxy.base))
         gc.freeze()  # what the program consists of never becomes garbage: collections need not look at it again
         gc.enable()
@@ -437,16 +447,35 @@ class _Signals:
         self._stop.set()
 
 
-def _welcome(proxy: Proxy, settings: Settings, *, sandbox: bool) -> str:
-    where = ", ".join(proxy.addresses)
-    key = (
-        ""
-        if sandbox or settings.access_key is None
-        else f" with key {last_four(settings.access_key.get_secret_value())}"
-    )
-    whom = "the built-in sandbox (made-up data, no account needed)" if sandbox else f"{proxy.base.authority}{key}"
-    page = next((address for address in proxy.addresses if not address.startswith("unix:")), None)
-    lines = [f"metquay-proxy {__version__} listens on {where}", f"for {whom}"]
-    if page is not None:
-        lines += [f"status page: {page}/-/", f"try: curl '{page}/customers?limit=2'"]
-    return "\n".join(lines) + "\n"
+def _welcome(proxy: Proxy, settings: Settings, *, sandbox: bool, as_json: bool) -> str:
+    """Return what is printed at the start; all of it can be pasted, and works with these settings."""
+    whom = "the built-in sandbox (made-up data, no account needed)" if sandbox else proxy.base.authority
+    if not sandbox and settings.access_key is not None:
+        whom += f" with key {last_four(settings.access_key.get_secret_value())}"
+    urls = list(dict.fromkeys([_url(proxy, address) for address in proxy.listening]))
+    root = next((url for url in urls if not url.startswith("unix:")), None)
+    # Windows PowerShell has another curl; the certificate may be anybody's, and for another name.
+    curl = ("curl.exe" if sys.platform == "win32" else "curl") + (" --insecure" if settings.tls_cert else "")
+    if root is None:
+        curl += f" --unix-socket {shlex.quote(proxy.listening[0].path)}"
+    test = f'{curl} "{root or f"{proxy.scheme}://localhost"}{"/-/ready" if settings.keys else "/customers?limit=2"}"'
+    page = root and f"{root}/-/"
+    if as_json:
+        told = {"version": __version__, "addresses": urls, "upstream": whom, "status_page": page, "try": test}
+        return json.dumps({"event": "started", **told})
+    lines = [f"metquay-proxy {__version__} listens on {', '.join(urls)}", f"for {whom}"]
+    if any(address.hosts != address.reach for address in proxy.listening):
+        lines.append("other machines may reach it too, at the addresses of this one")
+    if page:
+        lines.append(f"status page: {page}")
+    if settings.keys:
+        lines.append("each tool must send a client key, for instance in a header X-Proxy-Key")
+    return "\n".join([*lines, f"try: {test}"])
+
+
+def _url(proxy: Proxy, address: Address) -> str:
+    """Return where a program of this machine reaches us."""
+    if address.path:
+        return str(address)
+    host = address.host if address.hosts == address.reach else address.reach[0]
+    return f"{proxy.scheme}://{address._replace(host=host)}"

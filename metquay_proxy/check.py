@@ -15,6 +15,7 @@ import json
 import socket
 import ssl
 import time
+from collections import Counter
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -25,19 +26,20 @@ from metquay_proxy.audit import try_log, why_not
 from metquay_proxy.auth import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
+from metquay_proxy.listeners import CannotListen, bind, release
 from metquay_proxy.rewrite import BaseURL
 from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
 from metquay_proxy.upstream import Login, Transport, tls_context
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
+    from metquay_proxy.address import Address
     from metquay_proxy.settings import Settings
 
 MAX_SKEW: Final = 120.0
 """Seconds by which this machine's clock may differ from Metquay's."""
 _LOCAL_TIMEOUT: Final = 3.0
-_EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - asked, not bound
 _NEEDS: Final = {
     "keys": "",
     "port": "",
@@ -98,9 +100,15 @@ def run(load: Callable[[], Settings], *, sandbox: bool, as_json: bool) -> int:
     ``load`` finds the settings and raises ``SettingsError``; ``sandbox``: the simulator takes Metquay's place.
     """
     probes: list[Probe] = []
+    warnings: list[str] = []
+
+    def loaded() -> Settings:
+        settings = load()
+        warnings.extend(settings.warnings)
+        return settings
 
     async def probe_all() -> None:
-        async for probe in probed(load, sandbox=sandbox):
+        async for probe in probed(loaded, sandbox=sandbox):
             probes.append(probe)
             took = "" if probe.outcome == "skipped" else f"{probe.ms:.0f} ms"
             if not as_json:
@@ -109,9 +117,21 @@ def run(load: Callable[[], Settings], *, sandbox: bool, as_json: bool) -> int:
 
     asyncio.run(probe_all())
     good = all(probe.outcome != "failed" for probe in probes)
-    if as_json:
-        print(json.dumps({"ok": good, "probes": [probe._asdict() for probe in probes]}, indent=2))  # noqa: T201 - as above
+    told = {
+        "ok": good,
+        "summary": _summary(probes, warned=bool(warnings)),
+        "probes": [probe._asdict() for probe in probes],
+    }
+    print(json.dumps(told, indent=2) if as_json else told["summary"])  # noqa: T201 - as above
     return 0 if good else 1
+
+
+def _summary(probes: Sequence[Probe], *, warned: bool) -> str:
+    count = Counter(probe.outcome for probe in probes)
+    if count["failed"]:
+        return f"{count['failed']} of {len(probes)} checks failed; begin with the first."
+    well = "Nothing failed, but there is a warning about the settings" if warned else "All is well"
+    return f"{well}: {count['ok']} checks passed, {count['skipped']} had nothing to try."
 
 
 async def probed(load: Callable[[], Settings], *, sandbox: bool = False) -> AsyncIterator[Probe]:
@@ -181,26 +201,42 @@ class _Check:
             return "failed", f"The keys could not be read ({error}).", "Put them there again, one line of text each."
 
     async def _port(self) -> tuple[str, ...]:
-        """Look who listens where the proxy is to listen: nobody, a proxy of ours, or another program."""
-        address = self._settings.listen[0]
-        if address.path or not address.port:
-            return "skipped", "the proxy will find a place to listen at"
-        host, context = _EVERYWHERE.get(address.host, address.host), None
+        """Listen as the proxy would, and where it can't, look who is there: a proxy of ours, or another program."""
+        free, ours = [], []
+        for address in self._settings.listen:
+            try:
+                release(bind([address], self._settings.socket_mode))
+                free.append(str(address))
+            except CannotListen as error:
+                if not (error.taken and await self._is_ours(address)):
+                    return "failed", error.cause, error.cure
+                ours.append(str(address))
+        told = [f"{' and '.join(free)} can be listened on"] if free else []
+        return "ok", "; ".join(told + ([f"a metquay-proxy is running at {' and '.join(ours)}"] if ours else []))
+
+    async def _is_ours(self, address: Address) -> bool:
+        """Whether all who listen at an address are proxies of ours."""
+        context = None
         if self._settings.tls_cert:
             context = ssl._create_unverified_context()  # noqa: S323, SLF001 - ourselves, and nothing secret is asked
-        try:
-            async with asyncio.timeout(_LOCAL_TIMEOUT):
-                reader, writer = await asyncio.open_connection(host, address.port, ssl=context)
-        except ssl.SSLError:
-            pass  # whoever it is, it is not ours
-        except OSError:
-            return "ok", f"{address} is free for the proxy"
-        else:
-            self._own_status = await _asked(reader, writer)
-        if b"X-Metquay-Proxy-" in self._own_status or b'"quota"' in self._own_status:
-            return "ok", f"a metquay-proxy is running at {address}"
-        cure = "Stop it, or choose another port for the proxy, such as METQUAY_LISTEN=localhost:6397."
-        return "failed", f"Another program has taken {address}, where the proxy is to listen.", cure
+        answers = []
+        for host in address.reach:
+            try:
+                async with asyncio.timeout(_LOCAL_TIMEOUT):
+                    if address.path:
+                        streams = await asyncio.open_unix_connection(
+                            address.path, ssl=context, server_hostname=context and "localhost"
+                        )
+                    else:
+                        streams = await asyncio.open_connection(host, address.port, ssl=context)
+            except ssl.SSLError:
+                return False
+            except OSError:
+                continue
+            answers.append(await _asked(*streams))
+        ours = [answer for answer in answers if b"X-Metquay-Proxy-" in answer or b'"quota"' in answer]
+        self._own_status = ours[0] if ours else b""
+        return 0 < len(answers) == len(ours)
 
     async def _audit(self) -> tuple[str, ...]:
         """Ask what the proxy asks at its start, and whether one that runs has lost lines."""

@@ -11,7 +11,6 @@ has no ``loop.add_signal_handler``.
 from __future__ import annotations
 
 import argparse
-import errno
 import gc
 import os
 import sys
@@ -22,7 +21,7 @@ TYPE_CHECKING = False  # to import `typing` costs `health` 8 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from types import ModuleType
-    from typing import Final, NoReturn
+    from typing import Final, NoReturn, TextIO
 
     from metquay_proxy.address import Address
     from metquay_proxy.sandbox import Sandbox
@@ -88,6 +87,48 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f", did you mean {nearest[0]}?" if nearest else ""
+
+
+class _Stream:
+    """A standard stream that never raises: what can't be written (the disk is full, the reader gone) is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: it was closed
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+
+def _mend_streams() -> None:
+    """Give the program the streams that it was started without (by services, pythonw, ``>&-``).
+
+    A descriptor that is closed would become a socket's, and what is printed would go to a client.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as we run
+        if not isinstance(stream, _Stream):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Stream(stream))
 
 
 def _say(*lines: str) -> None:
@@ -167,7 +208,7 @@ def _serve(arguments: Sequence[str]) -> int:
     from metquay_proxy import app  # noqa: PLC0415 - slow, and of no use with wrong settings
 
     try:
-        return app.run(settings, sandbox=values.sandbox)
+        return app.run(settings, sandbox=values.sandbox, warnings=_out_of_sight(values, settings))
     except SettingsError as error:  # what only the attempt can tell
         return _refuse(error)
 
@@ -189,6 +230,30 @@ def _survive(signal: ModuleType) -> None:
             signal.signal(signal.SIGHUP, lambda *_: None)
         else:
             signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+
+def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
+    """Return a warning for each flag that moves the proxy away from where ``health`` without flags looks for it."""
+    from metquay_proxy import health  # noqa: PLC0415 - only `serve` wants both
+    from metquay_proxy.address import DEFAULT_LISTEN, parse_listen  # noqa: PLC0415 - as above
+
+    asked = health.find("METQUAY_LISTEN", os.environ) or DEFAULT_LISTEN
+    try:
+        seen = any(parse_listen(asked)[0].is_reached_at(address) for address in settings.listen)
+    except ValueError:  # the flag took the place of a wrong one
+        seen = False
+    moved = [("listen", values.listen)] if values.listen and not seen else []
+    if values.tls_cert and not health.find("METQUAY_TLS_CERT", os.environ):
+        moved.append(("tls-cert", values.tls_cert))
+    warnings = []
+    for flag, value in moved:
+        variable = f"METQUAY_{flag.upper().replace('-', '_')}={value}"
+        cure = f'Set {variable} in place of the flag (docker run -e "{variable}"), or give health the same flag.'
+        if flag == "listen" and not (settings.listen[0].port or settings.listen[0].path):
+            cure = "Give it the address that is printed here, with --listen."
+        why = f"`metquay-proxy health` (a container's health check) does not see the flag --{flag}, and asks elsewhere"
+        warnings.append(f"{why}: {asked}. {cure}" if flag == "listen" else f"{why}: in clear text. {cure}")
+    return warnings
 
 
 def _sandbox(arguments: Sequence[str]) -> int:
@@ -241,7 +306,13 @@ def _sandbox(arguments: Sequence[str]) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    asyncio.run(_simulate(simulator, address))
+    from metquay_proxy.listeners import CannotListen  # noqa: PLC0415 - slow
+
+    try:
+        asyncio.run(_simulate(simulator, address))
+    except CannotListen as error:
+        _say(f"{PROGRAM}: {error.cause} Choose another place with --listen.")
+        return _FAILED
     return 0
 
 
@@ -262,7 +333,12 @@ async def _simulate(simulator: Sandbox, address: Address) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    await simulator.start(address.host, address.port)
+    from metquay_proxy.listeners import listen  # noqa: PLC0415 - slow
+
+    listens = listen(
+        lambda why: _say(f"no new clients are let in: {why}" if why else "new clients are let in again"), 0
+    )
+    await simulator.start(address.host, address.port, listens)
     try:
         from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY  # noqa: PLC0415 - slow
 
@@ -272,7 +348,7 @@ async def _simulate(simulator: Sandbox, address: Address) -> None:
             f"METQUAY_HOST={simulator.url}",
             f"METQUAY_ACCESS_KEY={ACCESS_KEY}",
             f"METQUAY_SECRET_KEY={SECRET_KEY}",
-            f'curl -d "{login}" {simulator.url}/authenticate',
+            f'{"curl.exe" if sys.platform == "win32" else "curl"} -d "{login}" "{simulator.url}/authenticate"',
         )
         await stop.wait()
     finally:
@@ -344,6 +420,7 @@ def _health(arguments: Sequence[str]) -> int:
     if why is not None:
         _say(why)
         return _FAILED
+    _print("ready" if values.ready else "alive")
     return 0
 
 
@@ -364,6 +441,7 @@ def _overview() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; ``arguments`` are those after the program's name."""
+    _mend_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
         _print(f"{PROGRAM} {__version__}")
@@ -381,6 +459,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _FAILED if command == "health" else 0
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        hint = "; choose another place with --listen" if error.errno == errno.EADDRINUSE else ""
-        _say(f"{PROGRAM}: {error.strerror or error}{where}{hint}")
+        _say(f"{PROGRAM}: {error.strerror or error}{where}")
         return _FAILED

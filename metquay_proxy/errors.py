@@ -9,6 +9,7 @@ Facts: RFC 9110 section 10.2.3 (Retry-After in whole seconds); RFC 9110 section 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from typing import Final, Literal
@@ -50,6 +51,25 @@ STATUS: Final[dict[str, int]] = {
 """Slug (``X-Metquay-Proxy-Error``) to status."""
 
 _WAITABLE: Final = frozenset({429, 503})
+
+
+_PROGRAM_SHORT: Final = (
+    "this program may open no more files and connections",
+    "Raise the limit (ulimit -n, LimitNOFILE= of systemd, docker run --ulimit), or close tools that stay connected.",
+)
+_COMPUTER_SHORT: Final = (
+    "this computer has no room for more files and connections",
+    "Close programs that it can do without.",
+)
+_SHORTAGE: Final = {
+    errno.EMFILE: _PROGRAM_SHORT,
+    **dict.fromkeys((errno.ENFILE, errno.ENOBUFS, errno.ENOMEM), _COMPUTER_SHORT),
+}
+
+
+def shortage(error: OSError) -> tuple[str, str] | None:
+    """Return what the system ran out of (no full stop) and what to do about it; None where that is not the fault."""
+    return _SHORTAGE.get(error.errno or 0)
 
 
 class ProxyError(Exception):

@@ -3,8 +3,7 @@
 Owns the question where the proxy is, and one small HTTP exchange. The standard library alone, and of that only
 what loads fast, because container engines run this every few seconds: no asyncio, no http.client, no pydantic.
 
-Facts: RFC 9112 section 4 (status line), 9.6 (``Connection: close``). Windows may spend 2 s on a missing ``::1``, so
-127.0.0.1 is asked first. A listener on 0.0.0.0 or [::] is reached at the loopback addresses.
+Facts: RFC 9112 section 4 (status line), 9.6 (``Connection: close``).
 """
 
 from __future__ import annotations
@@ -29,11 +28,6 @@ TIMEOUT: Final = 5.0
 INTERVAL: Final = 0.1
 """Seconds between two questions of ``--wait``."""
 
-_LOOPBACK: Final = {
-    "localhost": ("127.0.0.1", "::1"),
-    "0.0.0.0": ("127.0.0.1",),  # noqa: S104 - asked, not bound
-    "::": ("::1", "127.0.0.1"),
-}
 _MAX_ANSWER: Final = 4096
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r\n]")
 _OK: Final = 200
@@ -95,8 +89,7 @@ def _ask(address: Address, path: str, *, tls: bool, timeout: float) -> bytes:
 
 def _connect(address: Address, timeout: float, *, tls: bool) -> socket.socket:
     targets: list[tuple[int, str | tuple[str, int]]] = [
-        (socket.AF_INET6 if ":" in host else socket.AF_INET, (host, address.port))
-        for host in _LOOPBACK.get(address.host, (address.host,))
+        (socket.AF_INET6 if ":" in host else socket.AF_INET, (host, address.port)) for host in address.reach
     ]
     if sys.platform != "win32" and address.path:
         targets = [(socket.AF_UNIX, address.path)]

@@ -49,7 +49,9 @@ from metquay_proxy.sandbox_seed import SeedError, load_seed, sample_records
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    Listen = Callable[[Callable[[], web.RequestHandler], str, int], Awaitable[tuple[Sequence[Any], int]]]
 
 __all__ = ["ACCESS_KEY", "SECRET_KEY", "Faults", "Sandbox", "SeedError", "load_seed"]
 
@@ -308,7 +310,7 @@ class Sandbox:
         self.port = 0
         self.url = ""
         self._server: _Listener | None = None
-        self._listening: asyncio.Server | None = None
+        self._listening: Sequence[Any] = ()
         self._token_lifetime = token_lifetime
         self._keys = (access_key, secret_key)
         self._clock, self._sleep, self._ssl_context = clock, sleep, ssl_context
@@ -334,27 +336,36 @@ class Sandbox:
         self._faults = replace(faults, expire_tokens=False)
         self._outage_end = math.inf if faults.login_outage is True else self._clock() + faults.login_outage
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Listen; port 0 takes any free one. Sets ``port`` and ``url``. Raises OSError if the port is taken."""
+    async def start(self, host: str = "127.0.0.1", port: int = 0, listen: Listen | None = None) -> None:
+        """Listen; port 0 takes any free one. Sets ``port`` and ``url``. Raises OSError if the port is taken.
+
+        ``listen`` does so in its own way: it takes what makes a protocol, host and port, and returns what is to be
+        closed at the end, and the port.
+        """
         server = _Listener(self._handle, keepalive_timeout=_KEEPALIVE, auto_decompress=False, access_log=None)
-        loop = asyncio.get_running_loop()
-        self._listening = await loop.create_server(server, host, port, ssl=self._ssl_context, backlog=1024)
+        self._listening, self.port = await (listen or self._listen)(server, host, port)
         self._server = server
-        self.port = self._listening.sockets[0].getsockname()[1]
         scheme = "http" if self._ssl_context is None else "https"
+        host = "127.0.0.1" if host in {"0.0.0.0", "::"} else host  # noqa: S104 - every address, of which this is one
         self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}{PREFIX}"
+
+    async def _listen(self, server: web.Server, host: str, port: int) -> tuple[list[asyncio.Server], int]:
+        loop = asyncio.get_running_loop()
+        listening = await loop.create_server(server, host, port, ssl=self._ssl_context, backlog=1024)
+        return [listening], listening.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
         """Close at once, open connections too; requests under way get no answer. Harmless when not started."""
-        if self._listening is None or self._server is None:
+        if self._server is None:
             return
-        self._listening.close()
+        for listening in self._listening:
+            listening.close()
         transports = [connection.transport for connection in self._server.connections]
         await self._server.shutdown(_SHUTDOWN)
         for transport in transports:
             if transport is not None:
                 transport.abort()
-        self._listening = self._server = None
+        self._server = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         target = request.raw_path

@@ -209,6 +209,15 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNIT[(match[2] or "").lower()]
 
 
+def _socket_mode(text: str) -> int:
+    match = re.fullmatch(r"(?:0o?)?([0-7]{3})", text)
+    mode = int(match[1], 8) if match else 0
+    if mode & 0o600 != 0o600:  # noqa: PLR2004 - read and write for its owner
+        msg = f"{text!r} is not a mode in octal that lets its owner in, such as 0600, 0660 or 0666"
+        raise ValueError(msg)
+    return mode
+
+
 def _replay_limit(text: str) -> int:
     size = parse_size(text)
     if size > MAX_REPLAY_LIMIT:
@@ -367,6 +376,9 @@ class Settings(BaseSettings):
         "ADDRESS",
         "where to listen: host:port (port 0: any free one) or unix:/path; several with commas",
         DEFAULT_LISTEN,
+    )
+    socket_mode: Annotated[int, _text(_socket_mode)] = _setting(
+        "MODE", "who may open a unix socket, in octal: 0660 lets its group in too", "0600"
     )
     tls_cert: _ReadableFile = _setting("FILE", "PEM certificate chain, to serve https")
     tls_key: _ReadableFile = _setting("FILE", "PEM private key of that certificate, without a password")

@@ -382,10 +382,10 @@ _output: Final = _Output()
 atexit.register(_output.flush)
 
 
-def configure_logging(level: str, form: str) -> None:
+def configure_logging(level: str, form: str) -> bool:
     """Send structlog's, the standard library's and Python's own messages to standard error, through one chain.
 
-    ``form``: ``console``, ``json``, or ``auto`` (console on a terminal, JSON otherwise).
+    ``form``: ``console``, ``json``, or ``auto`` (console on a terminal, JSON otherwise). Return whether it is JSON.
     """
     _output.stream, _output.as_json = sys.stderr, form == "json" or (form == "auto" and not sys.stderr.isatty())
     _output.threshold = _LEVELS[level]
@@ -422,6 +422,7 @@ def configure_logging(level: str, form: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(_LEVELS[level])
     logging.captureWarnings(capture=True)
+    return _output.as_json
 
 
 def _printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

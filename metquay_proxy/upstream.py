@@ -44,7 +44,7 @@ from metquay_proxy.auth import (
     parse_login,
 )
 from metquay_proxy.body import ReplayBudget, RequestBody
-from metquay_proxy.errors import ProxyError, Sent
+from metquay_proxy.errors import ProxyError, Sent, shortage
 from metquay_proxy.http1 import ProtocolError, ResponseHead, ResponseReader
 from metquay_proxy.quota import retry_after_seconds
 
@@ -803,7 +803,9 @@ def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None)
             "METQUAY_CA_BUNDLE."
         )
         return UpstreamFailure("upstream-tls", message, repeatable=True)
-    if isinstance(error, socket.gaierror):
+    if (short := _shortage(error)) is not None:
+        why, cure = short[0], short[1].removesuffix(".")
+    elif isinstance(error, socket.gaierror):
         why, cure = "its name could not be looked up", "Check METQUAY_HOST and the network's name server (DNS)"
     elif isinstance(error, ConnectionRefusedError) or error.errno == errno.ECONNREFUSED:
         why, cure = "nothing listens there", "Check METQUAY_HOST and its port"
@@ -813,6 +815,16 @@ def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None)
         why, cure = "the network gives no way to it", "Check the network (VPN, firewall, corporate proxy)"
     message = f"{place} could not be reached: {why}. {cure}; the proxy goes on trying with each request."
     return UpstreamFailure("upstream-unreachable", message, repeatable=True)
+
+
+def _shortage(error: OSError) -> tuple[str, str] | None:
+    """Return what the system ran out of; of a look-up, which does not say why it failed, another attempt tells."""
+    if isinstance(error, socket.gaierror):
+        try:
+            socket.socket().close()
+        except OSError as reason:
+            error = reason
+    return shortage(error)
 
 
 def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:

@@ -1,3 +1,5 @@
+# ruff: noqa: S104 - compared, not bound
+
 from __future__ import annotations
 
 import subprocess
@@ -5,7 +7,7 @@ import sys
 
 import pytest
 
-from metquay_proxy.address import DEFAULT_LISTEN, Address, parse_listen
+from metquay_proxy.address import DEFAULT_LISTEN, Address, parse_listen, peer
 
 unix_only = pytest.mark.skipif(sys.platform == "win32", reason="Python has no unix sockets on Windows")
 
@@ -66,6 +68,61 @@ def test_what_cannot_be_listened_on_is_told(text: str, complaint: str) -> None:
 def test_an_address_reads_as_it_was_written(text: str) -> None:
     """What was parsed is shown in the same spelling."""
     assert text == str(parse_listen(text)[0])
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "reach"),
+    [
+        ("localhost", ("127.0.0.1", "::1"), ("127.0.0.1", "::1")),
+        ("::", ("0.0.0.0", "::"), ("127.0.0.1", "::1")),
+        ("0.0.0.0", ("0.0.0.0",), ("127.0.0.1",)),
+        ("::1", ("::1",), ("::1",)),
+        ("192.0.2.1", ("192.0.2.1",), ("192.0.2.1",)),
+        ("box.lab", ("box.lab",), ("box.lab",)),
+    ],
+)
+def test_what_a_host_stands_for(host: str, hosts: tuple[str, ...], reach: tuple[str, ...]) -> None:
+    """``localhost`` and ``[::]`` mean both families, and who listens everywhere is reached at loopback."""
+    assert (hosts, reach) == (Address(host, 1).hosts, Address(host, 1).reach)
+
+
+@pytest.mark.parametrize(
+    ("asked", "listening", "expected"),
+    [
+        ("localhost:1", "localhost:1", True),
+        ("localhost:1", "127.0.0.1:1", True),
+        ("localhost:1", "[::1]:1", True),
+        ("localhost:1", "0.0.0.0:1", True),
+        ("0.0.0.0:1", "localhost:1", True),
+        ("[::1]:1", "[::]:1", True),
+        ("[::1]:1", "0.0.0.0:1", False),
+        ("127.0.0.1:1", "[::1]:1", False),
+        ("127.0.0.1:1", "192.0.2.1:1", False),
+        ("localhost:1", "localhost:2", False),
+        ("localhost:0", "localhost:0", False),
+        pytest.param("unix:/a", "unix:/a", True, marks=unix_only),
+        pytest.param("unix:/a", "unix:/b", False, marks=unix_only),
+        pytest.param("localhost:1", "unix:/b", False, marks=unix_only),
+    ],
+)
+def test_who_asks_reaches_who_listens(asked: str, listening: str, expected: bool) -> None:  # noqa: FBT001 - a table
+    """Whether ``health`` finds a proxy that listens elsewhere than it asks."""
+    assert expected is parse_listen(asked)[0].is_reached_at(parse_listen(listening)[0])
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("::FFFF:192.0.2.1", "192.0.2.1"),
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8::1", "2001:db8::1"),
+        ("::ffff:0:1", "::ffff:0:1"),
+    ],
+)
+def test_a_mapped_address_is_an_ipv4_one(host: str, expected: str) -> None:
+    """Who came by IPv4 is shown so, however the system writes it."""
+    assert expected == peer(host)
 
 
 def test_windows_has_no_unix_sockets(monkeypatch: pytest.MonkeyPatch) -> None:

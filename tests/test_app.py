@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import trustme
 
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from tests import running as program
@@ -25,7 +27,7 @@ from tests.wire import OK, Broken, Client, Upstream, answered, certified, eventu
 from tests.wire import running as benched
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from tests.wire import Bench, Message
 
@@ -534,7 +536,8 @@ socket.getaddrinfo = getaddrinfo
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     """A port that is taken gives one line and 1; what was opened before it is closed again."""
     with socket.create_server(("127.0.0.1", 0)) as other:
-        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        other_port = other.getsockname()[1]
+        listen = f"127.0.0.1:{other_port}"
         if sys.platform != "win32":
             listen = f"unix:{tmp_path / 'socket'},{listen}"
         run = subprocess.run(
@@ -547,7 +550,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
             check=False,
         )
     assert (1, "", 1) == (run.returncode, run.stdout, run.stderr.count("\n"))
-    assert run.stderr.startswith("metquay-proxy: cannot listen: the address of METQUAY_LISTEN is taken")
+    assert f"127.0.0.1:{other_port} is taken by another program" in json.loads(run.stderr)["reason"]
     assert [] == list(tmp_path.iterdir())
 
 
@@ -587,20 +590,22 @@ async def test_health_waits(tmp_path: Path) -> None:
 
     async def health(*flags: str) -> tuple[int, str]:
         words = [sys.executable, "-m", "metquay_proxy", "health", "--listen", listen, *flags]
-        asked = await asyncio.create_subprocess_exec(*words, stderr=asyncio.subprocess.PIPE)
-        _, told = await asked.communicate()
+        asked = await asyncio.create_subprocess_exec(
+            *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        told, _ = await asked.communicate()
         return asked.returncode or 0, told.decode()
 
     alive, ready = [asyncio.ensure_future(health("--wait", "20", *flags)) for flags in ([], ["--ready"])]
     await asyncio.sleep(0.2)
     keys = {"access_key": ACCESS_KEY, "secret_key": SECRET_KEY}
     with process(tmp_path, "serve", **environment(sandbox.url, listen, **keys)) as command:
-        assert (0, "") == await alive
+        assert (0, "alive\n") == await alive
         code, told = await health("--ready")
         assert (1, "not ready") == (code, told.strip().rpartition(", ")[2])
         assert not ready.done()
         sandbox.faults = Faults()
-        assert (0, "") == await ready
+        assert (0, "ready\n") == await ready
         await ended(command, signal.SIGTERM)
     await sandbox.stop()
 
@@ -622,7 +627,7 @@ async def test_process_1(tmp_path: Path) -> None:
             stderr=asyncio.subprocess.PIPE,
         )
         assert first.stdout is not None
-        assert b"listens on" in await first.stdout.readline()
+        assert b'"event": "started"' in await first.stdout.readline()
         children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text()
         status = Path(f"/proc/{children.strip()}/status").read_text()
         assert re.search(r"^NSpid:\s+\d+\s+1$", status, re.MULTILINE)
@@ -735,3 +740,90 @@ async def test_nohup(tmp_path: Path) -> None:
     with process(tmp_path, "serve", **variables) as command:
         await ended(command, signal.SIGHUP, signal.SIGTERM)
         assert "files were read again" not in command.output
+
+
+def started(folder: Path, **settings: str) -> Iterator[str]:
+    """Run the sandbox with these settings; yield what is printed at the start, and end it."""
+    variables = environment("http://127.0.0.1:9", **settings)
+    with subprocess.Popen(
+        [sys.executable, "-m", "metquay_proxy", "serve", "--sandbox"],
+        cwd=folder,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as popen:
+        assert popen.stdout is not None
+        printed = ""
+        for line in popen.stdout:
+            printed += line
+            if line.startswith(("try: ", "{")):
+                break
+        try:
+            yield printed
+        finally:
+            popen.terminate()
+        assert 0 == popen.wait(20)
+
+
+CURL = shutil.which("curl")
+
+
+@posix_only
+@pytest.mark.slow
+@pytest.mark.skipif(CURL is None, reason="what is printed is for curl")
+@pytest.mark.parametrize("form", ["console", "json"])
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"listen": "localhost:0"}, "http://localhost:"),
+        ({"listen": "0.0.0.0:0"}, "http://127.0.0.1:"),
+        ({"listen": "[::]:0"}, "http://127.0.0.1:"),
+        ({"listen": "unix:{}/a b$,127.0.0.1:0"}, "http://127.0.0.1:"),
+        ({"listen": "unix:{}/a b$"}, "--unix-socket"),
+        ({"tls_cert": "{}/s.pem", "tls_key": "{}/s.pem", "listen": "127.0.0.1:0"}, "https://127.0.0.1:"),
+        ({"tls_cert": "{}/s.pem", "tls_key": "{}/s.pem", "listen": "unix:{}/s"}, "--unix-socket"),
+        ({"client_key": "key-of-the-workbook-0123"}, "http://127.0.0.1:"),
+        ({"client_keys": "a:key-of-the-workbook-0123:read-only", "listen": "[::1]:0"}, "http://[::1]:"),
+        ({"read_only": "true"}, "http://127.0.0.1:"),
+    ],
+)
+def test_what_is_printed_can_be_pasted(tmp_path: Path, settings: dict[str, str], where: str, form: str) -> None:
+    """The command that is printed works in a shell, with whatever settings, and shows no key."""
+    trustme.CA().issue_cert("tools.lab.example").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "s.pem"))
+    texts = {name: text.replace("{}", str(tmp_path)) for name, text in settings.items()}
+    for printed in started(tmp_path, log_format=form, **texts):
+        if form == "json":
+            assert 1 == printed.count("\n")
+            told = json.loads(printed)
+            assert ["event", "version", "addresses", "upstream", "status_page", "try"] == list(told)
+            line, page = told["try"], told["status_page"]
+        else:
+            line = re.search("^try: (.*)$", printed, re.MULTILINE)[1]  # type: ignore[index]
+            page = (re.search("^status page: (.*)$", printed, re.MULTILINE) or [None, None])[1]
+        assert where in line
+        assert (page is None) is ("--unix-socket" in line)
+        assert "key-of" not in printed
+        assert ("X-Proxy-Key" in printed) is ("client_key" in str(settings) and form == "console")
+        assert "//0.0.0.0" not in printed
+        assert "//[::]:" not in printed
+        command = f"{line} --silent --noproxy '*' --retry 5 --retry-all-errors --retry-delay 1 --fail"
+        pasted = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=30, check=False)  # noqa: S602 - ours
+        assert (0, "") == (pasted.returncode, pasted.stderr)
+        assert pasted.stdout.startswith("ready" if "client_key" in str(settings) else "[{")
+
+
+def test_with_json_logs_all_is_json(tmp_path: Path) -> None:
+    """What is printed, warnings, and what keeps the proxy from starting; each a line of its own."""
+    words = [sys.executable, "-m", "metquay_proxy", "serve", "--sandbox"]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        variables = environment("http://127.0.0.1:9", listen, client_key="short", log_format="json")
+        run = subprocess.run(  # noqa: S603 - our own words
+            words, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=20, check=False
+        )
+    assert (1, "") == (run.returncode, run.stdout)
+    warning, error = [json.loads(line) for line in run.stderr.splitlines()]
+    assert ("warning", "error") == (warning["level"], error["level"])
+    assert "METQUAY_CLIENT_KEY is short" in warning["event"]
+    assert f"{listen} is taken by another program" in error["reason"]

@@ -99,9 +99,14 @@ def test_a_log_that_can_not_be_written_keeps_the_proxy_from_starting(tmp_path: P
     os.mkfifo(tmp_path / "pipe")
     for path, why in (("pipe", "nobody reads from this pipe; start its reader first"), (".", "Is a directory")):
         ended = subprocess.run(
-            [sys.executable, "-m", "metquay_proxy", "serve", "--sandbox", "--listen", "127.0.0.1:0"],
+            [sys.executable, "-m", "metquay_proxy", "serve", "--sandbox"],
             cwd=tmp_path,
-            env=os.environ | {"METQUAY_AUDIT_LOG": path, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            env=os.environ
+            | {
+                "METQUAY_AUDIT_LOG": path,
+                "METQUAY_LISTEN": "127.0.0.1:0",
+                "PYTHONPATH": str(Path(__file__).parent.parent),
+            },
             capture_output=True,
             text=True,
             timeout=20,

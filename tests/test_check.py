@@ -16,6 +16,7 @@ import pytest
 import trustme
 
 from metquay_proxy.check import Probe, probed, run
+from metquay_proxy.listeners import CannotListen
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from metquay_proxy.settings import Settings, load
 from tests.redis_server import needs_redis, redis_server
@@ -136,7 +137,7 @@ async def test_all_is_well(authority: trustme.CA, tmp_path: Path) -> None:
         found = await probes(f"https://localhost:{sandbox.port}", ca_bundle="ca.pem")
     names = ["settings", "keys", "port", "audit", "dns", "tcp", "tls", "clock", "login", "read", "quota", "redis"]
     assert names == list(found)
-    assert {"ok": 9, "skipped": 3} == {
+    assert {"ok": 10, "skipped": 2} == {
         outcome: [probe.outcome for probe in found.values()].count(outcome) for outcome in ("ok", "skipped")
     }
     assert "access key ...-key" == found["keys"].text
@@ -348,7 +349,7 @@ async def test_the_port_is_taken() -> None:
     """Another program listens where the proxy is to; the rest is tried all the same."""
     async with metquay() as sandbox, answering("200 OK", "alive\n") as port:
         found = await probes(sandbox.url, listen=f"127.0.0.1:{port}")
-    assert_failed(found, "port", f"Another program has taken 127.0.0.1:{port}", "METQUAY_LISTEN=localhost:")
+    assert_failed(found, "port", f"127.0.0.1:{port} is taken by another program", "METQUAY_LISTEN .--listen")
 
 
 async def test_a_silent_program_has_the_port() -> None:
@@ -356,7 +357,7 @@ async def test_a_silent_program_has_the_port() -> None:
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     async with metquay() as sandbox, server:
         found = await probes(sandbox.url, listen=f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    assert_failed(found, "port", "Another program", "Stop it")
+    assert_failed(found, "port", "another program", "Stop that one")
 
 
 async def test_a_proxy_is_running() -> None:
@@ -376,6 +377,34 @@ async def test_a_proxy_with_client_keys_is_running() -> None:
     async with metquay() as sandbox, running(sandbox.url, client_key="a-long-client-key") as (_, url):
         found = await probes(sandbox.url, listen=url.removeprefix("http://"))
     assert ("ok", "ok") == (found["port"].outcome, found["quota"].outcome)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Python has no unix sockets on Windows")
+async def test_proxies_are_running_at_all_addresses(tmp_path: Path) -> None:
+    """A unix socket is asked too; where some addresses are free and some our own, each is told."""
+    async with metquay() as sandbox, running(sandbox.url, listen=f"127.0.0.1:0,unix:{tmp_path}/s") as (proxy, url):
+        place = url.removeprefix("http://")
+        found = await probes(sandbox.url, listen=f"unix:{tmp_path}/s,{place}")
+        assert f"a metquay-proxy is running at unix:{tmp_path}/s and {place}" == found["port"].text
+        found = await probes(sandbox.url, listen=f"unix:{tmp_path}/t,{place}")
+        assert f"unix:{tmp_path}/t can be listened on; a metquay-proxy is running at {place}" == found["port"].text
+        assert proxy.ready()
+    assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "listen", ["192.0.2.1:7000", "localhost:0,192.0.2.1:7000", "127.0.0.1:{taken}", "localhost:0,unix:{folder}/none/s"]
+)
+async def test_what_serve_could_not_listen_on(tmp_path: Path, listen: str) -> None:
+    """``check`` asks what ``serve`` asks, for each address, says the same, and leaves nothing behind."""
+    async with metquay() as sandbox, answering("200 OK", "alive\n") as taken:
+        listen = listen.format(taken=taken, folder=tmp_path)
+        found = await probes(sandbox.url, listen=f"unix:{tmp_path}/s,{listen}", trust_network="true")
+        with pytest.raises(CannotListen) as caught:
+            async with running(sandbox.url, listen=listen, trust_network="true"):
+                pass
+    assert ("failed", caught.value.cause, caught.value.cure) == found["port"][1:4]
+    assert [] == list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -432,7 +461,8 @@ def test_one_line_for_each_probe(sandbox_settings: Callable[[], Settings], capsy
     """Each probe is a line: outcome, name, time, what was found; nothing failed, so the exit code is 0."""
     assert 0 == run(sandbox_settings, sandbox=True, as_json=False)
     lines = capsys.readouterr().out.splitlines()
-    assert 12 == len(lines)
+    assert 13 == len(lines)
+    assert "All is well: 8 checks passed, 4 had nothing to try." == lines[-1]
     assert re.fullmatch(r"ok +login +\d+ ms  a token for 900 s", lines[8])
     assert re.fullmatch(r"skipped +tls +not used within this machine", lines[6])
 
@@ -442,6 +472,7 @@ def test_json(sandbox_settings: Callable[[], Settings], capsys: pytest.CaptureFi
     assert 0 == run(sandbox_settings, sandbox=True, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
+    assert "All is well: 8 checks passed, 4 had nothing to try." == found["summary"]
     assert ["name", "outcome", "text", "cure", "ms"] == list(found["probes"][0])
 
 
@@ -451,3 +482,18 @@ def test_a_failure_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert 1 == run(lambda: load({"host": "metquay.invalid", **keys}), sandbox=False, as_json=False)
     assert "failed   dns" in (out := capsys.readouterr().out)
     assert "Check METQUAY_HOST for a typing mistake" in out
+    assert "1 of 12 checks failed; begin with the first." == out.splitlines()[-1]
+
+
+def test_a_warning_is_not_all_well(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line says only what is so: there is a warning above it."""
+    settings = {"listen": "localhost:0", "rate_limit": "off", "client_key": "short"}
+    assert 0 == run(lambda: load(settings, sandbox=True), sandbox=True, as_json=False)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "Nothing failed, but there is a warning about the settings: 8 checks passed, 4 had nothing to try." == last
+
+
+def test_wrong_settings_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing else was tried."""
+    assert 1 == run(load, sandbox=False, as_json=False)
+    assert "1 of 1 checks failed; begin with the first." == capsys.readouterr().out.splitlines()[-1]

@@ -1,27 +1,32 @@
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 
-from metquay_proxy import __version__, cli, health, server
+from metquay_proxy import __version__, app, cli, health
 from metquay_proxy import settings as settings_module
 from metquay_proxy.settings import VARIABLES, flag, variable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
     from metquay_proxy.settings import Settings
 
@@ -59,11 +64,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, bool]]:
     """Return what the server is started with; it ends at once with exit code 0."""
     starts: list[tuple[Settings, bool]] = []
 
-    def run(settings: Settings, *, sandbox: bool) -> int:
+    def run(settings: Settings, *, sandbox: bool, warnings: Sequence[str]) -> int:
         starts.append((settings, sandbox))
+        assert [] == list(warnings)
         return 0
 
-    monkeypatch.setattr(server, "run", run)
+    monkeypatch.setattr(app, "run", run)
     return starts
 
 
@@ -145,14 +151,14 @@ class TestServe:
     def test_what_the_system_refuses_is_one_line(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """A port that is taken, for one."""
+        """With the file that it is about."""
 
         def run(*_: object, **__: object) -> int:
-            raise OSError(errno.EADDRINUSE, "address already in use")
+            raise OSError(errno.EIO, "input/output error", "file")
 
-        monkeypatch.setattr(server, "run", run)
+        monkeypatch.setattr(app, "run", run)
         assert 1 == cli.main([])
-        assert "metquay-proxy: address already in use; choose another place with --listen\n" == capsys.readouterr().err
+        assert "metquay-proxy: input/output error: file\n" == capsys.readouterr().err
 
     @pytest.mark.usefixtures("account")
     def test_ctrl_c_before_the_server_listens_for_it_is_a_clean_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,10 +167,174 @@ class TestServe:
         def interrupt(*_: object, **__: object) -> int:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(server, "run", interrupt)
+        monkeypatch.setattr(app, "run", interrupt)
         monkeypatch.setattr(health, "check", interrupt)
         assert 0 == cli.main([])
         assert 1 == cli.main(["health"])
+
+
+class TestMovedAway:
+    @pytest.mark.parametrize(
+        ("variables", "flags", "expected"),
+        [
+            ({}, [], []),
+            ({}, ["--listen", "0.0.0.0:6387"], []),
+            (
+                {},
+                ["--listen", "localhost:7000"],
+                ['asks elsewhere: localhost:6387.*-e "METQUAY_LISTEN=localhost:7000"'],
+            ),
+            ({}, ["--listen", "localhost:0"], ["asks elsewhere: localhost:6387.*the address that is printed"]),
+            ({"LISTEN": "0.0.0.0:6387"}, ["--listen", "0.0.0.0:7000"], ['asks elsewhere: 0.0.0.0:6387.*="?']),
+            ({"LISTEN": "localhost:7000"}, [], []),
+            ({"LISTEN": "localhost:7000"}, ["--listen", "localhost:8000,localhost:7000"], []),
+            ({"LISTEN": "nonsense"}, ["--listen", "localhost:7000"], ["asks elsewhere: nonsense"]),
+            ({}, ["--tls-cert", "s.pem", "--tls-key", "s.pem"], ['in clear text.*-e "METQUAY_TLS_CERT=s.pem"']),
+            ({"TLS_CERT": "s.pem"}, ["--tls-cert", "s.pem", "--tls-key", "s.pem"], []),
+        ],
+    )
+    def test_a_flag_that_health_does_not_see(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        variables: dict[str, str],
+        flags: list[str],
+        expected: list[str],
+    ) -> None:
+        """One warning for each, at the start, with the variable that both would see."""
+        trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "s.pem"))
+        for name, value in variables.items():
+            monkeypatch.setenv(f"METQUAY_{name}", value)
+        told: list[str] = []
+        monkeypatch.setattr(app, "run", lambda *_, warnings, **__: told.extend(warnings) or 0)
+        assert 0 == cli.main(["--sandbox", *flags])
+        assert len(expected) == len(told)
+        for pattern, line in zip(expected, told, strict=True):
+            assert re.search(pattern, line), line
+
+
+ROOT = Path(__file__).parent.parent
+
+FULL_LOG = """
+import resource
+from metquay_proxy import cli
+cli.main(["--version"])
+from metquay_proxy.telemetry import configure_logging, log
+configure_logging("info", "json")
+for _ in range(100):
+    log.info("x" * 1000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(10_000):
+    log.info("x" * 1000)
+raise SystemExit(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 1024)
+"""
+
+BROKEN = [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full"]
+
+
+@posix_only
+class TestStreams:
+    @pytest.mark.parametrize("streams", BROKEN)
+    @pytest.mark.parametrize(
+        ("words", "code"),
+        [
+            ("--version", 0),
+            ("health --listen 127.0.0.1:1", 1),
+            ("nonsense", 2),
+            *[
+                pytest.param(words, code, marks=pytest.mark.slow)
+                for words, code in (("settings", 2), ("--help", 0), ("check --sandbox", 0), ("settings --x", 2))
+            ],
+        ],
+    )
+    def test_a_command_whose_streams_are_closed_or_full(
+        self, tmp_path: Path, streams: str, words: str, code: int
+    ) -> None:
+        """It does its work, and ends with the code that says how that went; what can be said is said."""
+        ended = shell(f"{words} {streams}", tmp_path)
+        assert code == ended.returncode
+        assert not re.search("Traceback|Exception|Errno", ended.stdout + ended.stderr)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("streams", BROKEN)
+    @pytest.mark.parametrize("words", ["serve --sandbox", "sandbox"])
+    def test_a_server_whose_streams_are_closed_or_full(self, tmp_path: Path, streams: str, words: str) -> None:
+        """It serves, no client gets what was meant for a stream, and it ends with 0."""
+        port = free_port()
+        popen = subprocess.Popen(  # noqa: S602 - our own words
+            f"exec {sys.executable} -m metquay_proxy {words} --listen localhost:{port} {streams}",
+            shell=True,
+            cwd=tmp_path,
+        )
+        try:
+            wait = time.monotonic() + 10
+            while cli.main(["health", "--listen", f"localhost:{port}"]) and time.monotonic() < wait:
+                time.sleep(0.05)
+                if words == "sandbox":
+                    with contextlib.suppress(OSError):
+                        socket.create_connection(("127.0.0.1", port)).close()
+                        break
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(b"GET /-/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                answer = client.makefile("rb").read()
+            assert answer.startswith(b"HTTP/1.1 404 ")
+            assert b"listens" not in answer
+        finally:
+            popen.terminate()
+        assert 0 == popen.wait(20)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full, and kibibytes")
+    def test_a_log_that_is_full_is_not_kept(self, tmp_path: Path) -> None:
+        """What could not be written does not gather in memory."""
+        (tmp_path / "log.py").write_text(FULL_LOG)
+        words = f"{sys.executable} log.py 2>/dev/full"
+        run = subprocess.run(words, shell=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)  # noqa: S602 - our own words
+        assert 0 == run.returncode
+
+    def test_streams_that_are_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As services and pythonw have them."""
+        monkeypatch.setattr(sys, "stdout", None)
+        monkeypatch.setattr(sys, "stderr", None)
+        assert 0 == cli.main(["--version"])
+        assert 2 == cli.main(["nonsense"])
+
+    def test_a_stream_that_was_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Python's own object for it."""
+        closed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert 0 == cli.main(["--version"])
+        closed.close()
+        assert 0 == cli.main(["--version"])
+
+    @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+    def test_any_encoding(self, tmp_path: Path, encoding: str) -> None:
+        """What an encoding lacks is written as an escape."""
+        more = {"PYTHONIOENCODING": encoding, "METQUAY_CA_BUNDLE": "日/ca.pem"}
+        for words, code in (("settings", 2), ("check", 1)):
+            ended = shell(words, tmp_path, **more)
+            assert code == ended.returncode
+            assert r"\u65e5/ca.pem" in ended.stdout
+            assert "Traceback" not in ended.stderr
+
+
+def shell(words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program by a shell, which can close its streams."""
+    return subprocess.run(  # noqa: S602 - our own words
+        f"{sys.executable} -m metquay_proxy {words}",
+        shell=True,
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+def free_port() -> int:
+    """Return a port at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 class TestUsage:
@@ -288,11 +458,12 @@ class TestSettings:
 
 
 class TestHealth:
-    def test_alive_is_silence_and_0(self, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize(("flags", "word"), [([], "alive"), (["--ready"], "ready")])
+    def test_well_is_one_word_and_0(self, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
         """By flag."""
-        with listening(b"HTTP/1.1 200 OK\r\n\r\nalive") as port:
-            assert 0 == cli.main(["health", "--listen", f"127.0.0.1:{port}"])
-        assert ("", "") == capsys.readouterr()
+        with listening(b"HTTP/1.1 200 OK\r\n\r\nfine") as port:
+            assert 0 == cli.main(["health", "--listen", f"127.0.0.1:{port}", *flags])
+        assert (f"{word}\n", "") == capsys.readouterr()
 
     def test_not_ready_is_one_line_and_1(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -384,14 +555,17 @@ class TestProcess:
         url = lines[1].removeprefix("METQUAY_HOST=")
         assert lines[0].endswith(url)
         assert lines[2].startswith("METQUAY_ACCESS_KEY=")
-        assert lines[4].endswith(f"{url}/authenticate")
+        assert lines[4].endswith(f'"{url}/authenticate"')
+        if shutil.which("curl"):
+            pasted = subprocess.run(f"{lines[4]} -s", shell=True, capture_output=True, text=True, check=True)  # noqa: S602 - ours
+            assert "503" in pasted.stdout
         with urllib.request.urlopen(url.replace("/api/v1", "/_sandbox/faults"), timeout=10) as answer:  # noqa: S310 - loopback
             faults = json.load(answer)
         assert ({"500": 0.5, "503": 0.25}, True) == (faults["fail"], faults["retry_after"])
         taken = command("sandbox", "--listen", url.split("/")[2], cwd=tmp_path)
         assert 1 == taken.returncode
         assert 1 == taken.stderr.count("\n")
-        assert "address already in use; choose another place with --listen" in taken.stderr
+        assert f"{url.split('/')[2]} is taken by another program" in taken.stderr
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=10)
         assert (0, "", "") == (process.returncode, out, err)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metquay_proxy
-from metquay_proxy.errors import STATUS, ProxyError, Sent
+from metquay_proxy.errors import STATUS, ProxyError, Sent, shortage
 
 CONTRACT = {
     400: {"bad-target", "bad-request"},
@@ -92,3 +93,25 @@ def test_the_body_is_metquays_own_shape(message: str) -> None:
     body = ProxyError("not-supported", message).body()
     assert body.isascii()
     assert {"code": 501, "message": message} == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("number", "who"),
+    [
+        (errno.EMFILE, "this program"),
+        (errno.ENFILE, "this computer"),
+        (errno.ENOBUFS, "this computer"),
+        (errno.ENOMEM, "this computer"),
+    ],
+)
+def test_what_the_system_ran_out_of(number: int, who: str) -> None:
+    """It is told by the error's number; where the program's own limit is reached, how to raise it."""
+    why, cure = shortage(OSError(number, "any text")) or ("", "")
+    assert why.startswith(who)
+    assert ("ulimit -n" in cure) is (number == errno.EMFILE)
+
+
+@pytest.mark.parametrize("error", [OSError(), OSError(errno.ECONNREFUSED, "Too many open files")])
+def test_what_is_no_shortage(error: OSError) -> None:
+    """Whatever the text says."""
+    assert shortage(error) is None

@@ -114,6 +114,7 @@ def test_a_proxy_on_ipv6_alone_is_found() -> None:
     with serving(listener, ALIVE) as server:
         assert health.check(f"localhost:{server.port}") is None
         assert health.check(f"[::1]:{server.port}") is None
+        assert health.check(f"[::]:{server.port}") is None
 
 
 def test_readiness_is_another_question() -> None:

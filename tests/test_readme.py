@@ -289,7 +289,9 @@ def test_a_command_in_the_text_works(command: str, proxy: Running, tmp_path: Pat
         assert popen.stdout is not None
         printed = popen.stdout.readline()
         if serves:
-            assert "listens on" in printed
+            while not re.search(r"listens on|\"started\"", printed):
+                printed = popen.stdout.readline()
+                assert printed
             popen.send_signal(signal.SIGTERM)
         printed += popen.stdout.read()
         assert 0 == popen.wait(30), printed
