@@ -423,18 +423,20 @@ class Quota:
         number = self._limit - self._used
         spare = min(self._spare, max(0, number))
         number -= spare
+        earliest = max(now, self._closed_until)
+        # what is longer ago makes no difference
+        last = max(self._last, earliest if spare else now - 2 * self._hold)
         points = []
         for cell in self._cells:
             points.append((number + 1, cell.end))
             number += len(cell.callers)
-        if self._held:
-            points.append((number + 1, max(self._last + self._latency, now) + self._hold))
-        earliest = max(now, self._closed_until)
+        if self._held or spare:
+            points.append((number + 1, max(last + self._latency, now) + self._hold))
         if self._used >= self._limit:
             earliest = max(earliest, *(back for number, back in points if number <= 1))
         yield from repeat(earliest, spare)
         steady = (self._hold + self._latency) / self._limit
-        at, done = max(self._last, now - 2 * self._hold), 0  # what is longer ago makes no difference
+        at, done = last, 0
         while True:
             pace, until = steady, math.inf
             for number, back in points:

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from limits import RateLimitItemPerSecond
 from limits.strategies import MovingWindowRateLimiter
 
-from metquay_proxy.quota import Quota, QuotaExceeded, Rate, Ticket, parse_rate, retry_after_seconds
+from metquay_proxy.quota import SAFETY, Quota, QuotaExceeded, Rate, Ticket, parse_rate, retry_after_seconds
 from tests.quota_simulation import Record, Simulation, Tool
 
 if TYPE_CHECKING:
@@ -418,6 +418,19 @@ class TestCancel:
         quota.cancel(held[0], 1)
         assert 5 == quota.poll(1)
         assert not ticket.granted
+
+    def test_who_comes_after_a_slot_given_back(self) -> None:
+        """Whose turn comes behind the one that gets that slot is told its true time, in a closed window too."""
+        quota = Quota(1, 10.0)
+        given_up = quota.ask(0, "a", 0)
+        quota.close(0, 5)
+        first = quota.ask(0, "a", 20)
+        quota.cancel(given_up, 0)
+        with pytest.raises(QuotaExceeded) as refusal:
+            quota.ask(0, "b", 0)
+        assert pytest.approx(5 + 10 * SAFETY) == refusal.value.retry_after
+        quota.poll(5)
+        assert first.granted
 
     def test_the_very_first_slot_given_back(self) -> None:
         """Nothing was taken then."""
