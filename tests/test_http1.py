@@ -68,7 +68,7 @@ def test_imports_are_pure() -> None:
     tree = ast.parse(inspect.getsource(http1))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert {"__future__", "dataclasses", "re", "typing"} == imported
+    assert {"__future__", "dataclasses", "math", "re", "typing"} == imported
 
 
 class TestHead:
