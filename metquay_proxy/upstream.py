@@ -873,8 +873,9 @@ def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None)
         )
         return UpstreamFailure("upstream-tls", message)
     if isinstance(error, ssl.SSLError):
+        why = getattr(error, "reason", None) or "TLS failed"
         message = (
-            f"No secure connection to {place} could be made ({error.reason or 'TLS failed'}). Nothing was sent. Check "
+            f"No secure connection to {place} could be made ({why}). Nothing was sent. Check "
             "that the address is right and speaks TLS on that port; an intercepting firewall needs its CA in "
             "METQUAY_CA_BUNDLE."
         )
