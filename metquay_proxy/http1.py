@@ -27,7 +27,6 @@ Facts, RFC 9112 unless said otherwise:
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Final, NoReturn
@@ -111,12 +110,12 @@ class ResponseHead:
         return cls(status, reason, 1, lines, noted, _listed(noted), length, chunked, False, True, False)  # noqa: FBT003 - its fields in order
 
     @property
-    def kept_for(self) -> float:
-        """Seconds for which the upstream says that it keeps an idle connection (Keep-Alive); else infinity."""
+    def kept_for(self) -> float | None:
+        """Seconds for which the upstream says that it keeps an idle connection (Keep-Alive)."""
         for name, value in self.noted:
             if name == b"keep-alive" and (timeout := _KEPT_FOR.search(value)):
                 return float(timeout[1])
-        return math.inf
+        return None
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:

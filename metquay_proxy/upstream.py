@@ -3,7 +3,10 @@
 Owns connections, their pool, TLS, the way through a corporate proxy and the time-outs. Must not decide whether a
 request is repeated (the forwarder does) and must not change a byte of it (``rewrite`` did).
 
-Facts: RFC 9112 section 9.3 (a server may close an idle connection at any moment; a client that reuses it can't know
+Facts: a loop whose write fails closes the connection without reading what had come before, such as the 413 to an upload
+that the server does not want and then resets (RFC 9112 section 9.5); Linux and BSD keep that for whoever reads on.
+Windows's own TLS (truststore) accepts an issuing CA without its root only where it is in the system's store.
+RFC 9112 section 9.3 (a server may close an idle connection at any moment; a client that reuses it can't know
 whether its request was read) and 9.5. Prism closes idle connections after 5 s, Tomcat after 20 s. RFC 9110 section
 9.3.6 (CONNECT). RFC 9112 section 6.3: bytes that nobody asked for belong to no answer, so that such a connection is
 thrown away. Section 9.8: over TLS an answer that lasts until the connection closes is whole only where the peer said
@@ -257,8 +260,8 @@ class Connection(asyncio.Protocol):
         self.used = False
         self.waits_for_client = False
         self.active_at = 0.0
-        self.good_until = self._oldest = owner.clock() + _MAX_AGE
-        """When it is too old, or has idled too long, to be used again: a reading of the owner's clock."""
+        self.oldest = self.good_until = owner.clock() + _MAX_AGE
+        """When it is too old, or has idled for longer than the upstream keeps it: a reading of the owner's clock."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: the connection is open, over TLS where that is asked for."""
@@ -411,9 +414,7 @@ class Connection(asyncio.Protocol):
         reader, head = response.reader, response.head
         if self.body is not None and self.body.sent and head.keep_alive and not reader.surplus:
             self.body = None
-            kept = head.kept_for
-            self.good_until = min(self._oldest, self._owner.clock() + kept - min(_MARGIN, kept / 2))
-            self._owner.put_back(self)
+            self._owner.put_back(self, head.kept_for)
         else:
             if response.upload is not None:
                 response.upload.cancel()
@@ -630,14 +631,20 @@ class Transport:
         """Keep no connection ready any more, whatever is still sent."""
         self._cold = True
 
-    def put_back(self, connection: Connection) -> None:
-        """Take a connection that has finished its exchange, or has not had one yet."""
+    def put_back(self, connection: Connection, kept_for: float | None = None) -> None:
+        """Take a connection that has finished its exchange, or has not had one yet.
+
+        ``kept_for``: the seconds for which the upstream says that it keeps it, if it does.
+        """
         self._busy.discard(connection)
         if self._closed or len(self._idle) >= _MAX_IDLE_CONNECTIONS:
             connection.abort()
             return
         connection.used = True
-        self._idle.append((self.clock(), connection))
+        now = self.clock()
+        if kept_for is not None:
+            connection.good_until = min(connection.oldest, now + kept_for - min(_MARGIN, kept_for / 2))
+        self._idle.append((now, connection))
         if self._watchdog is None:
             self._start_watchdog()
 
@@ -905,7 +912,7 @@ def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
         if paths.cafile is None and paths.capath is None and known:  # an OpenSSL that was built for another system
             context.load_verify_locations(known[0])
     context.set_alpn_protocols(["http/1.1"])
-    # As curl does: the CA that issued the server's certificate will do, without the root above it
+    # as curl does: the CA that issued the server's certificate will do, without the root above it
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if ca_bundle is not None:
         context.load_verify_locations(ca_bundle)
