@@ -521,8 +521,12 @@ class _LastWords(asyncio.BufferedProtocol):
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._tls = cast("asyncio.BufferedProtocol", transport.get_protocol())
-        for name in ("get_buffer", "buffer_updated", "eof_received", "pause_writing", "resume_writing"):
+        for name in ("get_buffer", "buffer_updated", "eof_received", "pause_writing"):
             setattr(self, name, getattr(self._tls, name))  # with no call of ours between
+
+    def resume_writing(self) -> None:
+        # Where a write fails inside of this call, asyncio ends the connection twice, and at first without the error.
+        asyncio.get_running_loop().call_soon(self._tls.resume_writing)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:
