@@ -69,6 +69,7 @@ class Window:
         self.latest = self.born = self.last = self.closed = 0.0
         self.expected = 0
         self.turned, self.starved = 0, 0.0
+        self.spare = 0
         self.seen, self.flight, self.back, self.line = (Scores() for _ in range(4))
 
     def call(self, now: float, call: dict[str, Any]) -> dict[str, Any]:  # noqa: C901, PLR0912, PLR0915 - in the script's order
@@ -89,7 +90,7 @@ class Window:
             return {"done": False, "generation": self.generation, "now": now}
 
         for slot in call["returned"]:
-            self.flight.remove(f"{me}:{slot}")
+            self.spare += self.flight.remove(f"{me}:{slot}") is not None
         for slot, age in call["answered"]:
             self.flight.remove(f"{me}:{slot}")
             self.back.add(f"{me}:{slot}", now - age + call["hold"])
@@ -122,11 +123,14 @@ class Window:
         base = now if mine is None else max(min(mine, now), now - call["catch_up"])
         ahead = len(self.line) if mine is None else self.line.below(mine)
         granted = 0
-        while granted < call["wanted"] and not ahead:
+        while granted < call["wanted"] and ahead < max(self.spare, 1):
             release = now
             used = len(self.flight) + len(self.back)
             if mine is not None or self.line or used >= burst or self.closed > now:
-                release = self._turns(1, base, now, limit, call)[0] if limit > 0 else math.inf
+                if self.spare and used < limit and self.closed <= now:
+                    self.spare -= 1
+                else:
+                    release = math.inf if ahead or limit <= 0 else self._turns(1, base, now, limit, call)[0]
                 if release > now:
                     break
                 base = release
@@ -156,6 +160,8 @@ class Window:
                     self.starved = now
             answer["round"] = due[waits + 1] - due[0]
             answer["due"] = max(again, due[place - 1] - now)
+        if not self.line:
+            self.spare = 0
         answer["returns"], answer["each"] = [], 1
         if call["beat"]:
             answer["each"] = max(1, math.ceil(used / replicas / CELLS))

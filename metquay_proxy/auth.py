@@ -6,6 +6,7 @@ makes every login. Must not know HTTP, logging or settings: a ``TokenSource`` lo
 Facts:
 * The vendor's ``POST /authenticate`` answers ``{"accessToken", "tokenType": "bearer", "expiresIn": 900}``. There is no
   refresh token (renewing is logging in again) and no rate limit on it; wrong keys may come as 400, 401 or 403.
+* RFC 9110 section 10.2.3: a 429 or a 503 may say in Retry-After when to come back.
 * RFC 6749 section 5.1: ``token_type`` is case-insensitive, ``expires_in`` (seconds) may be absent.
 * RFC 9110 section 5.5 and RFC 6750 section 2.1: a credential in a field value is visible ASCII without spaces.
 * asyncio's timers run on ``time.monotonic``, which stands still while Linux or macOS is suspended; so the task looks at
@@ -27,6 +28,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from metquay_proxy.errors import ProxyError
 
@@ -60,11 +62,55 @@ WANTED_CEILING: Final = 4.0
 """and while somebody does: shorter than ``FAILED_PATIENCE``, so that a request that waits gets at least one attempt."""
 FAILED_PATIENCE: Final = 5.0
 """Seconds that a request still waits once a login has failed."""
+LONGEST_PAUSE: Final = 300.0
+"""Seconds; for longer Metquay's own Retry-After does not keep the next login away."""
 TICK: Final = 15.0
 """Seconds after which the task looks at the clock, since the machine may have been suspended meanwhile."""
 
+_PLACEHOLDER: Final = re.compile(
+    r"(x|[\W_])+|[<\[{(].*[>\]})]|\$(\w+|[{(].*[})])|%\w+%|(your|enter|insert|paste|put|replace)[-_ ].*|.*[-_ ]here"
+    r"|change[-_ ]?me|to[-_ ]?do|tbd|dummy|placeholder|example|none|null|(my[-_ ])?(access|secret|api)[-_ ]?key",
+    re.IGNORECASE,
+)
+_QUOTES: Final = "[\"'`´“”„‟‘’‚‛«»‹›]+"  # noqa: RUF001 - also those that word processors put in their place
+_ODD: Final = tuple(
+    (re.compile(pattern, re.IGNORECASE), words)
+    for pattern, words in (
+        (r"\s+#.*", "is followed by a comment, which is sent as a part of it: take the comment away"),
+        (
+            r"^[{\s\"']*(export\s+|set\s+|\$env:)?\w*(key|secret)\w*[\"']?\s*[=:]\s*(?=[^=\s])",
+            "holds a name, as in NAME=value: only the value belongs there",
+        ),
+        (
+            f"^{_QUOTES}|{_QUOTES}$",
+            "has quotation marks, which are sent as a part of it: take them away (docker --env-file keeps them)",
+        ),
+        (r"\s+", "holds a blank: copy it again"),
+        (r"[^\x00-\x7f]+", "holds an accent, a long dash or another sign that is unusual in a key: copy it again"),
+    )
+)
+"""Each pattern takes away what it explains, so that the next one is not put out by it."""
 _TOKEN: Final = re.compile(r"[!-~]{1,16384}")
 _REFUSED: Final = frozenset({400, 401, 403})
+_REDIRECTED: Final = range(300, 400)
+_TOO_MANY: Final = 429
+_OUT_OF_ORDER: Final = range(500, 600)
+_LONGEST_PLACE: Final = 200
+
+
+def oddities(key: str) -> str:
+    """Return what makes one think that a key was copied wrongly: the rest of a sentence about it, or nothing.
+
+    It shows no part of the key. Whether a key is right, only who takes it knows.
+    """
+    if _PLACEHOLDER.fullmatch(key):
+        return "is a placeholder: put the key in its place"
+    found = []
+    for pattern, words in _ODD:
+        key, count = pattern.subn("", key)
+        if count:
+            found.append(words)
+    return "; it ".join(found)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -73,6 +119,16 @@ class Credentials:
 
     access_key: str
     secret_key: str
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What is odd about where they were found: sentences as ``doubts`` returns them."""
+
+    def doubts(self) -> tuple[str, ...]:
+        """Return what looks wrong about the pair: sentences without a full stop, that show no part of it."""
+        pair = {"METQUAY_ACCESS_KEY": self.access_key, "METQUAY_SECRET_KEY": self.secret_key}
+        odd = [f"{name} {words}" for name, key in pair.items() if (words := oddities(key))]
+        if not odd and self.access_key == self.secret_key != "":
+            odd = [f"{' and '.join(pair)} are the same key: probably one of them was copied twice"]
+        return (*self.remarks, *odd)
 
     def __repr__(self) -> str:
         """Name the type alone."""
@@ -116,22 +172,39 @@ class CredentialsRejected(LoginFailed):
     """The login refused the keys: it will go on so until somebody changes them."""
 
 
+class LoginBusy(LoginFailed):
+    """The login has too much to do, or is out of order: it asks to be left alone for ``pause`` seconds, if for any."""
+
+    def __init__(self, text: str, pause: float = 0.0) -> None:
+        super().__init__(text)
+        self.pause = min(pause, LONGEST_PAUSE)
+
+
 class UpstreamDistrusted(LoginFailed):
     """The upstream's certificate was not accepted: nothing was sent, and waiting does not help."""
 
 
-def parse_login(status: int, body: bytes, now: float) -> AccessToken:
+def parse_login(status: int, body: bytes, now: float, *, pause: float | None = None, location: str = "") -> AccessToken:
     """Judge the answer of ``POST /authenticate``; ``now`` is the clock's reading (seconds) before it was asked.
+
+    ``pause``: for how many seconds it asks to be left alone; ``location``: the whole URL that it points to.
 
     A missing ``tokenType`` counts as bearer: the vendor's schema requires the field but knows no other value, and a
     token that works is worth more than its label. ``expiresIn`` is believed between 1 s and a day, else 900 s are
     taken. A 400 counts as refused keys, since the vendor documents no other status for them.
 
-    Raises ``CredentialsRejected`` for 400, 401 and 403, ``LoginFailed`` for whatever else is not a usable token.
+    Raises ``CredentialsRejected`` for 400, 401 and 403, ``LoginBusy`` for 429 and 5xx, ``LoginFailed`` for whatever
+    else is not a usable token.
     """
     if status in _REFUSED:
         msg = f"Metquay refused the key pair (status {status})."
         raise CredentialsRejected(msg)
+    if status == _TOO_MANY or status in _OUT_OF_ORDER:
+        asked = "" if pause is None else f" and asks to be left alone for {pause:.0f} s"
+        msg = f"Metquay's login answered with status {status}{asked}."
+        raise LoginBusy(msg, pause or 0.0)
+    if status in _REDIRECTED:
+        raise LoginFailed(_redirected(status, location))
     if not 200 <= status <= 299:  # noqa: PLR2004 - RFC 9110 section 15.3, the successful class
         msg = f"Metquay's login answered with status {status}."
         raise LoginFailed(msg)
@@ -152,6 +225,26 @@ def parse_login(status: int, body: bytes, now: float) -> AccessToken:
         msg = "Metquay's login answered without an access token that can be sent in a header."
         raise LoginFailed(msg)
     return AccessToken(token, now, _lifetime(answer.get("expiresIn")))
+
+
+def _redirected(status: int, location: str) -> str:
+    """Say where a redirect points, for people: neither its query nor a password in it, and nothing unprintable."""
+    try:
+        url = urlsplit(location)
+    except ValueError:
+        url = urlsplit("")
+    path = url.path.partition(";")[0]
+    place = re.sub(r"[^!-~]", "?", f"{url.scheme}://{url.netloc.rpartition('@')[2]}{path}")[:_LONGEST_PLACE]
+    base = place.removesuffix("/authenticate")
+    if not url.netloc:
+        return f"Metquay's login was redirected (status {status}) without saying where to. Check METQUAY_HOST."
+    cure = (
+        "That is a page for people: METQUAY_HOST should probably be another address, or the network (of a hotel or a "
+        "company) wants you to log in by a browser first."
+        if base == place
+        else f"METQUAY_HOST should probably be {base}."
+    )
+    return f"Metquay's login was redirected (status {status}) to {place}. {cure}"
 
 
 def _lifetime(value: object) -> float:
@@ -255,6 +348,7 @@ class TokenCache:
         self._jitter = 1.0
         self._renewed: float | None = None
         self._renewals = self._failures = self._failing = 0
+        self._pause = 0.0
         self._rejected = self._distrusted = False
         self._error: str | None = None
 
@@ -281,37 +375,32 @@ class TokenCache:
         token = self._token
         return token if token is not None and token.usable(now) else None
 
-    async def get(self, max_wait: float) -> AccessToken:
-        """Return a token that is usable now, after at most ``max_wait`` seconds.
+    async def get(self, max_wait: float, rejected: AccessToken | None = None) -> AccessToken:
+        """Return a token that is usable now, and another than ``rejected``, after at most ``max_wait`` seconds.
 
         Waits while a login is under way, at most 5 s more once one has failed, not at all when the keys were refused or
-        the upstream is not trusted. Raises ``ProxyError``: ``token-unavailable``, ``credentials-rejected``,
-        ``upstream-tls`` or ``shutting-down``.
+        the upstream is not trusted, or where Metquay asked to be left alone for longer. Raises ``ProxyError``:
+        ``token-unavailable``, ``credentials-rejected``, ``upstream-tls`` or ``shutting-down``.
         """
         token = self.current()
-        if token is None:
+        if token is None or token == rejected:
             self._waiting += 1
             self._poke()
             try:
-                token = await self._wait(max_wait)
+                token = await self._wait(max_wait, rejected)
             finally:
                 self._waiting -= 1
         if token is None:
             raise self._refusal()
         return token
 
-    async def renew(self, rejected: AccessToken, max_wait: float) -> AccessToken:
-        """Return another token than ``rejected``, which the API answered with 401; waits and raises as ``get`` does.
-
-        The rejected token is never handed out again, whatever its clock says; a newer one that is cached already stays.
-        """
-        self.reject(rejected)
-        return await self.get(max_wait)
-
     def reject(self, token: AccessToken) -> None:
-        """Never hand out ``token`` again; a renewal begins, for which nobody waits."""
+        """Renew ``token``, which the API answered with 401, unless that was done; nobody waits here.
+
+        Until there is a newer one it serves on: that one resource does not take it says little about the others.
+        """
         if self._token == token:
-            self._token = None
+            self._renew_at = -math.inf
             self._poke()
 
     def hasten(self) -> None:
@@ -340,18 +429,20 @@ class TokenCache:
             last_renewal_age=None if self._renewed is None else max(0.0, now - self._renewed),
         )
 
-    async def _wait(self, max_wait: float) -> AccessToken | None:
+    async def _wait(self, max_wait: float, rejected: AccessToken | None) -> AccessToken | None:
         until = self._clock() + max_wait
         while not (self._closed or self._rejected or self._distrusted):
             now = self._clock()
             if self._failing and not self._busy:
                 until = min(until, now + FAILED_PATIENCE)
+                if self._ended + self._pause > until:
+                    return None
             try:
                 await self._within(self._news.wait(), until - now)
             except TimeoutError:
                 return None
             token = self.current()
-            if token is not None:
+            if token is not None and token != rejected:
                 return token
         return None
 
@@ -369,7 +460,7 @@ class TokenCache:
         if self._distrusted:
             return ProxyError("upstream-tls", self._error or "", retry_after=wait)
         reason = self._error or "Metquay's login has not answered yet."
-        message = f"There is no access token: {reason} The proxy goes on trying; send the request again in {wait} s."
+        message = f"No access token can be had: {reason} The proxy goes on trying; send the request again in {wait} s."
         return ProxyError("token-unavailable", message, retry_after=wait)
 
     def _poke(self) -> None:
@@ -422,7 +513,8 @@ class TokenCache:
             return max(earliest, self._ended + REJECTED_INTERVAL)
         if self._failing:
             ceiling = WANTED_CEILING if self._waiting else BACKOFF_CEILING
-            return max(earliest, self._ended + min(ceiling, 2.0 ** min(self._failing, 5)) / 2 * self._jitter)
+            backoff = min(ceiling, 2.0 ** min(self._failing, 5)) / 2 * self._jitter
+            return max(earliest, self._ended + max(backoff, self._pause))
         return earliest if self._token is None else max(earliest, self._renew_at)
 
     def _succeeded(self, token: AccessToken) -> None:
@@ -442,6 +534,7 @@ class TokenCache:
         self._failing += 1
         self._rejected = isinstance(error, CredentialsRejected)
         self._distrusted = isinstance(error, UpstreamDistrusted)
+        self._pause = error.pause if isinstance(error, LoginBusy) else 0.0
         text = str(error)
         self._error = text
         if not isinstance(error, LoginFailed):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from aiohttp.streams import EMPTY_PAYLOAD
 
 from metquay_proxy import sandbox as simulator
-from metquay_proxy.auth import Credentials, CredentialsRejected, LoginFailed
+from metquay_proxy.auth import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError
 from metquay_proxy.rewrite import BaseURL
@@ -120,7 +120,8 @@ async def probed(load: Callable[[], Settings], *, sandbox: bool = False) -> Asyn
         cure = "Correct that; `metquay-proxy settings` shows where each setting comes from."
         yield Probe("settings", "failed", ". ".join(error.lines) + ".", cure)
         return
-    yield Probe("settings", "ok", "; ".join(settings.warnings) or "complete")
+    warnings = (warning for warning in settings.warnings if warning not in settings.doubts)  # `keys` tells those
+    yield Probe("settings", "ok", "; ".join(warnings) or "complete")
     server = simulator.Sandbox()
     if sandbox:
         await server.start()
@@ -172,10 +173,10 @@ class _Check:
 
     async def _keys(self) -> tuple[str, ...]:
         try:
-            return "ok", f"access key {last_four(self._credentials().access_key)}"
-        except (OSError, ValueError) as error:
-            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-            return "failed", f"The keys could not be read ({why}).", "Put them there again, one line of text each."
+            keys = self._credentials()
+            return "ok", "; ".join((f"access key {last_four(keys.access_key)}", *keys.doubts()))
+        except ValueError as error:
+            return "failed", f"The keys could not be read ({error}).", "Put them there again, one line of text each."
 
     async def _port(self) -> tuple[str, ...]:
         """Look who listens where the proxy is to listen: nobody, a proxy of ours, or another program."""
@@ -254,7 +255,7 @@ class _Check:
         except CredentialsRejected as error:
             return "failed", str(error), _KEYS
         except LoginFailed as error:
-            return "failed", str(error), _WAIT if "status 5" in str(error) else _HOST
+            return "failed", str(error), _WAIT if isinstance(error, LoginBusy) else _HOST
         self._token = token.authorization
         return "ok", f"a token for {token.lifetime:.0f} s"
 

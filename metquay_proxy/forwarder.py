@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import random
 import time
@@ -21,6 +22,7 @@ from metquay_proxy.errors import ProxyError, Sent
 from metquay_proxy.http1 import ResponseHead
 from metquay_proxy.idempotency import MAX_ANSWER, Answer, Records, proves_nothing_was_executed, record_name
 from metquay_proxy.quota import QuotaExceeded, retry_after_seconds
+from metquay_proxy.refusals import Refusals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -87,8 +89,13 @@ class BegunResponse(Response, Protocol):
 class Transport(Protocol):
     """The seam to the network: sends one request, returns one response."""
 
-    async def send(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
-        """Send; raise ``ProxyError``, with ``repeatable`` and ``stale`` where it knows more."""
+    async def send(
+        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
+    ) -> Response:
+        """Send; raise ``ProxyError``, with ``repeatable`` and ``stale`` where it knows more.
+
+        ``on_sent`` is called when the first byte has been handed to a connection that is finished.
+        """
 
     def begin(self, method: str, head: bytes, body: RequestBody) -> BegunResponse | None:
         """Send at once what may be repeated, on a connection that is there; None where there is none."""
@@ -106,11 +113,17 @@ class Request:
     read_only: bool = False
     keep_authorization: bool = False
 
+    @property
+    def resource(self) -> tuple[str, str]:
+        """What it asks of whom, whatever its query."""
+        return self.method, self.target.local
+
 
 @dataclass(slots=True, eq=False)
 class Begun:
     """A first attempt that was sent without waiting for anything; ``at`` is a reading of ``time.perf_counter``."""
 
+    request: Request
     token: AccessToken
     ticket: Ticket | None
     response: BegunResponse
@@ -159,6 +172,7 @@ class Forwarder:
         self._sleep = sleep
         self._jitter = jitter
         self._writes: dict[str, _Writes] = {}
+        self._refusals = Refusals()
 
     def begin(self, request: Request, exchange: Exchange) -> Begun | None:
         """Send the first attempt of a read if nothing needs to be waited for; None where something does.
@@ -187,7 +201,7 @@ class Forwarder:
         if response is None:
             return None
         exchange.attempts = 1
-        return Begun(token, ticket, response, began)
+        return Begun(request, token, ticket, response, began)
 
     def passes(self, begun: Begun, exchange: Exchange) -> bool:
         """Whether an attempt brought a whole answer that is no reason for another one; it is counted if so."""
@@ -195,6 +209,8 @@ class Forwarder:
         if not response.whole or response.head.status >= _UNAUTHORIZED:
             return False
         exchange.upstream = time.perf_counter() - begun.at
+        if self._refusals.marks:
+            self._refusals.taken(begun.request.resource, begun.token, self._clock())
         self.leave(begun)
         return True
 
@@ -285,7 +301,9 @@ class Forwarder:
         if attempts.begun is not None:
             begun, attempts.begun = attempts.begun, None
             return await self._outcome(attempts, begun.token, self._started(begun), begun.at)
-        token = self._tokens.current() or await self._token(attempts)
+        token = self._tokens.current()
+        if token is None or token == attempts.rejected:
+            token = await self._token(attempts)
         ticket = None
         if self._line is not None:
             ticket = self._line.ask(attempts.request.caller, attempts.deadline - self._clock())
@@ -311,6 +329,8 @@ class Forwarder:
             raise
         finally:
             attempts.exchange.upstream += time.perf_counter() - began
+        if self._refusals.marks and response.head.status != _UNAUTHORIZED:
+            self._refusals.taken(attempts.request.resource, token, self._clock())
         if response.head.status < _UNAUTHORIZED:
             return response
         try:
@@ -322,16 +342,18 @@ class Forwarder:
     async def _send(
         self, request: Request, token: AccessToken | None, ticket: Ticket | None, *, fresh: bool
     ) -> Response:
-        """Send one attempt; its slot counts from now until one window after the answer's head, or the failure."""
+        """Send one attempt; its slot counts from its first byte until one window after the answer's head, or failure.
+
+        Where no byte was sent (there was no connection, or the client left before), the slot comes back at once.
+        """
         line = self._line
-        if line is not None and ticket is not None:
-            line.sent(ticket)
+        on_sent = int if line is None or ticket is None else functools.partial(line.sent, ticket)
         try:
             head = self._outbound(request, token)
-            return await self._transport.send(request.method, head, request.body, fresh=fresh)
+            return await self._transport.send(request.method, head, request.body, fresh=fresh, on_sent=on_sent)
         finally:
             if line is not None and ticket is not None:
-                line.answered(ticket)
+                (line.answered if ticket.state == "sent" else line.give_back)(ticket)
 
     async def _started(self, begun: Begun) -> Response:
         try:
@@ -355,7 +377,7 @@ class Forwarder:
         )
 
     async def _token(self, attempts: _Attempts) -> AccessToken:
-        return await self._waiting(attempts, self._tokens.get(attempts.deadline - self._clock()))
+        return await self._waiting(attempts, self._tokens.get(attempts.deadline - self._clock(), attempts.rejected))
 
     async def _turn(self, line: Line, ticket: Ticket, attempts: _Attempts) -> AccessToken:
         """Wait for the quota, then look whether the token is still fresh: the wait may have outlived it."""
@@ -380,25 +402,32 @@ class Forwarder:
     async def _repeats_after_answer(self, attempts: _Attempts, response: Response, token: AccessToken) -> bool:
         """Decide whether a request is sent again that was answered with an error, and prepare for it."""
         request, exchange, status = attempts.request, attempts.exchange, response.head.status
-        rejected, attempts.rejected = attempts.rejected, status == _UNAUTHORIZED
-        if status == _UNAUTHORIZED and not rejected:
+        rejected, attempts.rejected = attempts.rejected, None
+        if status == _UNAUTHORIZED:
+            if rejected is not None:
+                self._refusals.mark(request.resource, rejected)
+            if rejected is not None or self._refusals.final(request.resource, token, self._clock()):
+                exchange.hide_challenge = True
+                return False
             self._tokens.reject(token)
+            attempts.rejected = token
             if not attempts.repeatable:
+                self._refusals.mark(request.resource, token)  # the next token that it refuses is the second in a row
                 raise ProxyError(
                     "retry-with-new-token",
                     "Metquay no longer accepted the token when this large upload arrived, and nothing was changed. "
                     "The proxy is getting a new token: send the request again.",
+                    retry_after=self._tokens.state.next_login_in,
                 )
         elif status == _TOO_MANY:
             await self._close_window(attempts, response)
         elif status in _BUSY and request.method in _IDEMPOTENT:
-            asked = retry_after_seconds(_field(response.head, b"retry-after"), b"", time.time())
+            asked = retry_after_seconds(response.head.headers, b"", time.time())
             if self._back_off(attempts, response, asked or 0.0):
                 exchange.note_sent("unknown")
                 return True
             return False
         else:
-            exchange.hide_challenge = status == _UNAUTHORIZED
             if status == _NOT_FOUND and request.method == "DELETE" and exchange.sent != "no":
                 exchange.note = "repeated-after-unknown"
             return False
@@ -411,10 +440,10 @@ class Forwarder:
         Raises ``ProxyError`` quota-exceeded where it can't wait so long, or can't be sent again.
         """
         attempts.request.body.sent = False
-        asked = retry_after_seconds(_field(response.head, b"retry-after"), b"", time.time())
+        asked = retry_after_seconds(response.head.headers, b"", time.time())
         if asked is None:
             with contextlib.suppress(ProxyError):  # it broke off in mid-text, and is a 429 all the same
-                asked = retry_after_seconds(None, await _beginning(response, _TEXT_LIMIT), 0.0)
+                asked = retry_after_seconds((), await _beginning(response, _TEXT_LIMIT), 0.0)
         wait = asked or 1.0
         if self._line is not None:
             self._line.close(asked)
@@ -454,6 +483,7 @@ class _Attempts:
     """The attempts of one request: how long it may wait in all, and what is known of those that were made.
 
     ``ended`` is what the last one ended in, if unclear, while another is to follow; ``wait``: after so many seconds.
+    ``rejected`` is the token of the last one, if it was answered with 401: another one is waited for.
     """
 
     request: Request
@@ -464,7 +494,7 @@ class _Attempts:
     failed: int = 0
     wait: float = 0.0
     fresh: bool = False
-    rejected: bool = False
+    rejected: AccessToken | None = None
     begun: Begun | None = None
     ended: Response | ProxyError | None = None
 
@@ -559,10 +589,6 @@ async def _beginning(response: Response, limit: int) -> bytes:
         response.close()
         raise
     return beginning
-
-
-def _field(head: ResponseHead, name: bytes) -> str | None:
-    return next((value.decode("latin-1") for noted, value in head.noted if noted == name), None)
 
 
 def _quota_exceeded(seconds: float) -> ProxyError:

@@ -1,22 +1,21 @@
 """The client behind ``metquay-proxy health``: asks a running proxy whether it is alive, or ready.
 
-Owns finding the proxy (environment, ``.env``) and one small HTTP exchange. The standard library alone, and of that only
+Owns the question where the proxy is, and one small HTTP exchange. The standard library alone, and of that only
 what loads fast, because container engines run this every few seconds: no asyncio, no http.client, no pydantic.
 
 Facts: RFC 9112 section 4 (status line), 9.6 (``Connection: close``). Windows may spend 2 s on a missing ``::1``, so
-127.0.0.1 is asked first. A listener on 0.0.0.0 or [::] is reached at the loopback addresses. The quoting and the
-``${NAME:-default}`` of a ``.env`` file are those of python-dotenv, which reads it for the proxy itself.
+127.0.0.1 is asked first. A listener on 0.0.0.0 or [::] is reached at the loopback addresses.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import sys
 import time
 
 from metquay_proxy.address import parse_listen
+from metquay_proxy.environment import ENV_FILE, PREFIX, read_env_file, variables
 
 TYPE_CHECKING = False  # to import `typing` costs 8 ms
 if TYPE_CHECKING:
@@ -39,41 +38,16 @@ _MAX_ANSWER: Final = 4096
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r\n]")
 _OK: Final = 200
 
-_ASSIGNMENT: Final = re.compile(
-    r"""^[^\S\n]*(?:export[^\S\n]+)?'?(?P<name>\w+)'?[^\S\n]*=(?P<gap>[^\S\n]*)
-        (?:(?:'(?P<single>(?:\\.|[^'\\])*)'|"(?P<double>(?:\\.|[^"\\])*)")[^\S\n]*(?:\#[^\n]*)?$|(?P<plain>(?!['"])[^\n]*))""",
-    re.MULTILINE | re.DOTALL | re.VERBOSE,
-)
-_VARIABLE: Final = re.compile(r"\$\{([^}:]*)(?::-([^}]*))?\}")
 
-
-def find(variable: str, environ: Mapping[str, str], env_file: str = ".env") -> str | None:
-    """Return a variable's value from the environment, else from the ``.env`` file; empty ones count as absent.
+def find(variable: str, environ: Mapping[str, str], env_file: str = ENV_FILE) -> str | None:
+    """Return a variable's value from the environment, else from the ``.env`` file, both read as the proxy reads them.
 
     Raises ``OSError`` where the file is there and cannot be read.
     """
-    for found in (environ, _read_env_file(env_file, environ)):
-        for name, value in found.items():
-            if name.upper() == variable and value:
-                return value
-    return None
-
-
-def _read_env_file(path: str, environ: Mapping[str, str]) -> dict[str, str]:
-    if not os.path.isfile(path):  # noqa: PTH113 - pathlib costs 10 ms here
-        return {}
-    with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - pathlib costs 10 ms here
-        text = file.read().removeprefix("\ufeff")
-    known = dict(environ)
-    values: dict[str, str] = {}
-    for match in _ASSIGNMENT.finditer(text):
-        name, gap, single, double, plain = match.group("name", "gap", "single", "double", "plain")
-        if plain is None:
-            value = re.sub(r"\\([\\'\"])", r"\1", double if single is None else single)
-        else:
-            value = "" if gap and plain.startswith("#") else re.sub(r"\s+#.*", "", plain).rstrip()
-        known[name] = values[name] = _VARIABLE.sub(lambda m: known.get(m[1], m[2] or ""), value)
-    return values
+    name = variable.removeprefix(PREFIX).lower()
+    if name in (found := variables(environ.items())):
+        return found[name]
+    return variables((line.name, line.value) for line in read_env_file(env_file, environ)).get(name)
 
 
 def check(  # noqa: PLR0913 - what to ask, how long, and the clock

@@ -1,6 +1,8 @@
 -- The window that replicas share: one call of one replica, which reports what became of its requests and asks for turns.
 -- The rules are those of quota.py, on Redis's clock; share.py makes the calls, benchmarks/replicas.py says the same in Python.
 --
+-- A slot that comes back unsent goes at once to who is first in line, or to another if there are more such than wait.
+--
 -- What lies in Redis: `state` (the window's name and clock), `seen` (replica -> last call), `flight` (slot -> when it was last
 -- said to be in flight), `back` (slot -> when it comes back), `line` (replica -> when its turn is due). Times are Redis's.
 --
@@ -24,15 +26,16 @@ local function refuse(generation)
   return cjson.encode({done = false, generation = generation, now = string.format('%.6f', now)})
 end
 
-local known = redis.call('HMGET', state, 'generation', 'latest', 'born', 'expected', 'last', 'closed', 'turned', 'starved')
+local known = redis.call('HMGET', state, 'generation', 'latest', 'born', 'expected', 'last', 'closed', 'turned', 'starved', 'spare')
 local generation, latest, born, expected = known[1], tonumber(known[2]), tonumber(known[3]), tonumber(known[4])
 local last, closed, turned, starved = tonumber(known[5]) or 0, tonumber(known[6]) or 0, tonumber(known[7]) or 0, tonumber(known[8]) or 0
+local spare = tonumber(known[9]) or 0
 if call.before ~= cjson.null and now > call.before then
   return refuse(call.generation)
 end
 if generation and now < latest - GRACE then -- the clock was set back: nothing in here is true any more
   redis.call('DEL', unpack(KEYS))
-  generation, last, closed, turned, starved = nil, 0, 0, 0, 0
+  generation, last, closed, turned, starved, spare = nil, 0, 0, 0, 0, 0
 end
 if not generation or now > latest + GATHERING then
   generation, born, expected = call.fresh, now, 0
@@ -46,7 +49,7 @@ end
 
 -- What it reports.
 for _, slot in ipairs(call.returned) do
-  redis.call('ZREM', flight, me .. ':' .. slot)
+  spare = spare + redis.call('ZREM', flight, me .. ':' .. slot)
 end
 for _, over in ipairs(call.answered) do
   redis.call('ZREM', flight, me .. ':' .. over[1])
@@ -143,10 +146,14 @@ redis.call('ZREM', line, me)
 local base = mine and math.max(math.min(mine, now), now - call.catch_up) or now
 local ahead = mine and redis.call('ZCOUNT', line, '-inf', '(' .. string.format('%.17g', mine)) or redis.call('ZCARD', line)
 local granted = 0
-while granted < call.wanted and ahead == 0 do
+while granted < call.wanted and ahead < math.max(spare, 1) do
   local release = now
   if mine or redis.call('ZCARD', line) > 0 or in_flight + coming >= burst or closed > now then
-    release = limit > 0 and turns(1, base, limit)[1] or math.huge
+    if spare > 0 and in_flight + coming < limit and closed <= now then
+      spare = spare - 1
+    else
+      release = ahead == 0 and limit > 0 and turns(1, base, limit)[1] or math.huge
+    end
     if release > now then
       break
     end
@@ -179,7 +186,10 @@ if granted < call.wanted then
   answer.round = due[waits + 2] - due[1]
   answer.due = math.max(again, due[place] - now)
 end
-redis.call('HSET', state, 'last', last, 'closed', closed, 'turned', turned, 'starved', starved)
+if redis.call('ZCARD', line) == 0 then
+  spare = 0
+end
+redis.call('HSET', state, 'last', last, 'closed', closed, 'turned', turned, 'starved', starved, 'spare', spare)
 
 answer.returns, answer.each = {}, 1
 if call.beat then

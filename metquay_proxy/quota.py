@@ -8,9 +8,11 @@ Facts:
 * Metquay grants an API client 100 requests a minute, logins excepted, and answers 429 with the wait in the text
   ("Please try again in 30 seconds."). Whether its window slides is unknown, so no window of that length, wherever it
   begins, may hold more than the limit.
-* The server counts at arrival, which lies between sending and the answer's head. So a slot is taken from the grant
-  until one window (and a margin, ``SAFETY``) after the answer or the failure.
-* RFC 6585 section 4 (429), RFC 9110 section 10.2.3 (Retry-After: whole seconds or a date).
+* The server counts at arrival, which lies between sending and the answer's head. So a slot is taken from the grant,
+  since it may be sent at any moment from then on, until one window (and a margin, ``SAFETY``) after the answer or the
+  failure. One that was not sent after all comes back at once, and goes to whoever is next in line.
+* RFC 6585 section 4 (429), RFC 9110 section 10.2.3 (Retry-After: whole seconds or a date), 6.6.1 (Date: the moment at
+  which an answer was made, by the clock of who made it).
 
 Pacing: while nothing waits, requests go at once until ``burst`` of the limit is used. From then on the n-th release
 from now may not come before the n-th slot is free, and the releases keep to the straightest such path: the pace is the
@@ -22,16 +24,18 @@ never waits longer than that, and slots that come back in a clump are spread ove
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import zlib
 from collections import OrderedDict, deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from itertools import islice, zip_longest
+from itertools import islice, repeat, zip_longest
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 SAFETY: Final = 1.001
 """How much longer than the window a slot is taken: two clocks drift apart, and a server may count both ends."""
@@ -42,6 +46,8 @@ CELLS: Final = 128
 CATCH_UP: Final = 1 / 20
 """Releases missed by a driver that woke late (by 15 ms on Windows) are made up for, within this part of the window."""
 
+_GZIP: Final = b"\x1f\x8b"
+_LONGEST_TEXT: Final = 4096
 _SHORTEST_CLOSE: Final = 1.0
 _LONGEST_CLOSE: Final = 3600.0
 
@@ -73,29 +79,37 @@ def parse_rate(text: str) -> Rate | None:
     return Rate(int(match[1]), _UNITS[match[2][0].lower()])
 
 
-def retry_after_seconds(header: str | None, text: str | bytes, now_wall: float) -> float | None:
-    """Return for how many seconds a 429 asks us to stay away, from 1 to 3600; None where it does not say.
+def retry_after_seconds(fields: Sequence[tuple[bytes, bytes]], text: bytes, now_wall: float) -> float | None:
+    """Return for how many seconds an answer asks us to stay away, from 1 to 3600; None where it does not say.
 
-    ``header`` is its Retry-After (RFC 9110: seconds or a date, held against ``now_wall``, seconds since 1970);
-    failing that the first "N seconds" in ``text`` counts, as Metquay writes it.
+    ``fields`` are its head's: Retry-After says it in seconds or as a date. A date is the server's, and its clock may
+    differ from ours: it is held against the answer's own Date, or ``now_wall`` (seconds since 1970) where that is
+    missing. Failing that the first "N seconds" in ``text`` counts, as Metquay writes it, gzipped where the tool likes
+    that.
     """
-    seconds = None if header is None else _seconds_in_header(header, now_wall)
-    if seconds is None:
-        match = _DELAY_IN_TEXT.search(text if isinstance(text, str) else text.decode("latin-1"))
-        if match is None:
-            return None
+    if text.startswith(_GZIP):
+        with contextlib.suppress(zlib.error):
+            text = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(text, _LONGEST_TEXT)
+    said = {name.lower(): value.decode("latin-1") for name, value in reversed(fields)}
+    header = said.get(b"retry-after", "")
+    if match := _DELAY.fullmatch(header):
         seconds = float(match[1])
+    elif (until := _seconds_since_1970(header)) is not None:
+        now = _seconds_since_1970(said.get(b"date", ""))
+        seconds = until - (now_wall if now is None else now)
+    elif match := _DELAY_IN_TEXT.search(text.decode("latin-1")):
+        seconds = float(match[1])
+    else:
+        return None
     return min(max(seconds, _SHORTEST_CLOSE), _LONGEST_CLOSE)
 
 
-def _seconds_in_header(header: str, now_wall: float) -> float | None:
-    if match := _DELAY.fullmatch(header):
-        return float(match[1])
+def _seconds_since_1970(date: str) -> float | None:
     try:
-        date = parsedate_to_datetime(header)
+        read = parsedate_to_datetime(date)
     except (ValueError, OverflowError):
         return None
-    return date.replace(tzinfo=date.tzinfo or UTC).timestamp() - now_wall
+    return read.replace(tzinfo=read.tzinfo or UTC).timestamp()
 
 
 class QuotaExceeded(Exception):
@@ -182,6 +196,7 @@ class Quota:
         self._used = 0
         self._held = 0
         self._waiting = 0
+        self._spare = 0  # slots given back, each of which goes at once to one that waits
         self._latency = 0.0
         self._latest: Ticket | None = None
         self._now = self._last = self._closed_until = -math.inf
@@ -268,7 +283,9 @@ class Quota:
             ticket.state = "over"
             self._held -= 1
             self._release([ticket.caller])
-            if self._latest is ticket:
+            if self._waiting:
+                self._spare += 1
+            elif self._latest is ticket:
                 self._last = ticket.before
 
     def close(self, now: float, seconds: float | None) -> None:
@@ -327,6 +344,7 @@ class Quota:
 
     def _grant_next(self, now: float, due: float) -> None:
         """Grant the one whose turn it is, as of ``due`` on the path."""
+        self._spare -= self._spare > 0
         caller, queue = next(iter(self._queues.items()))
         ticket = queue[0]
         self._leave(ticket)
@@ -349,6 +367,7 @@ class Quota:
         if not queue:
             del self._queues[ticket.caller]
         self._waiting -= 1
+        self._spare = min(self._spare, self._waiting)
 
     def _refuse_overdue(self, now: float) -> None:
         """Refuse those whose deadline has come."""
@@ -402,6 +421,8 @@ class Quota:
     def _schedule(self, now: float) -> Iterator[float]:
         """Yield, without end, when the first, second, ... of the requests that wait is due."""
         number = self._limit - self._used
+        spare = min(self._spare, max(0, number))
+        number -= spare
         points = []
         for cell in self._cells:
             points.append((number + 1, cell.end))
@@ -411,8 +432,9 @@ class Quota:
         earliest = max(now, self._closed_until)
         if self._used >= self._limit:
             earliest = max(earliest, *(back for number, back in points if number <= 1))
+        yield from repeat(earliest, spare)
         steady = (self._hold + self._latency) / self._limit
-        at, done = self._last, 0
+        at, done = max(self._last, now - 2 * self._hold), 0  # what is longer ago makes no difference
         while True:
             pace, until = steady, math.inf
             for number, back in points:

@@ -123,7 +123,7 @@ def _figure(what: str, least: float, most: float) -> Callable[[Any], float]:
     def read(value: Any) -> float:  # noqa: ANN401 - JSON or a flag's text
         try:
             figure = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             figure = math.nan
         if not least <= figure <= most:
             raise ValueError(what)
@@ -218,6 +218,13 @@ def _response(answer: _Answer) -> web.Response:
 
 def _head_size(request: web.BaseRequest) -> int:
     return len(request.raw_path) + sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
+
+
+def _from_a_web_page(headers: Mapping[str, str]) -> bool:
+    """Whether a page may have sent it: a browser says so, and a host name of the page's own points here (rebinding)."""
+    host = re.sub(r":[0-9]*\Z", "", headers.get("Host", "").lower())
+    ours = "." not in host or host.startswith("[") or host.replace(".", "").isdigit() or host.endswith(".localhost")
+    return not ours or "Origin" in headers or headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"}
 
 
 async def _body(request: web.BaseRequest) -> bytes:
@@ -363,7 +370,8 @@ class Sandbox:
             response.force_close()
             return response
         if path in (_FAULTS, _BOOKS):
-            return _response(self._control(request.method, path, body))
+            refused = _from_a_web_page(request.headers) and _error(403, "a web page must not use this address")
+            return _response(refused or self._control(request.method, path, body))
         if self._faults.latency or self._faults.jitter:
             await self._sleep(self._faults.latency + self._faults.jitter * self._dice.random())
         if _RAW.search(target) or "%2f" in path.lower() or _head_size(request) > _MAX_HEAD:

@@ -22,24 +22,17 @@ from typing import Annotated, Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, PlainValidator, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    DotEnvSettingsSource,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metquay_proxy.address import DEFAULT_LISTEN, Address, parse_listen
-from metquay_proxy.auth import Credentials
+from metquay_proxy.auth import Credentials, oddities
+from metquay_proxy.environment import ENV_FILE, PREFIX, Line, read_env_file, variables
 from metquay_proxy.gate import ClientKey
 from metquay_proxy.quota import Rate, parse_rate
 from metquay_proxy.rewrite import BaseURL, is_loopback
 from metquay_proxy.target import API_PREFIX, OWN_PREFIX
 from metquay_proxy.upstream import OutboundProxy
 
-PREFIX: Final = "METQUAY_"
-ENV_FILE: Final = ".env"
 SECRETS_DIRECTORY: Final = Path("/run/secrets")
 MAX_REPLAY_LIMIT: Final = 64 * 1024 * 1024
 """Bytes; what all kept bodies together may take."""
@@ -77,8 +70,18 @@ _PROXY_URL: Final = re.compile(
     r"(?P<host>\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^@]*)?",
     re.IGNORECASE | re.DOTALL,
 )
+_LEFT_OUT: Final = (
+    (r"(?i)(set|setx|setenv|declare)\s|\$env:", "that is a command of a shell"),
+    (r"\W*\w+[\"']?\s*:", "it has a colon in the place of ="),
+    (r"[^=]*=\s*[\"']", "its quotation mark is not closed, or something follows the closed one"),
+    (r"[^=]*\S\s+[^\s=][^=]*=", "more than a name stands before ="),
+    (r"[^=]*$", "it has no ="),
+    (r"", "it cannot be read"),
+)
+"""What a line of ``.env`` looks like that is no ``NAME=value``, and what to say of it."""
 _SHORT_KEY: Final = 16
 _SHORT_SECRET: Final = 12
+_PAIR: Final = ("access_key", "secret_key")
 _REDIS_PORT: Final = 6379
 _MAX_PORT: Final = 65535
 _READABLE_BY_OTHERS: Final = 0o004
@@ -149,8 +152,11 @@ def _entries(text: str) -> list[str]:
 
 
 def _key(text: str) -> SecretStr:
+    if len(text.splitlines()) > 1:
+        msg = "it is of several lines: put the key there alone, without a name and in one line"
+        raise ValueError(msg)
     if not text.isprintable():
-        msg = "the key holds control characters: copy it again"
+        msg = "it holds a character that is not seen, such as a tab or a no-break space: copy it again"
         raise ValueError(msg)
     return SecretStr(text)
 
@@ -384,9 +390,6 @@ class Settings(BaseSettings):
     """Everything that can be set; frozen. ``load`` makes one from the places where settings are found."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_ignore_empty=True,
-        enable_decoding=False,
         extra="forbid",
         frozen=True,
         hide_input_in_errors=True,
@@ -479,6 +482,8 @@ class Settings(BaseSettings):
 
     _sources: tuple[Setting, ...] = ()
     _warnings: tuple[str, ...] = ()
+    _doubts: tuple[str, ...] = ()
+    _remarks: tuple[str, ...] = ()
     _files: dict[str, Path] = PrivateAttr(default_factory=dict)
 
     @classmethod
@@ -500,11 +505,12 @@ class Settings(BaseSettings):
         if value is None and not info.data.get("sandbox"):
             if info.field_name == "host":
                 msg = (
-                    "is missing: give your Metquay server, such as lab.metquay.co; to try without one: serve --sandbox"
+                    "is missing: give your Metquay server, such as lab.metquay.co, in the environment or in "
+                    f"{_env_file()}; to try without one: serve --sandbox"
                 )
             else:
                 file = f"{variable(str(info.field_name))}_FILE"
-                msg = f"is missing: set it in the environment or in .env, or name a file that holds it in {file}"
+                msg = f"is missing: set it in the environment or in {_env_file()}, or name its file in {file}"
             raise ValueError(msg)
         return value
 
@@ -589,7 +595,12 @@ class Settings(BaseSettings):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is odd about the settings but no error: one line each, without secrets."""
-        return self._warnings
+        return (*self._warnings, *self._doubts)
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What looked wrong about the key pair when it was found; ``warnings`` holds it too."""
+        return self._doubts
 
     def sources(self) -> tuple[Setting, ...]:
         """Return each variable's effective value, masked, and where it was found; empty unless ``load`` made this."""
@@ -598,9 +609,10 @@ class Settings(BaseSettings):
     def credentials(self) -> Credentials:
         """Return the key pair, read again where it came from files, so that rotated keys need no restart.
 
-        Blocks while it reads two small files. Raises ``OSError``, or ``ValueError`` where there is no key (any more).
+        Blocks while it reads two small files. Raises ``ValueError``, with a text for people, where there is no key (any
+        more).
         """
-        return Credentials(self._current("access_key"), self._current("secret_key"))
+        return Credentials(self._current("access_key"), self._current("secret_key"), self._remarks)
 
     def redis_secret(self) -> str | None:
         """Return Redis's password, read again from its file; None where there is none. Raises as ``credentials``."""
@@ -608,7 +620,11 @@ class Settings(BaseSettings):
 
     def _current(self, name: str) -> str:
         path = self._files.get(name)
-        key: SecretStr | None = _key(_read(path)) if path else getattr(self, name)
+        try:
+            key: SecretStr | None = _key(_read(path)) if path else getattr(self, name)
+        except OSError as error:
+            msg = f"{error.filename}: {error.strerror}"
+            raise ValueError(msg) from None
         if key is None:
             msg = f"{variable(name)} is not set"
             raise ValueError(msg)
@@ -698,14 +714,10 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
     """Find and parse the settings; ``flags`` are texts by the settings' names. Raises ``SettingsError``."""
     found = _Found()
     found.add("flag", flags or {})
-    found.add("environment", _variables(EnvSettingsSource(Settings).env_vars))
-    try:
-        found.add(ENV_FILE, _variables(DotEnvSettingsSource(Settings, env_file=ENV_FILE).env_vars))
-    except UnicodeDecodeError:
-        found.problems[ENV_FILE] = f"{ENV_FILE}: it is not UTF-8 text; save it as UTF-8"
-    except OSError as error:
-        found.problems[ENV_FILE] = f"{ENV_FILE}: {_why(error)}"
+    found.add("environment", variables(os.environ.items()))
+    found.add_env_file()
     found.add_secret_files()
+    found.look_at_client_key()
     problems = found.problems
     if found.origins.get("redis_password") in {"environment", ENV_FILE}:
         msg = "is taken from a file alone: name that in METQUAY_REDIS_PASSWORD_FILE"
@@ -715,9 +727,13 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
     except ValidationError as error:
         for item in error.errors(include_url=False, include_context=False, include_input=False):
             name = str(item["loc"][0])
+            if ENV_FILE in problems and name not in found.texts:
+                continue  # that it is missing has a cause, which is told
             problems.setdefault(name, found.line(name, item["msg"].removeprefix("Value error, ")))
+    keys = Credentials(found.text("access_key"), found.text("secret_key"), tuple(found.remarks))
+    doubts = () if sandbox else keys.doubts()
     if problems:
-        raise SettingsError(problems.values(), found.warnings, found.sources())
+        raise SettingsError(problems.values(), (*found.warnings, *doubts), found.sources())
     if settings.host is not None and settings.host.scheme == "https" and settings.outbound_proxy is None:
         try:
             _system_proxy(settings.host)
@@ -725,8 +741,8 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
             cure = "Metquay is asked directly; METQUAY_OUTBOUND_PROXY takes its place"
             found.warnings.append(f"HTTPS_PROXY, or the system's proxy setting, {error}. {cure}")
     settings._sources = found.sources()  # noqa: SLF001 - what only the finder knows
-    settings._warnings = tuple(found.warnings)  # noqa: SLF001 - see above
-    settings._files = found.files  # noqa: SLF001 - see above
+    settings._warnings, settings._doubts = tuple(found.warnings), doubts  # noqa: SLF001 - see above
+    settings._files, settings._remarks = found.files, keys.remarks  # noqa: SLF001 - see above
     return settings
 
 
@@ -738,15 +754,41 @@ class _Found:
         self.origins: dict[str, str] = {}
         self.files: dict[str, Path] = {}
         self.warnings: list[str] = []
+        self.remarks: list[str] = []
+        """What is odd about where the key pair was found."""
         self.problems: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}
 
     def add(self, origin: str, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
             if name not in VARIABLES:
-                self._warn_unknown(origin, name, text)
+                self._warn_unknown(self._place(origin, name), name, text)
             elif name not in self.texts:
                 self.texts[name] = text
                 self.origins[name] = origin
+            elif name in _PAIR and text.strip() != self.text(name):
+                self._warn_unused(name, f"another one in {self._place(origin, name)}")
+
+    def text(self, name: str) -> str:
+        """Return what was found for a setting, without blanks around it."""
+        return self.texts.get(name, "").strip()
+
+    def add_env_file(self) -> None:
+        """Read ``.env``, and warn of lines in it that look as if they were meant to be settings."""
+        try:
+            lines = read_env_file(ENV_FILE, os.environ)
+        except OSError as error:
+            self.problems[ENV_FILE] = f"{error.filename} cannot be read: {error.strerror}"
+            return
+        for line in lines:
+            self._numbers.update(dict.fromkeys(variables([(line.name, line.value)]), line.number))
+            if _is_left_out(line):
+                known = re.search("METQUAY_[A-Z_]+", line.text.upper())
+                name = known[0] if known and known[0].removeprefix(PREFIX).lower() in VARIABLES else "NAME"
+                why = next(words for pattern, words in _LEFT_OUT if re.match(pattern, line.text))
+                place = f"{Path(ENV_FILE).absolute()}, line {line.number}"
+                self.warnings.append(f"{place}, is left out: {why}; write {name}=value")
+        self.add(ENV_FILE, variables((line.name, line.value) for line in lines))
 
     def add_secret_files(self) -> None:
         """Read the files that ``..._FILE`` variables name, then those that are named like a variable."""
@@ -755,9 +797,7 @@ class _Found:
         named = {name: self.texts.get(f"{name}_file") for name in VARIABLES if _is_secret(name)}
         for name, file in named.items():
             if file and name in self.texts:
-                self.warnings.append(
-                    f"{variable(name)} (from {self.origins[name]}) is used, and {variable(name)}_FILE is not"
-                )
+                self._warn_unused(name, f"{variable(name)}_FILE")
             elif file:
                 self._read(name, Path(file), private=Path(file).parent not in directories)
         for directory in directories:
@@ -767,13 +807,25 @@ class _Found:
                     self._warn_unknown(str(directory), name, "")
                 elif name not in self.texts and name not in self.problems:
                     self._read(name, path, private=False)
+                elif name in _PAIR and name in self.texts and path != self.files.get(name):
+                    self._warn_unused(name, str(path))
+
+    def look_at_client_key(self) -> None:
+        """Warn of one that is probably not meant so."""
+        if words := oddities(self.text("client_key")):
+            self.warnings.append(f"METQUAY_CLIENT_KEY {words}")
         if len(self.texts.get("client_key", "long enough to pass")) < _SHORT_KEY:
             self.warnings.append(f"METQUAY_CLIENT_KEY is short: make it {_SHORT_KEY} random characters or more")
 
     def line(self, name: str, text: str) -> str:
         """Return the one line that tells what is wrong with a setting."""
-        origin = self.origins.get(name, "flag")
+        origin = self._place(self.origins.get(name, "flag"), name)
         hints = ", ".join(filter(None, (flag(name), "" if origin == "flag" else f"found in {origin}")))
+        if re.match("[\"']", self.text(name)):
+            text += "; take its quotation marks away (docker --env-file keeps them)"
+        if not text.isprintable():
+            text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+            text += "; in .env, write a path without double quotation marks, between which a backslash is an escape"
         return f"{variable(name)}{hints and f' ({hints})'}: {text}"
 
     def sources(self) -> tuple[Setting, ...]:
@@ -786,6 +838,9 @@ class _Found:
             )
             for name in VARIABLES
         )
+
+    def _place(self, origin: str, name: str) -> str:
+        return f"{Path(ENV_FILE).absolute()}, line {self._numbers[name]}" if origin == ENV_FILE else origin
 
     def _list(self, directory: Path) -> list[Path]:
         try:
@@ -808,6 +863,12 @@ class _Found:
         except (OSError, ValueError) as error:
             self.problems[name] = self.line(name, _why(error))
 
+    def _warn_unused(self, name: str, what: str) -> None:
+        place = self._place(self.origins[name], name)
+        (self.remarks if name in _PAIR else self.warnings).append(
+            f"{variable(name)} (from {place}) is used, and {what} is not"
+        )
+
     def _warn_unknown(self, origin: str, name: str, text: str) -> None:
         if _SERVICE_LINK.fullmatch(variable(name)) or text.startswith(("tcp://", "udp://")):
             return
@@ -818,9 +879,27 @@ class _Found:
         self.warnings.append(f"{variable(name)} (from {origin}) is no setting of this proxy{hint}")
 
 
-def _variables(found: Mapping[str, str | None]) -> dict[str, str]:
-    prefix = PREFIX.lower()
-    return {name.removeprefix(prefix): text for name, text in found.items() if text and name.startswith(prefix)}
+def _is_left_out(line: Line) -> bool:
+    """Whether a line of ``.env`` is no ``NAME=value`` and is, or may be, for us."""
+    if line.name is None:
+        return True
+    ours = "METQUAY" in line.name.upper()
+    return ours and (not re.fullmatch(r"\w+", line.name) or (line.value is None and line.name not in os.environ))
+
+
+def _env_file() -> str:
+    """Return where ``.env`` is looked for, and what is there instead."""
+    try:
+        path = Path(ENV_FILE).absolute()
+        if path.is_dir():
+            return f"{path} (which is a folder: put a file in its place)"
+        if path.exists():
+            return str(path)
+        near = [file.name for file in path.parent.iterdir() if re.fullmatch(r"(?i)[._]?env(\.txt)* *", file.name)]
+    except OSError:  # the folder is gone, or not ours to look into
+        return ENV_FILE
+    hint = f"; rename {min(near)!r} if it is meant to be that" if near else ""
+    return f"{path} (there is none{hint})"
 
 
 def _is_secret(name: str) -> bool:
@@ -852,14 +931,14 @@ def _masked(name: str, text: str) -> str:
         if name == "client_keys":
             _client_keys(text)
             keys = (entry.split(":") for entry in _entries(text))
-            return ",".join(":".join((name, last_four(key), *rest)) for name, key, *rest in keys)
+            return ",".join(":".join((name, "***", *rest)) for name, _, *rest in keys)
     except ValueError:
         return "***"
     if _is_secret(name):
-        return last_four(text)
-    return text if VARIABLES[name].title == "FILE" else re.sub(r"\S*@", "***@", text)
+        return last_four(text) if name == "access_key" else "***"
+    return text if VARIABLES[name].title == "FILE" else re.sub(r"^([a-z]+://)?.*@", r"\1***@", text, flags=re.DOTALL)
 
 
-def last_four(secret: str) -> str:
-    """Return what may be shown of a secret: its last four characters, nothing of a short one."""
-    return "***" if len(secret) < _SHORT_SECRET else f"...{secret[-4:]}"
+def last_four(access_key: str) -> str:
+    """Return what may be shown of the access key: its last four characters, of a short or an odd one nothing."""
+    return "***" if len(access_key) < _SHORT_SECRET or oddities(access_key) else f"...{access_key[-4:]}"

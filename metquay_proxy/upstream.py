@@ -28,19 +28,29 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
+from urllib.parse import urljoin
 
 import truststore
 from aiohappyeyeballs import start_connection
 
-from metquay_proxy.auth import AccessToken, Credentials, LoginFailed, UpstreamDistrusted, parse_login
+from metquay_proxy.auth import (
+    AccessToken,
+    Credentials,
+    CredentialsRejected,
+    LoginFailed,
+    UpstreamDistrusted,
+    parse_login,
+)
 from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError, Sent
 from metquay_proxy.http1 import ProtocolError, ResponseHead, ResponseReader
+from metquay_proxy.quota import retry_after_seconds
 
 if sys.platform == "linux":
     import fcntl
@@ -99,6 +109,7 @@ _REFUSALS: Final = {
 }
 """What to do about a corporate proxy's status."""
 _SCHEME: Final = re.compile(rb"(?:\A|,)[ \t]*(basic|digest|negotiate|ntlm|kerberos|bearer)(?=[ \t,]|\Z)")
+_TOO_MANY: Final = 429
 _REPEATABLE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 
 
@@ -581,15 +592,20 @@ class Transport:
         """Return how many connections are (busy, idle)."""
         return len(self._busy), len(self._idle)
 
-    async def send(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
+    async def send(
+        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
+    ) -> Response:
         """Send a tool's request and wait for the head of its answer; raise ``UpstreamFailure``.
 
-        ``fresh``: on a new connection, because a pooled one has just failed.
+        ``fresh``: on a new connection, because a pooled one has just failed. ``on_sent`` is called when the first byte
+        has been handed to a connection that is finished (TCP, CONNECT and TLS).
         """
         self._warm_until = self.clock() + _WARM
-        return await self.send_own(method, head, body, fresh=fresh)
+        return await self.send_own(method, head, body, fresh=fresh, on_sent=on_sent)
 
-    async def send_own(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
+    async def send_own(
+        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
+    ) -> Response:
         """Send a request of the program's own, after which no connection is kept ready; otherwise like ``send``."""
         body.sent = False
         max_idle = self._max_idle if method in _REPEATABLE_METHODS else self._max_idle_unsafe
@@ -601,6 +617,7 @@ class Transport:
         except BaseException:  # the client left with its body unread: nothing was sent, and nobody owns the connection
             connection.abort()
             raise
+        on_sent()
         try:
             await response.started()
         except BaseException:
@@ -949,13 +966,20 @@ class Login:
         )
         began = self._clock()
         try:
-            status, answer = await self._exchange(head.encode("ascii"), data)
+            said, answer = await self._exchange(head.encode("ascii"), data)
         except ProxyError as error:
             failure = UpstreamDistrusted if error.slug == "upstream-tls" else LoginFailed
             raise failure(error.message) from None
-        return parse_login(status, answer, began)
+        pause = retry_after_seconds(said.headers, answer if said.status == _TOO_MANY else b"", time.time())
+        location = b"".join(value for name, value in said.headers if name.lower() == b"location").decode("latin-1")
+        with contextlib.suppress(ValueError):  # it is judged as it came
+            location = location and urljoin(f"{self._base}/authenticate", location)
+        try:
+            return parse_login(said.status, answer, began, pause=pause, location=location)
+        except CredentialsRejected as refusal:
+            raise CredentialsRejected(" ".join([str(refusal), *(f"{doubt}." for doubt in keys.doubts())])) from None
 
-    async def _exchange(self, head: bytes, data: bytes) -> tuple[int, bytes]:
+    async def _exchange(self, head: bytes, data: bytes) -> tuple[ResponseHead, bytes]:
         # the keys' own bytes are never kept for a replay: the body is a stream that has already ended
         body = RequestBody(
             _Ready(data), present=True, chunked=False, limit=len(data), budget=ReplayBudget(len(data)), timeout=1.0
@@ -971,7 +995,7 @@ class Login:
         finally:
             body.close()
             response.close()
-        return response.head.status, answer
+        return response.head, answer
 
 
 class _Ready:

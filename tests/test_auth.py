@@ -20,10 +20,12 @@ from metquay_proxy.auth import (
     AccessToken,
     Credentials,
     CredentialsRejected,
+    LoginBusy,
     LoginFailed,
     TokenCache,
     TokenEvent,
     UpstreamDistrusted,
+    oddities,
     parse_login,
     suspend_aware_clock,
 )
@@ -99,7 +101,8 @@ class Bench:
 
     def ask_anew(self, rejected: AccessToken, max_wait: float = MAX_WAIT) -> asyncio.Task[AccessToken]:
         """A request begins that was answered with 401."""
-        return asyncio.create_task(self.cache.renew(rejected, max_wait))
+        self.cache.reject(rejected)
+        return asyncio.create_task(self.cache.get(max_wait, rejected))
 
     async def ending(self, task: asyncio.Task[AccessToken], within: float) -> tuple[str, float]:
         """Return slug and Retry-After of a task that must end after exactly ``within`` seconds, with a ProxyError."""
@@ -152,12 +155,57 @@ class TestLoginAnswer:
         with pytest.raises(CredentialsRejected, match=str(status)):
             parse_login(status, answer(), 0)
 
-    @pytest.mark.parametrize("status", [100, 199, 300, 302, 404, 422, 429, 500, 503])
+    @pytest.mark.parametrize("status", [100, 199, 300, 302, 404, 422, 600])
     def test_other_statuses_fail(self, status: int) -> None:
         """A redirect or an error is no token, even with one in its body, and says nothing about the keys."""
         with pytest.raises(LoginFailed, match=str(status)) as failed:
-            parse_login(status, answer(), 0)
+            parse_login(status, answer(), 0, pause=60)
         assert LoginFailed is failed.type
+
+    @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 599])
+    @pytest.mark.parametrize(
+        ("asked", "pause", "told"), [(None, 0, r"\d\.$"), (60, 60, "for 60 s"), (3600, 300, "3600")]
+    )
+    def test_a_login_that_is_busy(self, status: int, asked: float | None, pause: float, told: str) -> None:
+        """What it says about when to come back is believed up to 300 s."""
+        with pytest.raises(LoginBusy, match=told) as failed:
+            parse_login(status, answer(), 0, pause=asked)
+        assert pause == failed.value.pause
+        assert f"status {status}" in str(failed.value)
+
+    @pytest.mark.parametrize(
+        ("location", "told"),
+        [
+            (
+                "https://eu.metquay.co/api/v1/authenticate",
+                "to https://eu.metquay.co/api/v1/authenticate. METQUAY_HOST should probably be https://eu.metquay.co/api/v1.",
+            ),
+            (
+                "https://me:hunter2@eu.metquay.co/api/v1/authenticate?a=hunter2#hunter2",
+                "probably be https://eu.metquay.co/api/v1.",
+            ),
+            ("http://eu.metquay.co/authenticate", "probably be http://eu.metquay.co."),
+            (
+                "https://sso.lab.example/login;id=hunter2?to=hunter2",
+                "to https://sso.lab.example/login. That is a page for people",
+            ),
+            ("https://sso.lab.example", "to https://sso.lab.example. That is a page for people"),
+            ("https://sso.lab.example/\u00fc\x1b[2Jx", "to https://sso.lab.example/??[2Jx. That"),
+            ("https://sso.lab.example/" + "a" * 999, "to https://sso.lab.example/" + "a" * 176 + ". That"),
+            ("", "without saying where to. Check METQUAY_HOST."),
+            ("https://[hunter2", "without saying where to. Check METQUAY_HOST."),
+        ],
+    )
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    def test_a_redirect(self, status: int, location: str, told: str) -> None:
+        """Where it points is told, without anything that may be secret or unprintable, and what METQUAY_HOST may be."""
+        with pytest.raises(LoginFailed) as failed:
+            parse_login(status, answer(), 0, location=location)
+        assert f"(status {status}) " in str(failed.value)
+        assert told in str(failed.value)
+        assert "hunter2" not in str(failed.value)
+        assert str(failed.value).isascii()
+        assert str(failed.value).isprintable()
 
     @pytest.mark.parametrize(
         "body",
@@ -258,6 +306,51 @@ def test_nothing_prints_secrets() -> None:
     """Neither the keys nor the token show in a repr, a text or a list of them."""
     shown = f"{Credentials('ACCESS', 'SECRET')!r} {Credentials('ACCESS', 'SECRET')} {[AccessToken('TOKEN', 5, 900)]}"
     assert "Credentials(***) Credentials(***) [AccessToken(***, obtained_at=5.000, lifetime=900)]" == shown
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        *((key, "") for key in ("access-key-AAAA", "s3cr3t/with+signs==", "a#b", "Ab.~_-:;!$%&9", "key==")),
+        *((key, "has quotation marks") for key in ('"4711"', "'4711'", "“4711”", "„4711“", "«4711»", "`4711`")),
+        *((key, "has quotation marks") for key in ('"4711', "4711'", "4711”", '""4711""')),
+        *((key, "is followed by a comment") for key in ("4711 # production", "4711\t#2")),
+        *((key, "holds a name") for key in ("METQUAY_SECRET_KEY=4711", "export SECRET_KEY=4711", "secretKey: 4711")),
+        *((key, "holds a name") for key in ("$env:METQUAY_ACCESS_KEY=4711", "set ACCESS_KEY=4711")),
+        *((key, "holds a blank") for key in ("47 11", "47\t11")),
+        *((key, "holds an accent") for key in ("47é11", "47–11", "47\u200b11")),  # noqa: RUF001
+        *((key, "is a placeholder") for key in ("...", "…", "***", "xxx", "XX-XX", "your-key-here", "your_key_x")),
+        *((key, "is a placeholder") for key in ("<access key>", "[key]", "{{ .Values.k }}", "$KEY", "${KEY:-}", "%K%")),
+        *((key, "is a placeholder") for key in ("changeme", "CHANGE-ME", "access-key", "put your key here", "null")),
+    ],
+)
+def test_what_looks_wrong_about_a_key_is_said_without_it(key: str, words: str) -> None:
+    """As people copy it: with its quotation marks, its line, or not at all."""
+    said = oddities(key)
+    assert words == said[: len(words)]
+    assert bool(words) == bool(said)
+    assert "4711" not in said
+
+
+def test_all_that_looks_wrong_about_a_key_is_said() -> None:
+    """What one fault explains does not count as another."""
+    first, second, third = oddities("SECRET_KEY='4711' # why").split("; it ")
+    assert first.startswith("is followed by a comment")
+    assert second.startswith("holds a name")
+    assert third.startswith("has quotation marks")
+
+
+def test_what_looks_wrong_about_a_pair_is_said() -> None:
+    """Each key by its variable, then whether both are the same; where they were found stands first."""
+    assert () == Credentials("access-4711", "secret-4711").doubts()
+    pair = Credentials("<key>", "secret-4711'", ("it is found twice",))
+    found, access_key, secret_key = pair.doubts()
+    assert "it is found twice" == found
+    assert "METQUAY_ACCESS_KEY is a placeholder: put the key in its place" == access_key
+    assert secret_key.startswith("METQUAY_SECRET_KEY has quotation marks")
+    (same,) = Credentials("secret-4711", "secret-4711").doubts()
+    assert same.startswith("METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY are the same key")
+    assert "secret-4711" not in f"{pair!r}{same}"
 
 
 class TestClock:
@@ -550,6 +643,42 @@ class TestFailures:
             later - earlier for earlier, later in itertools.pairwise(bench.login.starts)
         ]
 
+    async def test_the_pause_that_metquay_asks_for(self, bench: Bench) -> None:
+        """No attempt is made before it ends, tools are told the truth at once, and the old token serves meanwhile."""
+        token = await bench.started()
+        bench.login.error = LoginBusy("Metquay's login answered with status 429.", 60.0)
+        await bench.time.advance(720)
+        assert 60 == bench.cache.state.next_login_in
+        assert token is await bench.cache.get(MAX_WAIT)
+        assert ("token-unavailable", 60) == await bench.ending(bench.ask_anew(token), 0)
+        bench.login.error = LoginBusy("Metquay's login answered with status 503.", 200.0)
+        await bench.time.advance(180)
+        assert [0, 720, 780] == [start - bench.login.starts[0] for start in bench.login.starts]
+        assert bench.cache.current() is None
+        assert ("token-unavailable", 80) == await bench.ending(bench.ask(), 0)
+        bench.login.error = None
+        await bench.time.advance(80)
+        assert "token-4" == (await bench.cache.get(0)).value
+
+    async def test_a_short_pause_is_waited_for(self, bench: Bench) -> None:
+        """A request is patient for 5 s after a failed login, whoever wants those."""
+        bench.login.error = LoginBusy("Metquay's login answered with status 429.", 4.5)
+        task = bench.ask()
+        await bench.time.settle()
+        bench.login.error = None
+        await bench.time.advance(4.4)
+        assert 1 == len(bench.login.starts)
+        await bench.time.advance(0.2)
+        assert "token-2" == (await task).value
+
+    async def test_a_pause_is_no_shorter_than_the_backoff(self, bench: Bench) -> None:
+        """A server that asks for a second each time is not asked each second for ever."""
+        bench.login.error = LoginBusy("Metquay's login answered with status 503.", 1.0)
+        bench.cache.start()
+        await bench.time.advance(80)
+        pauses = [later - earlier for earlier, later in itertools.pairwise(bench.login.starts)]
+        assert pytest.approx([1, 2, 4, 8, 15, 15, 15, 15]) == pauses
+
     async def test_recovery_by_itself(self, bench: Bench) -> None:
         """After an outage the token comes back without any request, and the observer hears of both."""
         await bench.started()
@@ -681,9 +810,10 @@ class TestRejectedKeys:
         assert "token-5" == (await bench.cache.get(0)).value
         assert not bench.cache.state.rejected
 
-    async def test_changed_keys_end_the_pause(self, bench: Bench) -> None:
-        """Who knows that the keys have changed need not wait out the minute; a login a second is still the most."""
-        bench.login.error = REFUSAL
+    @pytest.mark.parametrize("error", [REFUSAL, LoginBusy("Metquay's login answered with status 429.", 300.0)])
+    async def test_changed_keys_end_the_pause(self, bench: Bench, error: LoginFailed) -> None:
+        """Who knows that the keys have changed need not wait out the pause; a login a second is still the most."""
+        bench.login.error = error
         bench.cache.start()
         await bench.time.advance(0.5)
         bench.login.error = None
@@ -744,28 +874,37 @@ class TestDistrustedUpstream:
 
 
 class TestRejectedToken:
-    """``renew``, after the API's 401."""
+    """``reject``, after the API's 401, and ``get`` for what saw it."""
 
     async def test_it_is_replaced(self, bench: Bench) -> None:
-        """The rejected token goes, though its clock calls it valid, and a new one comes."""
+        """Who saw the 401 waits for a newer token; all others go on with the old one until that is there."""
         token = await bench.started()
         await bench.time.advance(10)
+        bench.login.duration = 3.0
         task = bench.ask_anew(token)
-        await asyncio.sleep(0)
-        assert bench.cache.current() is None
+        await bench.time.advance(2.9)
+        assert not task.done()
+        assert token is bench.cache.current()
+        assert token is await bench.cache.get(0)
+        assert bench.cache.state.ready
+        await bench.time.advance(0.1)
         assert "token-2" == (await task).value
+        assert bench.cache.current() is await task
 
     async def test_it_can_be_rejected_without_waiting(self, bench: Bench) -> None:
-        """Who can't repeat its request rejects the token alone: it goes at once, and the renewal needs nobody."""
+        """Who can't repeat its request rejects the token alone: the renewal needs nobody, and is made once."""
         token = await bench.started()
         await bench.time.advance(10)
         bench.cache.reject(token)
-        assert bench.cache.current() is None
+        assert token is bench.cache.current()
         await bench.time.settle()
         new = bench.cache.current()
         assert new is not None
+        assert token != new
         bench.cache.reject(token)
         assert new is bench.cache.current()
+        await bench.time.advance(30)
+        assert 2 == len(bench.login.starts)
 
     async def test_a_late_401_for_an_older_token(self, bench: Bench) -> None:
         """A newer token is returned as it is, and kept."""
@@ -773,7 +912,7 @@ class TestRejectedToken:
         await bench.time.advance(720)
         new = bench.cache.current()
         assert new is not None
-        assert new is await bench.cache.renew(old, MAX_WAIT)
+        assert new is await bench.ask_anew(old)
         assert new is bench.cache.current()
         assert 2 == len(bench.login.starts)
 
@@ -787,14 +926,14 @@ class TestRejectedToken:
         assert "token-2" == (await task).value
         assert 2 == len(bench.login.starts)
 
-    async def test_it_is_never_handed_out_again(self, bench: Bench) -> None:
-        """When the renewal fails, the rejected token stays away from everybody, and recovery brings another."""
+    async def test_the_renewal_fails(self, bench: Bench) -> None:
+        """Then who saw the 401 gets none; the old token serves all others to its end, and recovery brings another."""
         token = await bench.started()
         await bench.time.advance(10)
         bench.login.error = OUTAGE
         assert "token-unavailable" == (await bench.ending(bench.ask_anew(token), 5.0))[0]
-        assert bench.cache.current() is None
         assert "token-unavailable" == (await bench.ending(bench.ask_anew(token), 5.0))[0]
+        assert token is await bench.cache.get(0)
         bench.login.error = None
         await bench.time.advance(30)
         current = bench.cache.current()
@@ -815,9 +954,9 @@ class TestRejectedToken:
         bench.login.value = "constant"
         old = await bench.started()
         await bench.time.advance(10)
-        new = await bench.cache.renew(old, MAX_WAIT)
+        new = await bench.ask_anew(old)
         assert old != new
-        assert new is await bench.cache.renew(old, MAX_WAIT)
+        assert new is await bench.ask_anew(old)
         assert 2 == len(bench.login.starts)
 
     async def test_a_storm(self, bench: Bench) -> None:
@@ -826,7 +965,7 @@ class TestRejectedToken:
 
         async def client() -> None:
             while True:
-                await bench.cache.renew(await bench.cache.get(MAX_WAIT), MAX_WAIT)
+                await bench.ask_anew(await bench.cache.get(MAX_WAIT))
 
         clients = [asyncio.create_task(client()) for _ in range(20)]
         await bench.time.advance(30)
@@ -1047,15 +1186,15 @@ class CacheModel(RuleBasedStateMachine):
         chances = itertools.cycle([0.0, 0.3, 0.9, 0.6])
         self.bench = Bench(chance=lambda: next(chances))
         self.login = self.bench.login
-        self.rejected: set[str] = set()
-        self.asked: dict[asyncio.Task[AccessToken], tuple[float, float]] = {}
+        self.rejected: list[AccessToken] = []
+        self.asked: dict[asyncio.Task[AccessToken], tuple[float, float, str]] = {}
         self.runner.run(self.advancing(0.0, self.bench.cache.start))
 
     def newest(self) -> AccessToken | None:
-        """The last token that was alive when it came, as long as it is alive and was not rejected."""
+        """The last token that was alive when it came, as long as it is alive."""
         granted = [end for _, end in self.login.ends if isinstance(end, AccessToken)]
         token = granted[-1] if granted else None
-        return token if token and token.value not in self.rejected and token.usable(self.bench.time.now()) else None
+        return token if token and token.usable(self.bench.time.now()) else None
 
     async def advancing(self, seconds: float, act: Callable[[], object] = int) -> None:
         """Do something, let time pass in steps, and judge each request that has ended."""
@@ -1065,16 +1204,16 @@ class CacheModel(RuleBasedStateMachine):
             self.judge()
 
     def judge(self) -> None:
-        """A request ends in time, with a token that nobody rejected or with an error that says when to come back."""
+        """A request ends in time, with another token than its own 401 was for, or is told when to come back."""
         now = self.bench.time.now()
-        for task, (since, limit) in list(self.asked.items()):
+        for task, (since, limit, rejected) in list(self.asked.items()):
             if not task.done():
                 assert now < since + limit + 1e-6
                 continue
             del self.asked[task]
             error = task.exception()
             if error is None:
-                assert self.rejected.isdisjoint({task.result().value})
+                assert rejected != task.result().value
                 continue
             assert isinstance(error, ProxyError)
             assert error.slug in {"token-unavailable", "credentials-rejected"}
@@ -1089,7 +1228,7 @@ class CacheModel(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([30.0, 700.0, 100_000.0]))
     def suspend(self, seconds: float) -> None:
         """The machine sleeps; who waits may wait as long again."""
-        self.asked = {task: (since + seconds, limit) for task, (since, limit) in self.asked.items()}
+        self.asked = {task: (since + seconds, *others) for task, (since, *others) in self.asked.items()}  # type: ignore[misc]
         self.runner.run(self.advancing(0.0, lambda: self.bench.time.jump(seconds)))
 
     @rule(error=st.sampled_from([None, OUTAGE, REFUSAL, RuntimeError("hunter2"), asyncio.CancelledError()]))
@@ -1114,16 +1253,16 @@ class CacheModel(RuleBasedStateMachine):
         """Requests come back with a 401 for the token that all of them had."""
         token = self.newest()
         assert token is not None
-        self.rejected.add(token.value)
+        self.rejected.append(token)
         for _ in range(number):
-            self.runner.run(self.advancing(0.0, lambda: self.begin(self.bench.cache.renew(token, limit), limit)))
+            self.runner.run(self.advancing(0.0, lambda: self.begin_anew(token, limit)))
 
     @precondition(lambda self: self.rejected)
     @rule()
     def answer_late_401(self) -> None:
-        """A request comes back with a 401 for a token that was replaced long ago."""
-        token = AccessToken(min(self.rejected), 0.0, 900.0)
-        self.runner.run(self.advancing(0.0, lambda: self.begin(self.bench.cache.renew(token, 20.0), 20.0)))
+        """A request comes back with a 401 for a token that was rejected before, and perhaps replaced long ago."""
+        token = self.rejected[0]
+        self.runner.run(self.advancing(0.0, lambda: self.begin_anew(token, 20.0)))
 
     @precondition(lambda self: self.asked)
     @rule()
@@ -1134,13 +1273,18 @@ class CacheModel(RuleBasedStateMachine):
         self.runner.run(self.advancing(0.0, task.cancel))
         assert task.cancelled()
 
-    def begin(self, request: Coroutine[None, None, AccessToken], limit: float) -> None:
+    def begin(self, request: Coroutine[None, None, AccessToken], limit: float, rejected: str = "") -> None:
         """Start a request and note when."""
-        self.asked[asyncio.get_running_loop().create_task(request)] = (self.bench.time.now(), limit)
+        self.asked[asyncio.get_running_loop().create_task(request)] = (self.bench.time.now(), limit, rejected)
+
+    def begin_anew(self, token: AccessToken, limit: float) -> None:
+        """Reject a token and start to wait for a newer one."""
+        self.bench.cache.reject(token)
+        self.begin(self.bench.cache.get(limit, token), limit, token.value)
 
     @invariant()
     def the_newest_token_alone_is_current(self) -> None:
-        """What is handed out is the last token that came, unless it was rejected or is over."""
+        """What is handed out is the last token that came, rejected or not, unless it is over."""
         assert self.newest() is self.bench.cache.current()
         assert (self.newest() is not None) is self.bench.cache.state.ready
 

@@ -254,11 +254,43 @@ async def test_the_keys_are_refused() -> None:
     assert_failed(found, "login", "refused the key pair", "METQUAY_SECRET_KEY: copied whole")
 
 
+async def test_the_keys_look_wrong() -> None:
+    """What looks wrong about them is said where they are read, and beside their refusal, without showing them."""
+    async with metquay() as sandbox:
+        found = await probes(sandbox.url, access_key=f'"{ACCESS_KEY}"', secret_key="<secret key>")  # noqa: S106 - nobody's
+    marks = "METQUAY_ACCESS_KEY has quotation marks, .* take them away .docker --env-file keeps them.; "
+    assert re.fullmatch(f"access key \\*\\*\\*; {marks}METQUAY_SECRET_KEY is a placeholder: .*", found["keys"].text)
+    assert ("ok", "complete") == (found["keys"].outcome, found["settings"].text)
+    assert_failed(found, "login", "refused the key pair .* has quotation marks, .* is a placeholder", "copied whole")
+    assert ACCESS_KEY not in str(found)
+
+
 async def test_the_login_is_out_of_order() -> None:
     """A login that is out of order is a matter of waiting."""
     async with metquay() as sandbox:
         sandbox.faults = Faults(login_outage=True)
         assert_failed(await probes(sandbox.url), "login", "status 503", "wait a few minutes")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "cure"),
+    [
+        (
+            "429 Too Many Requests\r\nRetry-After: 60",
+            "status 429 and asks to be left alone for 60 s",
+            "wait a few minutes",
+        ),
+        (
+            "301 Moved\r\nLocation: https://eu.metquay.co/api/v1/authenticate",
+            "METQUAY_HOST should probably be https://eu.metquay.co/api/v1.",
+            "Check METQUAY_HOST",
+        ),
+    ],
+)
+async def test_the_login_says_what_is_wrong(answer: str, text: str, cure: str) -> None:
+    """Where it has moved to, or that it is asked for too much."""
+    async with answering(f"{answer}\r\nDate: {formatdate(usegmt=True)}", "") as port:
+        assert_failed(await probes(f"http://127.0.0.1:{port}"), "login", text, cure)
 
 
 async def test_another_server_answers() -> None:

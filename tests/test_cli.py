@@ -258,8 +258,8 @@ class TestSettings:
         rows = {line.split()[0]: line.split()[1:] for line in captured.out.splitlines()}
         assert {variable(name) for name in VARIABLES} == set(rows)
         assert ["lab.metquay.co", "environment"] == rows["METQUAY_HOST"]
-        assert ["...SSSS", "environment"] == rows["METQUAY_SECRET_KEY"]
-        assert ["a:...cdef,b:...cdeX:read-only", "environment"] == rows["METQUAY_CLIENT_KEYS"]
+        assert ["***", "environment"] == rows["METQUAY_SECRET_KEY"]
+        assert ["a:***,b:***:read-only", "environment"] == rows["METQUAY_CLIENT_KEYS"]
         assert ["5", ".env"] == rows["METQUAY_RETRIES"]
         assert ["true", "flag"] == rows["METQUAY_READ_ONLY"]
         assert ["20", "default"] == rows["METQUAY_MAX_WAIT"]
@@ -345,7 +345,7 @@ class TestHealth:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - our words
         loaded = set(run.stdout.split())
         ours = {name for name in loaded if name.startswith("metquay_proxy.")}
-        assert {f"metquay_proxy.{name}" for name in ("address", "cli", "health")} == ours
+        assert {f"metquay_proxy.{name}" for name in ("address", "cli", "environment", "health")} == ours
         slow = {
             "aiohttp",
             "asyncio",

@@ -708,12 +708,24 @@ def test_ci_and_the_release_run_everything() -> None:
     assert "$/.github/workflows/check.yml" == release["jobs"]["check"]["uses"]
     needs = {name: set(re.findall(r"\w+", str(job.get("needs", "")))) for name, job in release["jobs"].items()}
     assert {
-        "check": set(),
+        "tag": set(),
+        "check": {"tag"},
         "build": {"check"},
         "wheel": {"build"},
         "image": {"build"},
         "release": {"wheel", "image"},
     } == (needs)
+
+
+def test_a_person_approves_what_is_published() -> None:
+    """Wheel and image wait for an approval, are of a commit of main, and the image's origin is signed."""
+    release = documents(ROOT / ".github/workflows/release.yml")[0]["jobs"]
+    environments = {name: job["environment"] for name, job in release.items() if "environment" in job}
+    assert {"wheel": "package-index", "image": "image-registry"} == environments
+    writes = {name for name, job in release.items() if {"packages", "id-token"} & set(job["permissions"])}
+    assert environments.keys() == writes
+    assert "--is-ancestor" in release["tag"]["steps"][-1]["run"]
+    assert "attest-build-provenance" in release["image"]["steps"][-1]["uses"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import struct
@@ -11,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -338,6 +340,160 @@ async def test_the_wall_clock_jumps(jump: float, monkeypatch: pytest.MonkeyPatch
 
 async def _all(work: Any) -> list[Any]:  # noqa: ANN401 - any coroutines
     return await asyncio.gather(*work)
+
+
+class Scripted:
+    """Stands in Metquay's place: a test gives each answer, by path and token; T1, T2, ... unless a login says other."""
+
+    def __init__(self) -> None:
+        """Log in whoever asks, and take every token."""
+        self.requests: list[tuple[str, str]] = []
+        self.logins = 0
+        self.login: bytes | None = None
+        self.writers: list[asyncio.StreamWriter] = []
+        self.answers: Callable[[str, str], bytes] = lambda _path, _token: whole(b"[]")
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection."""
+        self.writers.append(writer)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                path = head.split()[1].removeprefix("/api/v1")
+                for line in head.splitlines():
+                    if line.startswith("Content-Length: "):
+                        await reader.readexactly(int(line[16:]))
+                if path == "/authenticate":
+                    self.logins += 1
+                    writer.write(self.login or whole(b'{"accessToken": "T%d", "expiresIn": 900}' % self.logins))
+                    continue
+                token = head.partition("Bearer ")[2].partition("\r")[0]
+                self.requests.append((path, token))
+                writer.write(self.answers(path, token))
+
+
+@contextlib.asynccontextmanager
+async def scripted(**settings: Any) -> AsyncIterator[tuple[Scripted, Laboratory]]:  # noqa: ANN401 - the settings' own types
+    """Run one and a proxy, in simulated time."""
+    time_, metquay = SocketTime(), Scripted()
+    server = await asyncio.start_server(metquay.serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with (
+        server,
+        running(url, time_=cast("FastTime", time_), **{"rate_limit": "off"} | settings) as (proxy, own),
+        tool(own, time_.now) as asking,
+    ):
+        yield metquay, Laboratory(time_, cast("Sandbox", None), proxy, asking)
+    for writer in metquay.writers:
+        writer.transport.abort()
+    await asyncio.sleep(0.001)
+
+
+async def test_an_upstream_that_is_away_costs_no_quota() -> None:
+    """Sixty reads find nothing there, twenty at a time: each is told soon, none takes a slot, and none waits after."""
+    async with laboratory(rate_limit="100/minute") as lab:
+        assert 200 == (await lab.ask()).status
+        await lab.sandbox.stop()
+        for _ in range(3):
+            answers = await lab.time.until(_all(lab.tool.ask() for _ in range(20)))
+            assert {(502, "upstream-unreachable", "no", "3")} == {
+                (answer.status, answer.error, answer.sent, answer.attempts) for answer in answers
+            }
+            assert max(answer.took for answer in answers) <= 0.75
+        quota = lab.proxy.status()["quota"]
+        assert (1, 0, 0) == (quota["used"], quota["in_flight"], quota["waiting"])
+        await lab.sandbox.start(port=lab.sandbox.port)
+        answers = await lab.time.until(_all(lab.tool.ask() for _ in range(69)))
+        assert {(200, 0.0)} == {(answer.status, answer.took) for answer in answers}
+
+
+async def test_a_resource_that_refuses_every_token() -> None:
+    """Six requests for it cost one login in all; its neighbours go on at once, and the proxy stays ready."""
+    async with scripted() as (metquay, lab):
+        metquay.answers = lambda path, _: (
+            whole(b"", "401 Unauthorized\r\nWWW-Authenticate: Basic") if path == "/authenticated" else whole(b"[]")
+        )
+        await lab.time.advance(2.0)
+        began = lab.time.now()
+        for _ in range(6):
+            answers = await lab.time.until(_all([lab.tool.ask(path="/authenticated"), lab.tool.ask()]))
+            assert [401, 200] == [answer.status for answer in answers]
+            assert 0.0 == answers[1].took
+            assert lab.proxy.ready()
+        assert 2 == metquay.logins
+        assert lab.time.now() <= began + 1.0
+        assert 6 + 1 == sum(path == "/authenticated" for path, _ in metquay.requests)
+
+
+async def test_a_token_that_is_withdrawn() -> None:
+    """A hundred requests that are refused with it make one renewal and one replay each, and no tool sees it."""
+    async with scripted() as (metquay, lab):
+        metquay.answers = lambda _, token: whole(b"[]", "200 OK" if token == "T2" else "401 Unauthorized")  # noqa: S105 - nobody's
+        await lab.time.advance(2.0)
+        answers = await lab.time.until(_all(lab.tool.ask(path=f"/{number}") for number in range(100)))
+        assert {(200, None)} == {(answer.status, answer.error) for answer in answers}
+        assert (2, 200) == (metquay.logins, len(metquay.requests))
+
+
+@pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable"])
+@pytest.mark.parametrize(
+    "when", ["60", "Sat, 28 Nov 2026 05:01:00 GMT\r\nDate: Sat, 28 Nov 2026 05:00:00 GMT"], ids=["seconds", "date"]
+)
+async def test_a_login_that_asks_to_be_left_alone(status: str, when: str) -> None:
+    """It is, whoever wants what; tools are told at once when to come back; new keys end the pause."""
+    async with scripted() as (metquay, lab):
+        metquay.login = whole(b"{}", f"{status}\r\nRetry-After: {when}")
+        await lab.time.advance(0.0)
+        for _ in range(6):
+            answer = await lab.ask()
+            left = 60 - int(lab.time.now() - 1000)
+            assert (503, "token-unavailable", left, 0.0) == (
+                answer.status, answer.error, answer.retry_after, answer.took
+            )  # fmt: skip
+            assert "asks to be left alone for 60 s" in answer.text
+            await lab.time.advance(9.0)
+        assert 1 == metquay.logins
+        metquay.login = None
+        lab.proxy.tokens.hasten()
+        assert (200, 2) == ((await lab.ask()).status, metquay.logins)
+
+
+async def test_a_429_by_another_clock() -> None:
+    """A date is one of Metquay's clock, which may be 40 minutes behind ours: the window is closed for 3 s."""
+    async with scripted(rate_limit="100/minute") as (metquay, lab):
+        then = time.time() - 2400
+        said = f"Date: {formatdate(then, usegmt=True)}\r\nRetry-After: {formatdate(then + 3, usegmt=True)}"
+        metquay.answers = lambda _, __: whole(b"[]", f"429 Too Many Requests\r\n{said}")
+        await lab.time.advance(2.0)
+        asking = asyncio.ensure_future(lab.tool.ask())
+        await lab.time.settle()
+        assert 3 == pytest.approx(lab.proxy.status()["quota"]["closed_for"])
+        metquay.answers = lambda _, __: whole(b"[]")
+        await lab.time.advance(3.0)
+        assert (200, 2) == ((await asking).status, len(metquay.requests))
+
+
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        (
+            "https://eu.metquay.co/api/v1/authenticate?key=1",
+            "v1/authenticate. METQUAY_HOST should probably be https://eu.metquay.co/api/v1. ",
+        ),
+        ("/api/v2/authenticate", "METQUAY_HOST should probably be http://127.0.0.1:{}/api/v2. "),
+        ("/login.html?next=%2F", "to http://127.0.0.1:{}/login.html. That is a page for people: "),
+    ],
+)
+async def test_a_login_that_has_moved(location: str, told: str) -> None:
+    """Tools and page are told where to, and what METQUAY_HOST should be."""
+    async with scripted() as (metquay, lab):
+        metquay.login = whole(b"<html>", f"301 Moved Permanently\r\nLocation: {location}")
+        answer = await lab.ask()
+        told = told.format(lab.proxy.base.port)
+        assert (503, "token-unavailable") == (answer.status, answer.error)
+        assert told in answer.text
+        page = await lab.ask(path="/-/status")
+        assert told in json.loads(page.text)["headline"]["cure"]
 
 
 # The way to Metquay, in real time

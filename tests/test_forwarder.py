@@ -4,6 +4,7 @@ import asyncio
 import copy
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -123,8 +124,10 @@ class Upstream:
         self.sent: list[Sent] = []
         self.replies: list[Reply] = []
 
-    async def send(self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False) -> Response:
-        """Play the next outcome."""
+    async def send(
+        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
+    ) -> Response:
+        """Play the next outcome; what can't be reached takes its time before anything is sent."""
         body.sent = False
         attempt = Sent(self._time.now() - self._began, method, head, b"", fresh)
         self.sent.append(attempt)
@@ -132,6 +135,7 @@ class Upstream:
         if not (isinstance(outcome, UpstreamFailure) and outcome.slug == "upstream-unreachable"):
             attempt.body = b"".join([chunk async for chunk in body.chunks()])
             body.sent = True
+            on_sent()
         if self.lasts:
             await self._time.sleep(self.lasts)
         if isinstance(outcome, UpstreamFailure):
@@ -268,7 +272,11 @@ class Rig:
         exchange = Exchange(method, path)
         exchange.client = client
         request = Request(
-            method, Target("/api/v1" + path, path, None, pass_through=pass_through), RequestHead(fields), kept, caller
+            method,
+            Target("/api/v1" + path, path.partition("?")[0], None, pass_through=pass_through),
+            RequestHead(fields),
+            kept,
+            caller,
         )
         task = asyncio.ensure_future(self.forwarder.forward(request, exchange))
         return Asked(task, exchange, kept, source)
@@ -437,6 +445,23 @@ async def test_one_budget(lasts: float, max_wait: float, times: list[float]) -> 
         assert times == rig.upstream.times
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"Retry_After": "3"},
+        {"Date": "Sat, 28 Nov 2026 05:00:00 GMT", "Retry_After": "Sat, 28 Nov 2026 05:00:03 GMT"},
+    ],
+)
+async def test_a_retry_after(method: str, status: int, fields: dict[str, str]) -> None:
+    """Each of the upstream's own errors that are repeated may say when; a date is one of its own clock."""
+    async with Rig() as rig:
+        rig.upstream.outcomes = [busy(status, **fields), 200]
+        assert (200, 2, "unknown") == await rig.answer(method)
+        assert [0, 3] == rig.upstream.times
+
+
 async def test_a_retry_after_beyond_the_budget() -> None:
     """A 503 that asks for more time than there is is passed on at once."""
     async with Rig() as rig:
@@ -455,12 +480,12 @@ async def test_the_attempt_that_runs_is_not_counted() -> None:
 async def test_waiting_is_counted() -> None:
     """Waiting for the token is paid from the same budget as backing off, and is told."""
     async with Rig(max_wait=5.0) as rig:
-        rig.tokens.reject(AccessToken("T1", rig.time.now(), 900.0))
-        rig.source.lasts = 3.9
+        rig.time.jump(900)
+        rig.source.lasts = 4.9
         rig.upstream.outcomes = [reset()]
         asked = await rig.run(rig.ask())
         assert ("upstream-closed", 1, "unknown") == asked.outcome
-        assert 4.9 == pytest.approx(asked.exchange.waited), "the cache logs in once a second at most"
+        assert 4.9 == pytest.approx(asked.exchange.waited)
 
 
 @pytest.mark.parametrize("failure", [reset(), busy(503)])
@@ -531,7 +556,7 @@ async def test_a_client_that_breaks_its_body_ends_the_wait(waits_for: str) -> No
             await rig.time.advance(61)
         if waits_for == "token":
             rig.source.lasts = 50
-            rig.tokens.reject(AccessToken("T1", 1000.0, 900.0))
+            rig.time.jump(900)
         rig.upstream.outcomes = [unreachable()] if waits_for == "backoff" else [200]
         rig.max_wait = 100
         rig.forwarder._max_wait = 100
@@ -605,6 +630,98 @@ async def test_a_second_401_in_a_row() -> None:
         assert not rig.upstream.replies[1].closed
 
 
+REFUSED = "/documents/7?as=pdf"
+
+
+def refusing(sent: Sent) -> int:
+    """One resource answers 401 whatever the token."""
+    return 401 if b"/documents/7" in sent.head else 200
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_resource_that_answers_401_whatever_the_token(method: str) -> None:
+    """Its first 401 costs a login; those after it, whatever their query, are passed on at once."""
+    async with Rig() as rig:
+        rig.upstream.outcomes = [refusing]
+        assert (401, 2, "no") == await rig.answer(method, REFUSED)
+        for number in range(5):
+            asked = await rig.run(rig.ask(method, f"/documents/7?{number}"))
+            assert (401, 1, "no") == asked.outcome
+            assert asked.exchange.hide_challenge
+            await rig.time.advance(10)
+        assert 2 == rig.source.logins
+        assert 1001 + 50 == rig.time.now(), "one login a second"
+
+
+async def test_such_a_resource_beside_others() -> None:
+    """While others take the token its 401s are passed on; without them the token is renewed, once a minute at most."""
+    async with Rig() as rig:
+        rig.upstream.outcomes = [refusing]
+        await rig.answer(path=REFUSED)
+        for _ in range(10):
+            await rig.time.advance(59)
+            assert (200, 1, "no") == await rig.answer()
+            assert (401, 1, "no") == await rig.answer(path=REFUSED)
+        assert 2 == rig.source.logins
+        await rig.time.advance(61)
+        assert (401, 2, "no") == await rig.answer(path=REFUSED)
+        assert (401, 1, "no") == await rig.answer(path=REFUSED)
+        assert 3 == rig.source.logins
+
+
+async def test_such_a_resource_that_comes_round() -> None:
+    """An answer of another kind clears the mark: the next 401 is one for a new token again."""
+    async with Rig() as rig:
+        rig.upstream.outcomes = [401, 401, 404, 401, 200]
+        assert (401, 2, "no") == await rig.answer(path=REFUSED)
+        assert (404, 1, "no") == await rig.answer(path=REFUSED)
+        assert (200, 2, "no") == await rig.answer(path=REFUSED)
+        assert ["T1", "T2", "T2", "T2", "T3"] == [sent.bearer for sent in rig.upstream.sent]
+
+
+async def test_neighbours_of_such_a_resource() -> None:
+    """While a 401 has a renewal made, all others go on with the token that they have; then the new one serves all."""
+    async with Rig() as rig:
+        rig.upstream.outcomes, rig.source.lasts = [refusing], 3.0
+        await rig.time.advance(5)
+        asked = rig.ask(path=REFUSED)
+        for _ in range(5):
+            await rig.time.advance(0.5)
+            began = rig.time.now()
+            assert (200, 1, "no") == await rig.answer()
+            assert began == rig.time.now()
+            assert rig.tokens.state.ready
+        assert (401, 2, "no") == (await rig.run(asked)).outcome
+        assert (200, 1, "no") == await rig.answer()
+        assert ["T1"] * 6 + ["T2"] * 2 == [sent.bearer for sent in rig.upstream.sent]
+
+
+async def test_a_token_that_died() -> None:
+    """Though another resource is marked: one renewal and one replay for all others."""
+    async with Rig() as rig:
+        rig.upstream.outcomes = [refusing]
+        await rig.answer(path=REFUSED)
+        await rig.time.advance(5)
+        rig.upstream.outcomes = [lambda sent: 401 if sent.bearer == "T2" else refusing(sent)]
+        many = [rig.ask("POST", f"/{number}", b"{}") for number in range(100)]
+        assert {(200, 2, "no")} == {(await rig.run(asked)).outcome for asked in many}
+        assert (401, 1, "no") == await rig.answer(path=REFUSED)
+        assert 3 == rig.source.logins
+
+
+async def test_a_large_upload_to_such_a_resource() -> None:
+    """What can't be replayed is told once to come again; the second 401, with the newer token, is passed on."""
+    async with Rig() as rig:
+        rig.upstream.outcomes = [refusing]
+        large = b"x" * (LIMIT + 1)
+        first, second = (rig.ask("PUT", REFUSED, large) for _ in range(2))
+        assert "retry-with-new-token" == (await rig.run(first)).outcome[0]
+        assert "retry-with-new-token" == (await rig.run(second)).outcome[0], "the token may have died"
+        await rig.time.advance(1.0)
+        assert (401, 1, "no") == await rig.answer("PUT", REFUSED, large)
+        assert 2 == rig.source.logins
+
+
 async def test_a_401_that_is_not_in_a_row() -> None:
     """A 401 after an answer of another kind means a new token again."""
     async with Rig() as rig:
@@ -653,6 +770,18 @@ async def test_a_large_upload_that_met_a_401() -> None:
         assert (200, 1, "no") == await rig.answer("POST", body=b"x" * (LIMIT + 1))
 
 
+async def test_a_large_upload_while_logins_fail() -> None:
+    """It is told to come again when there may be a new token, which is not in a second."""
+    async with Rig() as rig:
+        rig.source.broken = True
+        await rig.time.advance(750)
+        rig.upstream.outcomes = [401]
+        asked = await rig.run(rig.ask("POST", body=b"x" * (LIMIT + 1)))
+        assert ("retry-with-new-token", 1, "no") == asked.outcome
+        assert rig.tokens.state.next_login_in > 1
+        assert math.ceil(rig.tokens.state.next_login_in) == rig.error(asked).retry_after
+
+
 async def test_no_new_token() -> None:
     """Where no new token can be had after a 401, the client learns that, and that nothing was executed."""
     async with Rig() as rig:
@@ -674,11 +803,10 @@ async def test_a_token_that_ended_in_the_line() -> None:
 async def test_no_token_after_the_line() -> None:
     """Where the token is gone when its turn comes, a request gives its slot back."""
     async with Rig(Quota(1, 30.0, burst=1.0), max_wait=100.0) as rig:
+        rig.source.broken = True
+        await rig.time.advance(880)
         await rig.answer()
         asked = rig.ask()
-        rig.source.broken = True
-        await rig.time.advance(10)
-        rig.tokens.reject(AccessToken("T1", 1000.0, 900.0))
         assert ("token-unavailable", 0, "no") == (await rig.run(asked)).outcome
         assert rig.line is not None
         assert 0 == rig.line.snapshot().used
@@ -701,6 +829,42 @@ async def test_a_slot_counts_from_sending_until_a_window_after_the_answer() -> N
         assert ("upstream-timeout", 1, "unknown") == await rig.answer()
         assert [0, 15.01] == rig.upstream.times
         assert (1, 0) == rig.line.snapshot()[2:4]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_what_was_never_sent_takes_no_slot(method: str) -> None:
+    """While no connection can be made a slot is held; then it comes back, and requests that wait for it go at once."""
+    async with Rig(Quota(20, 60.0), retries=0, max_wait=120.0) as rig:
+        rig.upstream.outcomes, rig.upstream.lasts = [unreachable()], 10.0
+        many = [rig.ask(method) for _ in range(26)]
+        await rig.time.advance(9.9)
+        assert rig.line is not None
+        assert 14 <= rig.line.snapshot().in_flight == rig.line.snapshot().used < 26
+        await rig.time.advance(0.2)
+        assert 0 == rig.line.snapshot().waiting
+        assert {("upstream-unreachable", 1, "no")} == {(await rig.run(asked)).outcome for asked in many}
+        assert rig.time.now() <= 1020.1
+        assert (0, 0) == rig.line.snapshot()[2:4]
+        rig.upstream.outcomes, rig.upstream.lasts = [200], 0.0
+        assert (200, 1, "no") == await rig.answer(method)
+        assert 1 == rig.line.snapshot().used
+
+
+async def test_cancelled_while_it_connects() -> None:
+    """The slot of a request whose client leaves before there is a connection comes back at once."""
+    async with Rig(Quota(1, 60.0, burst=1.0), max_wait=90.0) as rig:
+        rig.upstream.outcomes, rig.upstream.lasts = [unreachable(), 200], 10.0
+        first = rig.ask("POST", body=b"{}")
+        await rig.time.settle()
+        second = rig.ask("POST", body=b"{}")
+        await rig.time.advance(1.0)
+        assert rig.line is not None
+        assert 1 == rig.line.snapshot().waiting
+        first.task.cancel()
+        await rig.time.settle()
+        assert [0, 1] == rig.upstream.times
+        assert (200, 1, "no") == (await rig.run(second)).outcome
+        first.body.close()
 
 
 async def test_an_answer_that_came_sooner_than_expected() -> None:
@@ -743,13 +907,14 @@ async def test_too_long_a_wait_is_refused_at_once() -> None:
     ("reply", "wait"),
     [
         (Reply(429, Retry_After="5"), 5),
+        (Reply(429, Date="Sat, 28 Nov 2026 05:00:00 GMT", Retry_After="Sat, 28 Nov 2026 05:00:03 GMT"), 3),
         (Reply(429, b"try again in 9 seconds", Retry_After="5"), 5),
         (Reply(429, b"100 requests per minute exceeded. Please try ", b"again in 7 seconds."), 7),
         (Reply(429, b"x" * 9000, b"in 7 seconds."), None),
         (Reply(429, b"Please try again in 7 sec", reset()), None),
         (Reply(429), None),
     ],
-    ids=["header", "both", "text", "a long text", "broken off", "nothing"],
+    ids=["header", "another clock", "both", "text", "a long text", "broken off", "nothing"],
 )
 async def test_429(*, quota: bool, method: str, reply: Reply, wait: float | None) -> None:
     """After Metquay's 429 the request, POST too, is sent again when it says, else when our own window refills."""
@@ -893,12 +1058,11 @@ async def test_the_last_attempt_counts() -> None:
 async def test_no_repeat_after_all(why: str) -> None:
     """Where quota or token stand in the way of a repeat, what the last attempt ended in is passed on, whole."""
     async with Rig(Quota(1, 60.0, burst=1.0) if why == "quota" else None) as rig:
+        rig.source.broken = why == "token"
+        await rig.time.advance(899.9)
         rig.upstream.outcomes = [busy(503)]
         asked = rig.ask("PUT")
         await rig.time.settle()
-        rig.source.broken = True
-        if why == "token":
-            rig.tokens.reject(AccessToken("T1", 1000.0, 900.0))
         assert (503, 1, "unknown") == (await rig.run(asked)).outcome
         assert b"<html>later</html>" == await text(asked.task.result())
     async with Rig(Quota(1, 60.0, burst=1.0)) as rig:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import random
 import socket
 import ssl
 import sys
@@ -9,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trustme
-from dotenv import dotenv_values
 
-from metquay_proxy import health
+from metquay_proxy import health, settings
 from metquay_proxy.address import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
@@ -236,42 +237,39 @@ def test_where_the_proxy_listens_is_found(
     assert expected == health.find("METQUAY_LISTEN", environ, str(tmp_path / ".env"))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "METQUAY_LISTEN=localhost:1",
-        "export METQUAY_LISTEN = localhost:1  # why",
-        "  METQUAY_LISTEN='localhost:1' # why",
-        'METQUAY_LISTEN="localhost:1,\nlocalhost:2"',
-        "'METQUAY_LISTEN'=localhost:1\r\nMETQUAY_HOST=x\r\n",
-        "METQUAY_LISTEN=localhost:1#2",
-        "METQUAY_LISTEN= # nothing",
-        "METQUAY_LISTEN=#2",
-        "METQUAY_LISTEN",
-        "METQUAY_LISTEN='unclosed",
-        "METQUAY_LISTEN='a' b",
-        "#METQUAY_LISTEN=localhost:1",
-        "X_METQUAY_LISTEN=localhost:1",
-        "METQUAY_LISTEN=localhost:1\nMETQUAY_LISTEN=localhost:2",
-        "HOST=box\nMETQUAY_LISTEN=${HOST}:${PORT:-99}",
-        "METQUAY_LISTEN=${OUTER}:1",
-        "OUTER=inner\nMETQUAY_LISTEN=${OUTER}:1",
-        "METQUAY_LISTEN=${NOWHERE}:1",
-        "A='\nMETQUAY_LISTEN=localhost:1\n'\nMETQUAY_LISTEN=localhost:2",
-        r"""METQUAY_LISTEN="unix:/a\"b\\c" """,
-        "\ufeffMETQUAY_LISTEN=localhost:1",
-    ],
-)
-def test_an_env_file_is_read_as_python_dotenv_reads_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    """The proxy reads it with python-dotenv, which ``health`` has no time to load."""
-    monkeypatch.setenv("OUTER", "outer")
-    monkeypatch.delenv("NOWHERE", raising=False)
-    file = tmp_path / ".env"
-    file.write_bytes(text.encode())
-    expected = dotenv_values(file).get("METQUAY_LISTEN") or None
-    assert expected == health.find("METQUAY_LISTEN", {"OUTER": "outer"}, str(file))
+@pytest.mark.slow
+def test_serve_and_health_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 3,000 environments and .env files made by chance, whatever the case of names, quotes and empty values."""
+    chance = random.Random(13)  # noqa: S311 - no secret
+    names = ["METQUAY_LISTEN", "metquay_listen", "Metquay_Listen", "METQUAY_TLS_CERT", "OUTER"]
+    values = ["", " ", "box:1", "'box:2'", '"box:3"', "box:4 # why", "'open", "# why", "${OUTER}"]
+    values.append("${METQUAY_LISTEN:-box:5}")
+    equals = ["=", " = ", ":", ""]
+    heads = ["", "", "export ", "set ", "#", "$env:", "\ufeff"]
+    ends = ["\n", "\r\n", "\n\n", " \n", "'\n", '"\n']
+    monkeypatch.setattr(settings, "SECRETS_DIRECTORY", tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3000):
+        statements = ["".join(map(chance.choice, (heads, names, equals, values, ends))) for _ in range(4)]
+        (tmp_path / ".env").write_bytes("".join(statements).encode())
+        environ = {chance.choice(names): chance.choice(values) for _ in range(chance.randrange(2))}
+        monkeypatch.setattr(os, "environ", environ)
+        try:
+            found = settings.load(sandbox=True).sources()
+        except settings.SettingsError as error:
+            found = error.sources
+        expected = {variable: value for variable, value, source in found if source != "default"}
+        for variable in ("METQUAY_LISTEN", "METQUAY_TLS_CERT"):
+            assert expected.get(variable) == health.find(variable, environ), (environ, statements)
+
+
+def test_files_of_secrets_do_not_say_where_the_proxy_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy takes any setting from there; ``health`` knows flag, environment and .env alone (README)."""
+    (tmp_path / "METQUAY_LISTEN").write_text("box:1")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert ("box", 1, "") == settings.load(sandbox=True).listen[0]
+    assert health.find("METQUAY_LISTEN", os.environ) is None
 
 
 def test_an_unreadable_env_file_is_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gzip
 import math
 import random
 from itertools import pairwise
@@ -111,6 +112,10 @@ class TestRetryAfterSeconds:
             (None, VENDOR.encode(), 30),
             (None, b'{"code": 429, "message": "Wait 1 second"}', 1),
             (None, "retry in 12s", 12),
+            (None, gzip.compress(VENDOR.encode()), 30),
+            (None, gzip.compress(VENDOR.encode())[:-8], 30),
+            (None, gzip.compress(b"-" * 99_999 + VENDOR.encode()), None),
+            (None, b"\x1f\x8b, in 5 seconds", 5),
             (None, b"\xff\xfe 45 sec", 45),
             ("soon", VENDOR, 30),
             ("-5", VENDOR, 30),
@@ -122,13 +127,29 @@ class TestRetryAfterSeconds:
     )
     def test_reads_what_the_429_says(self, header: str | None, text: str | bytes, seconds: float | None) -> None:
         """Retry-After in seconds or as a date counts first, then the text; both within one second and one hour."""
-        assert seconds == retry_after_seconds(header, text, self.NOW)
+        fields = [] if header is None else [(b"Retry-After", header.encode())]
+        text = text if isinstance(text, bytes) else text.encode()
+        assert seconds == retry_after_seconds(fields, text, self.NOW)
+
+    @pytest.mark.parametrize(
+        ("date", "seconds"),
+        [("Sun, 06 Nov 1994 08:10:04 GMT", 3), ("Sun, 06 Nov 1994 08:10:10 GMT", 1), ("yesterday", 30), (None, 30)],
+    )
+    def test_a_date_is_held_against_the_answers_own(self, date: str | None, seconds: float) -> None:
+        """The server's clock may be 40 minutes behind ours; only where it tells no date, ours counts."""
+        until = b"Sun, 06 Nov 1994 08:10:07 GMT"
+        ours = self.NOW if date in {None, "yesterday"} else self.NOW + 2400
+        if date in {None, "yesterday"}:
+            until = b"Sun, 06 Nov 1994 08:50:07 GMT"
+        fields = [(b"retry-after", until), (b"Retry-After", b"900")] + ([(b"DATE", date.encode())] if date else [])
+        assert seconds == retry_after_seconds(fields, b"", ours)
 
     @settings(max_examples=50)
     @given(st.none() | st.text() | st.from_regex(r"[A-Z][a-z]{2}, \d+ Jan \d+ \d+:\d+:\d+ [-+A-Z0-9]+"), st.binary())
     def test_survives_anything(self, header: str | None, text: bytes) -> None:
         """No answer of an upstream makes it raise or leave its bounds."""
-        seconds = retry_after_seconds(header, text, self.NOW)
+        value = (header or "").encode("utf-8", "replace")
+        seconds = retry_after_seconds([(b"Retry-After", value), (b"Date", value)], text, self.NOW)
         assert seconds is None or 1 <= seconds <= 3600
 
 
@@ -375,6 +396,28 @@ class TestCancel:
         assert quota.ask(20, "tool", 0).granted
         quota.cancel(early, 20)
         assert not quota.ask(20, "tool", 20).granted
+
+    def test_a_slot_given_back_goes_to_who_waits(self) -> None:
+        """Seventy that could not be sent after all pass theirs on at once, one by one, and nobody waits for a pace."""
+        quota = Quota(100, 60)
+        held = [quota.ask(0, "tool", 0) for _ in range(70)]
+        waiting = [quota.ask(0, "tool", 60) for _ in range(25)]
+        quota.poll(0)
+        for number, ticket in enumerate(held, 1):
+            quota.cancel(ticket, 1)
+            quota.poll(1)
+            assert min(number, 25) == sum(ticket.granted for ticket in waiting)
+        assert (25, 25, 0) == (quota.snapshot(1).used, quota.snapshot(1).in_flight, quota.snapshot(1).waiting)
+
+    def test_a_closed_window_keeps_a_slot_given_back(self) -> None:
+        """Metquay's 429 holds for what others did not send, too."""
+        quota = Quota(100, 60)
+        held = [quota.ask(0, "tool", 0) for _ in range(70)]
+        ticket = quota.ask(0, "tool", 60)
+        quota.close(0, 5)
+        quota.cancel(held[0], 1)
+        assert 5 == quota.poll(1)
+        assert not ticket.granted
 
     def test_the_very_first_slot_given_back(self) -> None:
         """Nothing was taken then."""

@@ -571,6 +571,8 @@ class TestControl:
             ({"latency": True}, "latency must be seconds (0 to 86400), not True"),
             ({"jitter": -1}, "jitter must be seconds (0 to 86400), not -1"),
             ({"lose-answer": 1.5}, "lose-answer must be a rate from 0 to 1, not 1.5"),
+            ({"latency": 10**400}, "latency must be seconds (0 to 86400), not 1000"),
+            ({"latency": "9" * 400}, "latency must be seconds (0 to 86400), not '999"),
             ({"reset": "nan"}, "reset must be a rate from 0 to 1, not 'nan'"),
             ({"retry_after": 1}, "retry_after must be on or off, not 1"),
             ({"login-outage": "x"}, "login-outage must be on, off or seconds (0 to 86400), not 'x'"),
@@ -594,6 +596,26 @@ class TestControl:
         """As any other body."""
         status, error = await client.control("POST", "/_sandbox/faults", data=b"latency=1")
         assert (400, True) == (status, "not JSON" in error["message"])
+
+    @pytest.mark.parametrize(
+        ("name", "value", "status"),
+        [
+            ("Origin", "http://evil.example", 403),
+            ("Origin", "null", 403),
+            ("Sec-Fetch-Site", "cross-site", 403),
+            ("Sec-Fetch-Site", "same-site", 403),
+            ("Host", "rebound.evil.example:6388", 403),
+            ("Sec-Fetch-Site", "none", 200),
+            ("Host", "localhost:6388", 200),
+            ("Host", "app.localhost", 200),
+            ("Host", "sandbox:6388", 200),
+            ("Host", "[::1]:6388", 200),
+        ],
+    )
+    async def test_no_web_page_switches_faults_on(self, client: Client, name: str, value: str, status: int) -> None:
+        """What a browser marks as a page's, or what names a host that a page may own, is refused."""
+        answered, _ = await client.control("POST", "/_sandbox/faults", json={"latency": 1}, headers={name: value})
+        assert (status, 1.0 if status == 200 else 0.0) == (answered, client.sandbox.faults.latency)
 
     async def test_the_books_say_what_was_executed(self, client: Client) -> None:
         """Counters, records and each write that was executed, refused ones not."""

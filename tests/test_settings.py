@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import ssl
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,7 +34,6 @@ from metquay_proxy.upstream import OutboundProxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Write = Callable[[str, str | bytes], Path]
 
@@ -342,10 +342,13 @@ class TestSources:
         with pytest.raises(ValueError, match="key is empty"):
             settings.credentials()
         file.write_text("secret\x00-3")
-        with pytest.raises(ValueError, match="holds control characters"):
+        with pytest.raises(ValueError, match="holds a character that is not seen"):
+            settings.credentials()
+        file.write_text("METQUAY_ACCESS_KEY=access-key-AAAA\nMETQUAY_SECRET_KEY=secret-4\n")
+        with pytest.raises(ValueError, match="several lines: put the key there alone"):
             settings.credentials()
         file.unlink()
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(ValueError, match="key: No such file or directory"):
             settings.credentials()
 
     def test_the_sandbox_has_no_credentials_of_ours(self) -> None:
@@ -368,13 +371,55 @@ class TestProblems:
     def test_what_is_missing_is_told_together(self) -> None:
         """One line for each variable, with what to do."""
         host, access_key, secret_key = problems()
+        env = f"{Path.cwd() / '.env'} (there is none)"
         assert host == (
-            "METQUAY_HOST (--host): is missing: give your Metquay server, such as lab.metquay.co; "
-            "to try without one: serve --sandbox"
+            "METQUAY_HOST (--host): is missing: give your Metquay server, such as lab.metquay.co, in the environment "
+            f"or in {env}; to try without one: serve --sandbox"
         )
         for name, line in (("METQUAY_ACCESS_KEY", access_key), ("METQUAY_SECRET_KEY", secret_key)):
-            where = f"set it in the environment or in .env, or name a file that holds it in {name}_FILE"
+            where = f"set it in the environment or in {env}, or name its file in {name}_FILE"
             assert f"{name}: is missing: {where}" == line
+
+    @pytest.mark.parametrize("name", [".env.txt", "env.txt", "ENV", ".env.txt.txt", ".env ", "_env"])
+    def test_a_file_that_is_nearly_env_is_named_where_something_is_missing(self, write: Write, name: str) -> None:
+        """Windows' editor adds .txt, and its file manager does not show that."""
+        write(f"current/{name}", "METQUAY_HOST=lab.metquay.co\n")
+        write("current/environment.txt", "")
+        assert f"/.env (there is none; rename {name!r} if it is meant to be that)" in problems()[0]
+
+    def test_a_folder_in_the_place_of_env_is_told_where_something_is_missing(self) -> None:
+        """Docker makes one of a file that it is to mount and that is not there."""
+        Path(".env").mkdir()
+        assert f"{Path.cwd() / '.env'} (which is a folder: put a file in its place)" in problems()[0]
+
+    @posix_only
+    def test_in_a_folder_that_is_gone_the_missing_settings_are_told(self) -> None:
+        """A service manager may start the program there."""
+        Path.cwd().rmdir()
+        assert "in the environment or in .env; to try without one" in problems()[0]
+
+    def test_a_message_about_a_value_in_env_names_folder_and_line(self, write: Write) -> None:
+        """There are many files of that name, and it may not be the one that was edited."""
+        file = write("current/.env", "# ours\nMETQUAY_RETRIES=many\n")
+        (line,) = problems(sandbox=True)
+        assert f"METQUAY_RETRIES (--retries, found in {file}, line 2): 'many' is not a whole number" in line
+
+    @pytest.mark.parametrize("name", ["METQUAY_CA_BUNDLE", "METQUAY_SECRET_KEY_FILE"])
+    def test_a_path_whose_backslashes_became_escapes_is_told_as_it_was_written(self, write: Write, name: str) -> None:
+        """So python-dotenv reads double quotation marks, and people on Windows write paths."""
+        write("current/.env", f'{name}="C:\\temp\\new"\n')
+        (line,) = problems(sandbox=True)
+        assert "C:\\temp\\new: No such file or directory; in .env, write a path without double quotation marks" in line
+
+    @pytest.mark.parametrize(("name", "text"), [("METQUAY_HOST", '"lab.metquay.co"'), ("METQUAY_LISTEN", "'box:1'")])
+    @pytest.mark.usefixtures("account")
+    def test_quotation_marks_around_a_wrong_value_are_told(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+    ) -> None:
+        """They are not seen where docker gets an --env-file with them."""
+        monkeypatch.setenv(name, text)
+        (line,) = problems()
+        assert line.endswith("; take its quotation marks away (docker --env-file keeps them)")
 
     @pytest.mark.parametrize(
         ("name", "text", "complaint"),
@@ -431,7 +476,11 @@ class TestProblems:
     @pytest.mark.parametrize(
         ("name", "text", "complaint"),
         [
-            ("METQUAY_ACCESS_KEY", "hunter2\x01", "the key holds control characters: copy it again"),
+            (
+                "METQUAY_ACCESS_KEY",
+                "hunter2\x01",
+                "it holds a character that is not seen, such as a tab",
+            ),
             ("METQUAY_CLIENT_KEY", "hunter2 hunter2", "must be ASCII without spaces"),
             ("METQUAY_CLIENT_KEYS", "hunter2hunter2hunter2", "entry 1 is not name:key or name:key:read-only"),
             ("METQUAY_CLIENT_KEYS", f"a:{KEY},b:hunter2", "the key in entry 2 must have at least 16 characters"),
@@ -671,38 +720,46 @@ class TestProblems:
     def test_an_unusable_env_file_is_one_line(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
         """PowerShell writes UTF-16 unless told otherwise."""
         file = write("current/.env", "METQUAY_RETRIES=1".encode("utf-16"))
-        assert (".env: it is not UTF-8 text; save it as UTF-8",) == problems()
+        monkeypatch.delenv("METQUAY_HOST")  # that it is missing has a cause, which is told
+        why = "it is UTF-16 text, as PowerShell 5 writes it; save it as UTF-8"
+        assert (f"{file} cannot be read: {why}",) == problems()
 
         def refuse(*_: object, **__: object) -> None:
-            raise PermissionError(13, "Permission denied", ".env")
+            raise PermissionError(13, "Permission denied", str(file))
 
         monkeypatch.setattr("builtins.open", refuse)
-        assert file.exists()
-        assert (".env: cannot read .env: Permission denied",) == problems()
+        assert (f"{file} cannot be read: Permission denied",) == problems()
 
 
 class TestMasking:
     @pytest.mark.parametrize(
         ("name", "text", "shown"),
         [
-            ("METQUAY_SECRET_KEY", "secret-key-4F2A", "...4F2A"),
-            ("METQUAY_SECRET_KEY", "short-key", "***"),
-            ("METQUAY_CLIENT_KEYS", f"lims:{KEY},sheet:{OTHER_KEY}:read-only", "lims:...cdef,sheet:...3210:read-only"),
+            ("METQUAY_ACCESS_KEY", "access-key-4F2A", "...4F2A"),
+            ("METQUAY_ACCESS_KEY", "short-key", "***"),
+            ("METQUAY_ACCESS_KEY", '{"accessKey": "A", "secretKey": "B-of-4F2A"}', "***"),
+            ("METQUAY_SECRET_KEY", "secret-key-4F2A", "***"),
+            ("METQUAY_CLIENT_KEY", KEY, "***"),
+            ("METQUAY_CLIENT_KEYS", f"lims:{KEY},sheet:{OTHER_KEY}:read-only", "lims:***,sheet:***:read-only"),
+            ("METQUAY_REDIS_PASSWORD", "open-sesame-4F2A", "***"),
+            ("METQUAY_REDIS_URL", "rediss://lab:open-sesame@box", "rediss://***@box"),
             ("METQUAY_CLIENT_KEYS", KEY, "***"),
             ("METQUAY_OUTBOUND_PROXY", "http://u:p%2F@box:1", "http://***@box:1"),
             ("METQUAY_OUTBOUND_PROXY", "u:secret@box", "http://***@box:80"),
             ("METQUAY_OUTBOUND_PROXY", "http://u:se/cr#t@box", "http://***@box:80"),
             ("METQUAY_OUTBOUND_PROXY", "socks5://u:secret@box", "***"),
             ("METQUAY_OUTBOUND_PROXY", "none", "none"),
-            ("METQUAY_HOST", "https://u:p@lab.metquay.co", "***@lab.metquay.co"),
+            ("METQUAY_OUTBOUND_PROXY", "u:se cret@box", "http://***@box:80"),
+            ("METQUAY_OUTBOUND_PROXY", "u:secret", "***"),
+            ("METQUAY_HOST", "https://u:p@lab.metquay.co", "https://***@lab.metquay.co"),
             ("METQUAY_CA_BUNDLE", "/etc/a@b.pem", "/etc/a@b.pem"),
         ],
     )
     @pytest.mark.usefixtures("account")
-    def test_secrets_are_shown_as_their_last_letters_at_most(
+    def test_of_secrets_only_the_access_keys_last_letters_are_shown(
         self, monkeypatch: pytest.MonkeyPatch, name: str, text: str, shown: str
     ) -> None:
-        """Enough to tell two keys apart; wrong values too, since people look there when something is wrong."""
+        """Enough to tell two accounts apart; wrong values too, since people look there when something is wrong."""
         monkeypatch.setenv(name, text)
         try:
             sources = load().sources()
@@ -748,7 +805,8 @@ class TestWarnings:
         with pytest.raises(SettingsError) as caught:
             load()
         misspelled, file = caught.value.warnings
-        assert "METQUAY_HSOT (from .env) is no setting of this proxy; did you mean METQUAY_HOST?" == misspelled
+        place = f"{Path.cwd() / '.env'}, line 1"
+        assert f"METQUAY_HSOT (from {place}) is no setting of this proxy; did you mean METQUAY_HOST?" == misspelled
         assert file.endswith("run-secrets) is no setting of this proxy; did you mean METQUAY_SECRET_KEY?")
 
     @pytest.mark.parametrize(
@@ -788,6 +846,93 @@ class TestWarnings:
         """Else a rotated key seems to have no effect."""
         monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", "key")
         assert ("METQUAY_SECRET_KEY (from environment) is used, and METQUAY_SECRET_KEY_FILE is not",) == load().warnings
+
+    @pytest.mark.usefixtures("account")
+    def test_a_second_key_that_is_not_used_is_told(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """In .env, where it differs, and in a directory of secrets; the pair of a login remembers it."""
+        env = write("current/.env", "METQUAY_ACCESS_KEY=access-key-AAAA\nMETQUAY_SECRET_KEY=another-one\n")
+        file = write("run-secrets/METQUAY_SECRET_KEY", "another-one")
+        settings = load()
+        assert (
+            f"METQUAY_SECRET_KEY (from environment) is used, and another one in {env}, line 2 is not",
+            f"METQUAY_SECRET_KEY (from environment) is used, and {file} is not",
+        ) == settings.warnings
+        assert settings.warnings == settings.doubts == settings.credentials().doubts()
+        monkeypatch.delenv("METQUAY_SECRET_KEY")
+        env.unlink()
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(file))
+        assert () == load().warnings
+
+    @pytest.mark.parametrize(
+        ("line", "why"),
+        [
+            ("set METQUAY_HOST=hunter2", "that is a command of a shell; write METQUAY_HOST=value"),
+            ("SETX METQUAY_SECRET_KEY hunter2", "that is a command of a shell; write METQUAY_SECRET_KEY=value"),
+            ('$env:METQUAY_SECRET_KEY="hunter2"', "that is a command of a shell; write METQUAY_SECRET_KEY=value"),
+            ("METQUAY_HOST: hunter2", "it has a colon in the place of =; write METQUAY_HOST=value"),
+            ("METQUAY_SECRET_KEY:hunter2==", "it has a colon in the place of =; write METQUAY_SECRET_KEY=value"),
+            ('"METQUAY_HOST": "hunter2",', "it has a colon in the place of =; write METQUAY_HOST=value"),
+            ("METQUAY_HOST hunter2", "it has no =; write METQUAY_HOST=value"),
+            ("metquay_max_wait", "it has no =; write METQUAY_MAX_WAIT=value"),
+            ("METQUAY RETRIES=hunter2", "more than a name stands before =; write NAME=value"),
+            ("- METQUAY_HOST=hunter2", "more than a name stands before =; write METQUAY_HOST=value"),
+            ("METQUAY-HOST=hunter2", "it cannot be read; write NAME=value"),
+            ('"METQUAY_HOST"=hunter2', "it cannot be read; write METQUAY_HOST=value"),
+            (
+                'METQUAY_SECRET_KEY="hunter2',
+                "its quotation mark is not closed, or something follows the closed one; write METQUAY_SECRET_KEY=value",
+            ),
+            (
+                "METQUAY_SECRET_KEY='hunter2'2",
+                "its quotation mark is not closed, or something follows the closed one; write METQUAY_SECRET_KEY=value",
+            ),
+            ("if [ -f hunter2 ]; then", "it has no =; write NAME=value"),
+            ("export OTHER=hunter2", ""),
+            ("OTHER", ""),
+            ("my-other.name=hunter2", ""),
+            ("METQUAY_MAX_WAIT=", ""),
+            ("METQUAY_ACCESS_KEY", ""),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_a_line_of_env_that_is_no_setting_is_told(self, write: Write, line: str, why: str) -> None:
+        """With folder, number and what it should be, never with its value; a bare name takes the environment's."""
+        file = write("current/.env", f"\n# ours\n{line}\n")
+        expected = (f"{file}, line 3, is left out: {why}",) if why else ()
+        assert expected == load().warnings
+
+    def test_no_library_speaks_of_env(self, write: Write, caplog: pytest.LogCaptureFixture) -> None:
+        """What is wrong with a line is told once, in our words."""
+        write("current/.env", "set A=1\n")
+        assert 1 == len(load(sandbox=True).warnings)
+        assert [] == caplog.records
+
+    @pytest.mark.usefixtures("account")
+    def test_keys_that_look_wrong_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Beside errors too, but not where nothing is logged in to."""
+        monkeypatch.setenv("METQUAY_ACCESS_KEY", "'access-key-AAAA'")
+        marks = "has quotation marks, which are sent as a part of it: take them away (docker --env-file keeps them)"
+        settings = load()
+        assert (f"METQUAY_ACCESS_KEY {marks}",) == settings.warnings == settings.credentials().doubts()
+        assert () == load(sandbox=True).warnings
+        monkeypatch.setenv("METQUAY_SECRET_KEY", "")
+        with pytest.raises(SettingsError) as caught:
+            load()
+        assert (f"METQUAY_ACCESS_KEY {marks}",) == caught.value.warnings
+        monkeypatch.setenv("METQUAY_CLIENT_KEY", f'"{KEY}"')
+        assert (f"METQUAY_CLIENT_KEY {marks}",) == load(sandbox=True).warnings
+
+    @pytest.mark.usefixtures("account")
+    def test_what_looks_wrong_is_judged_with_each_pair(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """A file may have been written again since the start."""
+        monkeypatch.delenv("METQUAY_SECRET_KEY")
+        file = write("key", "METQUAY_SECRET_KEY=secret-key-SSSS\n")
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(file))
+        settings = load()
+        (doubt,) = settings.credentials().doubts()
+        assert "METQUAY_SECRET_KEY holds a name, as in NAME=value: only the value belongs there" == doubt
+        file.write_text("secret-key-SSSS\n")
+        assert () == settings.credentials().doubts()
 
     @pytest.mark.usefixtures("account")
     def test_a_short_client_key_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,54 @@ def test_one_stands_in_line_and_is_told_when_to_ask_again() -> None:
     assert 2 == len(one.window.line)
 
 
+def test_slots_that_were_not_sent_go_to_who_waits() -> None:
+    """Those of this replica go at once, since there are enough for the one that is before it; that one goes next."""
+    one, two = pair()
+    held = [one.ask(1.0) for _ in range(70)]
+    waiting = [one.share.ask(1.0, "tool", 20.0) for _ in range(3)]
+    other = two.ask(1.0)
+    one.call(1.0)
+    assert {"waiting"} == {ticket.state for ticket in [*waiting, other]}
+    for ticket in held:
+        one.share.cancel(ticket, 1.5)
+    assert 1.5 == one.share.next_call(1.5)
+    one.call(1.5)
+    assert {"granted"} == {ticket.state for ticket in waiting}
+    due = two.share.next_call(1.5)
+    assert due <= 1.0 + 1.1 * BEAT
+    two.call(due)
+    assert other.granted
+    assert (4, 0) == (len(one.window.flight), one.window.spare)
+
+
+def test_a_slot_that_was_not_sent_keeps_the_order() -> None:
+    """One that comes back goes to the replica that is first in line, not to the one that gives it back."""
+    one, two = pair()
+    held = [one.ask(1.0) for _ in range(70)]
+    other = two.ask(1.0)
+    mine = one.ask(1.0)
+    one.share.cancel(held[0], 1.5)
+    one.call(1.5)
+    assert {"waiting"} == {other.state, mine.state}
+    two.call(1.6)
+    assert other.granted
+    one.call(1.7)
+    assert "waiting" == mine.state
+
+
+def test_alone_before_it_sent_anything() -> None:
+    """A replica that has no release to reckon from lets one go from its reserve, and then paces like any other."""
+    one, two = pair()
+    two.use(1.0, 70)
+    one.call(2.1)
+    for now in (2.5, 3.0):
+        one.share.missed(now)
+    assert one.share.local
+    assert 35 == one.share.snapshot(3.0).used
+    assert one.share.ask(3.0, "tool", 20.0).granted
+    assert 58.0 / 15 == pytest.approx(one.share.snapshot(3.0).next_free_in, rel=0.02)
+
+
 def test_fair_among_the_callers_of_a_replica() -> None:
     """Whose turn it is among its own callers, a replica decides as ever."""
     one, two = pair(rate=Rate(4, 10.0))

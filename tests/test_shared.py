@@ -261,6 +261,27 @@ class TestLine:
                 await send(two.line, max_wait=1.0)
             assert 25 < caught.value.retry_after <= 31
 
+    @pytest.mark.slow
+    async def test_what_was_not_sent_goes_to_the_others(self, redis: RedisServer) -> None:
+        """Slots that are given back are free in Redis too, and who stands in line there gets one at its next call."""
+        rate = Rate(10, 60.0)
+        async with replica(redis, rate) as one, replica(redis, rate) as two:
+            grow_old(redis)
+            await until(lambda: one.status()["replicas"] == two.status()["replicas"] == 2)
+            assert one.line is not None
+            assert two.line is not None
+            held = [one.line.ask("tool", 10.0) for _ in range(7)]
+            await asyncio.gather(*(one.line.wait(ticket) for ticket in held))
+            ticket = two.line.ask("tool", 20.0)
+            waiting = asyncio.ensure_future(two.line.wait(ticket))
+            await until(lambda: redis.run("ZCARD", f"{PREFIX}line").strip() == "1")
+            began = time.monotonic()
+            for slot in held:
+                one.line.give_back(slot)
+            await waiting
+            assert time.monotonic() - began < 2.0, "by its pace it would have to wait for five seconds"
+            await until(lambda: one.line is not None and one.line.snapshot().used == 1)
+
     async def test_who_leaves_leaves_its_part(self, redis: RedisServer) -> None:
         """The others know at their next call that one less shares, and Redis keeps nothing of it for long."""
         async with replica(redis) as one:

@@ -87,7 +87,7 @@ class Replicas:
         share, now = self.shares[number], self.now - START
         number %= len(self.shares)
         mine = self.tickets[number]
-        if what == "ask":
+        if what in {"ask", "connect"}:
             with contextlib.suppress(QuotaExceeded):
                 mine.append(share.ask(now, f"tool {len(mine) % 2}", 20.0))
         elif what == "close":
@@ -97,12 +97,12 @@ class Replicas:
                 if ticket.state == "sent" and what == "answer":
                     share.answered(ticket, now)
                     break
-                if ticket.state == "waiting" and what == "give back":
+                if ticket.state in {"waiting", "granted"} and what == "give back":
                     share.cancel(ticket, now)
                     break
         self.exchange(number)
         for ticket in mine:
-            if ticket.state == "granted":
+            if ticket.state == "granted" and what != "connect":
                 share.sent(ticket)
                 self.sent.append(self.now)
 
@@ -110,7 +110,9 @@ class Replicas:
 STEPS = st.lists(
     st.tuples(
         st.integers(0, 2),
-        st.sampled_from(["ask", "ask", "ask", "ask", "answer", "answer", "answer", "give back", "beat", "close"]),
+        st.sampled_from(
+            [*["ask"] * 4, *["connect"] * 2, *["answer"] * 3, *["give back"] * 2, "beat", "close"],
+        ),
         st.floats(0, 1, allow_nan=False).map(lambda seconds: round(seconds**3 * 3, 3)),
     ),
     min_size=1,

@@ -287,6 +287,37 @@ class TestKeptWarm:
             assert caught.value.stale
 
 
+@pytest.mark.parametrize("failing", ["tcp", "tls", "tunnel", "pooled", None])
+async def test_the_moment_of_sending(far: Upstream, failing: str | None) -> None:
+    """It is told once a connection is finished, TCP, tunnel and TLS, and never where none was."""
+
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async with speaking(close) as port:
+        secure = failing in {"tls", "tunnel"}
+        url, tls = (f"https://localhost:{port}", ssl.create_default_context()) if secure else (far.url, None)
+        proxy = OutboundProxy("127.0.0.1", port) if failing == "tunnel" else None
+        transport = transport_to(url, tls, proxy=proxy)
+        if failing == "tcp":
+            far.refuse()
+        if failing == "pooled":  # it is closing, though the pool has not heard of that
+            await transport.warm()
+            transport._idle[-1][1].usable = lambda: True  # type: ignore[method-assign]
+            transport._idle[-1][1].abort()
+        told: list[int] = []
+        sending = transport.send("GET", GET, no_body(), on_sent=lambda: told.append(len(far.requests)))
+        if failing is None:
+            assert b"ok" == await (await sending).read()
+        else:
+            with pytest.raises(ProxyError) as caught:
+                await sending
+            assert "no" == caught.value.sent
+        assert ([0] if failing is None else []) == told
+        transport.close()
+
+
 async def test_cancelled_while_connecting(far: Upstream) -> None:
     """A connection whose request is given up while it opens is finished, and serves the next one."""
     transport = transport_to(far.url)
