@@ -908,12 +908,16 @@ def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None)
             "METQUAY_CA_BUNDLE."
         )
         return UpstreamFailure("upstream-tls", message, repeatable=True)
+    setting = "METQUAY_HOST"
+    if proxy is not None and not isinstance(error, ConnectionResetError):  # what lies behind it was not asked for yet
+        place, setting = f"The corporate proxy {proxy.host}:{proxy.port}", "METQUAY_OUTBOUND_PROXY (or the system's)"
     if isinstance(error, socket.gaierror):
-        why, cure = "its name could not be looked up", "Check METQUAY_HOST and the network's name server (DNS)"
+        why, cure = "its name could not be looked up", f"Check {setting} and the network's name server (DNS)"
     elif isinstance(error, ConnectionRefusedError) or error.errno == errno.ECONNREFUSED:
-        why, cure = "nothing listens there", "Check METQUAY_HOST and its port"
+        why, cure = "nothing listens there", f"Check {setting} and its port"
     elif isinstance(error, ConnectionResetError):
-        why, cure = str(error) if proxy is not None and error.args else "the connection was closed at once", "Try again"
+        told = proxy is not None and error.errno is None and error.args
+        why, cure = str(error) if told else "the connection was closed at once", "Try again"
     else:
         why, cure = "the network gives no way to it", "Check the network (VPN, firewall, corporate proxy)"
     message = f"{place} could not be reached: {why}. {cure}; the proxy goes on trying with each request."

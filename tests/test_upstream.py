@@ -449,6 +449,38 @@ async def test_tunnel_refused(answer: bytes, text: str) -> None:
     assert [b"\r\n".join(lines)] == seen
 
 
+@pytest.mark.parametrize(("host", "why"), [("127.0.0.1", "nothing listens there"), ("proxy.invalid", "looked up")])
+async def test_corporate_proxy_away(host: str, why: str) -> None:
+    """Where the corporate proxy itself can't be reached, its setting is to be checked, not Metquay's."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    proxy = OutboundProxy(host, port)
+    error = await failure(transport_to("https://lab.metquay.example", ssl.create_default_context(), proxy=proxy))
+    assert error.message.startswith(f"The corporate proxy {host}:{port} could not be reached: ")
+    assert why in error.message
+    assert "Check METQUAY_OUTBOUND_PROXY (or the system's)" in error.message
+    assert "METQUAY_HOST" not in error.message
+
+
+async def test_corporate_proxy_that_resets() -> None:
+    """A reset behind the corporate proxy, in mid-handshake, is told without the system's number for it."""
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await reader.read(1)
+        handle = writer.get_extra_info("socket")
+        handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    async with speaking(play) as port:
+        proxy = OutboundProxy("127.0.0.1", port)
+        error = await failure(transport_to("https://lab.metquay.example", ssl.create_default_context(), proxy=proxy))
+    assert "no" == error.sent
+    assert "Errno" not in error.message
+    assert f"lab.metquay.example (through the corporate proxy 127.0.0.1:{port})" in error.message
+
+
 async def test_tunnel_for_nobody() -> None:
     """Where the corporate proxy wants a password and has none, it is said where to put it."""
 
