@@ -3,8 +3,9 @@
 Owns that spelling alone. Pure, and shared by the settings and by ``health``, which has 60 ms for everything: it must
 not import what is slow to load (``dataclasses`` costs as much as ``socket``; ``ipaddress`` waits until it is needed).
 
-Facts: RFC 3986 section 3.2.2 (an IPv6 address stands in brackets). RFC 4291 section 2.5.5.2 (IPv4-mapped addresses).
-Go, nginx and Docker take [::] for every address of both families. Python has no unix sockets on Windows.
+Facts: RFC 3986 section 3.2.2 (an IPv6 address stands in brackets; a final dot changes no host), RFC 4291 section
+2.5.5.2 (IPv4-mapped addresses). Go, nginx and Docker take [::] for every address of both families. Python has no unix
+sockets on Windows.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _parse(text: str) -> Address:
     if not (colon and host and _PORT.fullmatch(port) and int(port) <= _MAX_PORT):
         msg = f"{text!r} is not a host and a port from 0 to {_MAX_PORT}; {_EXAMPLE}"
         raise ValueError(msg)
-    return Address(_host(host.lower(), text), int(port))
+    return Address(_host(host.lower().removesuffix("."), text), int(port))
 
 
 def _host(host: str, text: str) -> str:

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from metquay_proxy.listeners import Door
     from metquay_proxy.settings import RedisAddress, Settings
     from metquay_proxy.shared import Shared
-    from metquay_proxy.upstream import OutboundProxy
 
 _TURN: Final = 0.02
 """Seconds from one look at what a drain waits for to the next."""
@@ -116,7 +115,7 @@ class Proxy:
             ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
-            outbound_proxy=_outbound_proxy(base, settings),
+            outbound_proxy=outbound_proxy(settings, base),
             max_idle=max_idle,
             clock=clock,
         )
@@ -340,14 +339,6 @@ def _lasting(credentials: Callable[[], Credentials]) -> Callable[[], Credentials
         return last[0]
 
     return current
-
-
-def _outbound_proxy(base: BaseURL, settings: Settings) -> OutboundProxy | None:
-    try:
-        return outbound_proxy(settings, base)
-    except ValueError as error:
-        log.warning("the system's proxy setting (HTTPS_PROXY) is ignored", reason=str(error))
-        return None
 
 
 def run(settings: Settings, *, sandbox: bool, warnings: Sequence[str] = ()) -> int:

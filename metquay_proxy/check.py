@@ -174,7 +174,7 @@ class _Check:
         self._base = base
         self._credentials = credentials
         proxy = outbound_proxy(settings, base)
-        self._first = (base.host, base.port) if proxy is None else (proxy.host, proxy.port)
+        self._first = (base.name, base.port) if proxy is None else (proxy.host, proxy.port)
         self._variable = "METQUAY_HOST" if proxy is None else "METQUAY_OUTBOUND_PROXY (or the system's proxy setting)"
         self._token = b""
         self._own_status = b""

@@ -95,7 +95,7 @@ class Gate:
         ``allowed_hosts`` are lower-case names without port and final dot, ``allowed_origins`` are like
         ``https://tools.lab.example``; ``scheme`` is the one that our own pages are served under.
         """
-        self._upstream_host = upstream_host.removesuffix(".")
+        self._upstream_host = upstream_host
         self._allowed_hosts = frozenset(allowed_hosts)
         self._allowed_origins = frozenset(allowed_origins)
         self._scheme = scheme
@@ -266,8 +266,7 @@ def _read_host(value: bytes) -> tuple[str, bool]:
         return "", False
     if ":" in host:
         return host, _is_address(host)
-    name = host.removesuffix(".")
-    return name, "." not in host or name == "localhost" or name.endswith(".localhost") or _is_address(name)
+    return host, b"." not in value or host == "localhost" or host.endswith(".localhost") or _is_address(host)
 
 
 def _is_address(host: str) -> bool:

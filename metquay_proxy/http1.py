@@ -21,6 +21,8 @@ Facts, RFC 9112 unless said otherwise:
 * 7.1: sizes are hexadecimal of any length, so that a reader must bound them; unknown extensions are ignored, in
   reasonable number; trailer fields may be dropped. RFC 9110 5.6.3: bad whitespace is parsed and dropped.
 * 8: an answer that closes before its length, or before its last chunk, is incomplete.
+* 7.1.1: old servers pad a chunk's size with blanks before its CRLF. RFC 2068 19.7.1: ``Keep-Alive: timeout=5`` is the
+  time after which a server closes an idle connection; most servers still say it.
 * 9.3, 9.6: what persists and what closes. RFC 9110 15.2: any number of interim answers may come before the final one,
   but HTTP/1.0 has none, and 101 is only for who asked for an upgrade, which this proxy never does.
 """
@@ -63,6 +65,9 @@ _QUOTED: Final = rb'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x
 _VALUE: Final = rb"[ \t]*+=[ \t]*+(?:" + _TOKEN + rb"|" + _QUOTED + rb")"
 _EXTENSION: Final = rb"[ \t]*+;[ \t]*+" + _TOKEN + rb"(?:" + _VALUE + rb")?"
 _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,15}+)(?:" + _EXTENSION + rb")*\r\n")
+_PADDED_CHUNK_LINE: Final = re.compile(_CHUNK_LINE.pattern.replace(rb"\r\n", rb"[ \t]*+\r\n"))
+"""Some old servers write blanks after the size. Of an answer they are read; whoever reads a request must be strict."""
+_KEPT_FOR: Final = re.compile(rb"(?:\A|[,; \t])timeout[ \t]*+=[ \t]*+\"?([0-9]{1,9})(?![0-9])")
 _FOUL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n|\Z)|(?<!\r)\n")
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
@@ -135,6 +140,14 @@ class ResponseHead:
         noted = noted_fields(lines)
         chunked = length is None
         return cls(status, reason, 1, lines, noted, _listed(noted), length, chunked, False, True, False)  # noqa: FBT003 - its fields in order
+
+    @property
+    def kept_for(self) -> float | None:
+        """Seconds for which the upstream says that it keeps an idle connection (Keep-Alive)."""
+        for name, value in self.noted:
+            if name == b"keep-alive" and (timeout := _KEPT_FOR.search(value)):
+                return float(timeout[1])
+        return None
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -287,14 +300,14 @@ class ResponseReader:
 
     def _read_size(self, data: bytes, start: int) -> tuple[int, int]:
         """Return the next chunk's size in bytes, and where its line ends in ``data``; 0 also while it is not whole."""
-        line = _CHUNK_LINE.match(data, start, start + _MAX_CHUNK_LINE) if self._buffer is None else None
+        line = _PADDED_CHUNK_LINE.match(data, start, start + _MAX_CHUNK_LINE) if self._buffer is None else None
         if line is not None:
             start = line.end()
         else:
             text, start = self._take(data, start, _CRLF, _MAX_CHUNK_LINE, "chunk line")
             if not text:
                 return 0, start
-            line = _CHUNK_LINE.match(text)
+            line = _PADDED_CHUNK_LINE.match(text)
             if line is None:
                 _refuse("a chunk size of the upstream's answer is malformed")
         size = int(line[1], 16)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from metquay_proxy.http1 import ResponseHead
 
-_HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?")
+_HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
 _PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
 _LOCATION: Final = re.compile(rb"(?:(https?):)?//([^/?#]*)(/[^?#]*)(.*)", re.IGNORECASE)
 _DOT_SEGMENT: Final = re.compile(rb"[/\\](?:\.|%2e){1,2}(?:[/\\;]|\Z)", re.IGNORECASE)
@@ -71,6 +71,8 @@ class BaseURL:
     host: str
     port: int
     prefix: str
+    rooted: bool = False
+    """Whether it was written with a final dot, which is for the look-up alone: no search list is tried (ndots)."""
 
     @classmethod
     def parse(cls, text: str) -> BaseURL:
@@ -108,7 +110,13 @@ class BaseURL:
         if scheme == "http" and not is_loopback(host):
             msg = "http:// would show the keys to the network and is accepted for this machine only; use https://"
             raise ValueError(msg)
-        return cls(scheme, host, authority[1], prefix)
+        rooted = (parts.hostname or "").endswith(".") and _is_name(host)
+        return cls(scheme, host, authority[1], prefix, rooted)
+
+    @property
+    def name(self) -> str:
+        """What is looked up; everywhere else ``host`` stands."""
+        return self.host + "." if self.rooted else self.host
 
     @property
     def authority(self) -> str:
@@ -132,12 +140,16 @@ class BaseURL:
 
 def is_loopback(host: str) -> bool:
     """Whether the host (no brackets) means this machine, whatever a name server says."""
-    if host == "localhost":
-        return True
+    return host == "localhost" or (not _is_name(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_name(host: str) -> bool:
+    """Whether a host has to be looked up: it is no address, and not this machine."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return host != "localhost"
+    return False
 
 
 def _ascii_host(host: str) -> str:

@@ -9,7 +9,9 @@ Facts: systemd puts credentials into ``$CREDENTIALS_DIRECTORY`` (systemd.exec(5)
 are nobody's mistake. pydantic shows the input in its errors unless ``hide_input_in_errors`` is set.
 """
 
+import contextlib
 import importlib.util
+import ipaddress
 import math
 import os
 import re
@@ -45,6 +47,31 @@ _PATH_PREFIX: Final = re.compile(r"(/(?!\.{1,2}/)[A-Za-z0-9._~!$&'()*+;=:@-]+)+/
 _SIZE: Final = re.compile(r"([0-9]+) *(b|kb|mb|gb|kib|mib|gib)?", re.IGNORECASE)
 _UNIT: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SERVICE_LINK: Final = re.compile(r"METQUAY_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_[0-9]+_\w+)")
+_PEM_CERTIFICATE: Final = re.compile(
+    rb"^-----BEGIN CERTIFICATE-----(?:[^-]*-----END CERTIFICATE-----|[^-]*)", re.MULTILINE
+)
+_DER: Final = rb"0(?:\x80|\x81.|\x82..|\x83...)"
+_NOT_PEM: Final = {
+    rb"\s*\Z": "is empty",
+    rb"\xff\xfe|\xfe\xff": "is saved as UTF-16: save it as plain text (ASCII or UTF-8)",
+    _DER + rb"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02": "is a PKCS #7 file (p7b) in binary form. Convert it: "
+    "openssl pkcs7 -inform der -print_certs -in {0} -out ca.pem",
+    rb".*-----BEGIN PKCS7-----": "is a PKCS #7 file (p7b). Convert it: openssl pkcs7 -print_certs -in {0} -out ca.pem",
+    _DER + rb"\x02\x01\x03": "is a PKCS #12 file (pfx, p12). Convert it: openssl pkcs12 -nokeys -in {0} -out ca.pem",
+    _DER: "is in binary (DER) form. Convert it: openssl x509 -inform der -in {0} -out ca.pem",
+    rb".*-----BEGIN [A-Z ]*PRIVATE KEY-----": "holds a private key and no certificate: name the file of the CA's "
+    "certificate, which begins with BEGIN CERTIFICATE",
+    rb".*-----BEGIN [A-Z ]*CERTIFICATE REQUEST-----": "holds the request for a certificate, not the certificate",
+    rb".*[^\n]-----BEGIN CERTIFICATE-----": "holds a certificate that does not begin at the "
+    "beginning of a line: copy it again, each of its lines on a line of its own",
+    rb"": "holds no certificate in PEM form (a text with BEGIN CERTIFICATE)",
+}
+"""What a file begins with that holds no certificate for OpenSSL, and what to tell its owner."""
+_PROXY_URL: Final = re.compile(
+    r"(?:(?P<scheme>[a-z][a-z0-9+.-]*)://)?(?:(?P<user>[^:]*)(?::(?P<password>.*))?@)?"
+    r"(?P<host>\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^@]*)?",
+    re.IGNORECASE | re.DOTALL,
+)
 _LEFT_OUT: Final = (
     (r"(?i)(set|setx|setenv|declare)\s|\$env:", "that is a command of a shell"),
     (r"\W*\w+[\"']?\s*:", "it has a colon in the place of ="),
@@ -58,7 +85,10 @@ _SHORT_KEY: Final = 16
 _SHORT_SECRET: Final = 12
 _PAIR: Final = ("access_key", "secret_key")
 _REDIS_PORT: Final = 6379
+_MAX_PORT: Final = 65535
 _READABLE_BY_OTHERS: Final = 0o004
+DIRECT: Final = OutboundProxy("", 0)
+"""No corporate proxy, not even the system's."""
 
 
 class Setting(NamedTuple):
@@ -284,23 +314,54 @@ def _ca_bundle(text: str) -> Path:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
     except ssl.SSLError:
-        msg = f"{text} holds no certificate in PEM form (a text with BEGIN CERTIFICATE)"
+        data = path.read_bytes()
+        blocks = list(_PEM_CERTIFICATE.finditer(data))
+        for number, block in enumerate(blocks, start=1):
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=block[0].decode("ascii"))
+            except (ssl.SSLError, ValueError):
+                line = data.count(b"\n", 0, block.start()) + 1
+                msg = (
+                    f"certificate {number} of {len(blocks)} in {text} (beginning at line {line}) can't be read: "
+                    "copy it again, from BEGIN CERTIFICATE to END CERTIFICATE"
+                )
+                raise ValueError(msg) from None
+        what = next(what for pattern, what in _NOT_PEM.items() if re.match(pattern, data, re.DOTALL))
+        msg = f"{text} {what.format(text)}"
         raise ValueError(msg) from None
     return path
 
 
 def parse_outbound_proxy(text: str) -> OutboundProxy:
-    """Read ``http://user:password@host:port`` (scheme, user and port may be left out); raise ``ValueError``."""
-    try:
-        parts = urlsplit(text if "://" in text else f"http://{text}")
-        host, port = parts.hostname, parts.port or 80
-    except ValueError:
-        host = None
-    if not host or parts.scheme != "http" or parts.path not in {"", "/"} or parts.query or parts.fragment:
-        msg = "must be the address of a proxy that is spoken to in clear text, such as http://proxy.lab.example:3128"
-        raise ValueError(msg)
-    user, password = (part and unquote(part) for part in (parts.username, parts.password))
-    return OutboundProxy.of(host, port, user, password)
+    """Read ``http://user:password@host:port`` (scheme, user and port may be left out), or ``none``: ``DIRECT``.
+
+    In user and password any character may stand as it is, but for a colon in the user; ``%41`` is decoded. Raises
+    ``ValueError`` with a text for people, without any of the setting's own.
+    """
+    if text.lower() in {"none", "off", "direct"}:
+        return DIRECT
+    parts = _PROXY_URL.fullmatch(text)
+    scheme = ((parts and parts["scheme"]) or "http").lower()
+    path = (parts and parts["path"]) or "/"
+    port = int(parts["port"] or 80) if parts else 0
+    if scheme.startswith("socks"):
+        msg = (
+            "is a SOCKS proxy, which can't be used: give the company's HTTP proxy, or let a program stand between that "
+            "speaks HTTP on this side and SOCKS on the other, such as privoxy"
+        )
+    elif scheme == "https":
+        msg = (
+            "is a proxy that is itself spoken to over TLS (https://), which can't be used: most take http:// too, and "
+            "what goes through it to Metquay is encrypted all the same"
+        )
+    elif path.lower().endswith((".pac", ".dat")):
+        msg = "is a script (PAC) for browsers, which can't be used: look into it for the proxy's address, after PROXY"
+    elif parts is None or scheme != "http" or path != "/" or not 0 < port <= _MAX_PORT:
+        msg = "must be the address of an HTTP proxy, such as http://proxy.lab.example:3128, or none to go directly"
+    else:
+        user, password = (part and unquote(part) for part in (parts["user"], parts["password"]))
+        return OutboundProxy.of(parts["host"].strip("[]").lower(), port, user, password)
+    raise ValueError(msg)
 
 
 def parse_redis_url(text: str) -> RedisAddress:
@@ -408,10 +469,10 @@ class Settings(BaseSettings):
     connect_timeout: _Timeout = _setting("SECONDS", "seconds to connect to Metquay", "10")
     read_timeout: _Timeout = _setting("SECONDS", "seconds of silence between bytes; the whole has no limit", "60")
     ca_bundle: Annotated[Path | None, _text(_ca_bundle)] = _setting(
-        "FILE", "PEM certificates trusted beside the operating system's"
+        "FILE", "PEM certificates trusted beside the operating system's; the CA that issued the server's will do"
     )
     outbound_proxy: Annotated[OutboundProxy | None, _text(parse_outbound_proxy), _Secret] = _setting(
-        "URL", "corporate proxy on the way to Metquay, in place of the system's"
+        "URL", "corporate proxy on the way to Metquay, in place of the system's: http://host:port; none: go directly"
     )
     outbound_proxy_file: _File = _setting("FILE", "file that holds the corporate proxy's URL")
 
@@ -637,16 +698,45 @@ def _is_upstream(address: Address, base: BaseURL | None) -> bool:
 def outbound_proxy(settings: Settings, base: BaseURL) -> OutboundProxy | None:
     """Return the corporate proxy on the way to ``base``: the setting's, else the system's; none to this machine itself.
 
-    Raises ``ValueError``, with a text for people, where the system's can't be used.
+    A system's that can't be used counts as none; ``load`` has warned of it.
     """
-    from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415 - other commands need not load it
-
     if base.scheme != "https":
         return None
-    if settings.outbound_proxy is not None:
-        return settings.outbound_proxy
-    url = "" if proxy_bypass(base.host) else getproxies().get("https", "")
-    return parse_outbound_proxy(url) if url else None
+    try:
+        proxy = settings.outbound_proxy or _system_proxy(base)
+    except ValueError:
+        return None
+    return None if proxy == DIRECT else proxy
+
+
+def _system_proxy(base: BaseURL) -> OutboundProxy | None:
+    """Return the proxy of HTTPS_PROXY, ALL_PROXY or the system's settings; raise ``ValueError`` if it can't be used."""
+    from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415 - other commands need not load it
+
+    found = getproxies()
+    url = (found.get("https") or found.get("all") or "").strip()
+    if not url or goes_directly(found.get("no", ""), base.host, base.port) or proxy_bypass(base.host):
+        return None
+    return parse_outbound_proxy(url)
+
+
+def goes_directly(no_proxy: str, host: str, port: int) -> bool:
+    """Whether NO_PROXY names a host (no brackets), as curl and Go's ``httpproxy`` read it.
+
+    A name means also what is below it, with or without ``*.`` or a dot before it; a port, an address, a network
+    (``10.0.0.0/8``) and ``*`` alone may stand there too, with commas or blanks between.
+    """
+    for entry in re.split(r"[,\s]+", no_proxy.lower()):
+        match = re.fullmatch(r"\[?(\*|[^\[\]:]+|[0-9a-f:.]+:[0-9a-f:.]*(?:/[0-9]+)?)\]?(?::([0-9]+))?", entry)
+        if match is None or int(match[2] or port) != port:
+            continue
+        name = match[1].removeprefix("*").strip(".")
+        if not name or f".{host}".endswith(f".{name}"):
+            return True
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False):
+                return True
+    return False
 
 
 def is_local(address: Address) -> bool:
@@ -678,6 +768,12 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
     doubts = () if sandbox else keys.doubts()
     if problems:
         raise SettingsError(problems.values(), (*found.warnings, *doubts), found.sources())
+    if settings.host is not None and settings.host.scheme == "https" and settings.outbound_proxy is None:
+        try:
+            _system_proxy(settings.host)
+        except ValueError as error:
+            cure = "Metquay is asked directly; METQUAY_OUTBOUND_PROXY takes its place"
+            found.warnings.append(f"HTTPS_PROXY, or the system's proxy setting, {error}. {cure}")
     settings._sources = found.sources()  # noqa: SLF001 - what only the finder knows
     settings._warnings, settings._doubts = tuple(found.warnings), doubts  # noqa: SLF001 - see above
     settings._files, settings._remarks = found.files, keys.remarks  # noqa: SLF001 - see above
@@ -864,7 +960,8 @@ def _masked(name: str, text: str) -> str:
     try:
         if name == "outbound_proxy":
             proxy = parse_outbound_proxy(text)
-            return f"http://{'***@' if proxy.authorization else ''}{Address(proxy.host, proxy.port)}"
+            shown = f"http://{'***@' if proxy.authorization else ''}{Address(proxy.host, proxy.port)}"
+            return "none" if proxy == DIRECT else shown
         if name == "client_keys":
             _client_keys(text)
             keys = (entry.split(":") for entry in _entries(text))

@@ -58,7 +58,7 @@ class Target(NamedTuple):
 def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
     """Return (lower-case host without brackets, port) of ``host[:port]``; None where that is malformed or has userinfo.
 
-    ``scheme`` says which port is meant where there is none.
+    ``scheme`` says which port is meant where there is none. A final dot is left off: it is the same host.
     """
     host, colon, port = authority.rpartition(":")
     if not colon or port.endswith("]"):
@@ -69,6 +69,8 @@ def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
         host = host[1:-1]
     elif ":" in host:
         return None
+    else:
+        host = host.removesuffix(".")
     if not host or "@" in host:
         return None
     return host.lower(), int(port) if port else _DEFAULT_PORT[scheme]

@@ -3,7 +3,10 @@
 Owns connections, their pool, TLS, the way through a corporate proxy and the time-outs. Must not decide whether a
 request is repeated (the forwarder does) and must not change a byte of it (``rewrite`` did).
 
-Facts: RFC 9112 section 9.3 (a server may close an idle connection at any moment; a client that reuses it can't know
+Facts: a loop whose write fails closes the connection without reading what had come before, such as the 413 to an upload
+that the server does not want and then resets (RFC 9112 section 9.5); Linux and BSD keep that for whoever reads on.
+Windows's own TLS (truststore) accepts an issuing CA without its root only where it is in the system's store.
+RFC 9112 section 9.3 (a server may close an idle connection at any moment; a client that reuses it can't know
 whether its request was read) and 9.5. Prism closes idle connections after 5 s, Tomcat after 20 s. RFC 9110 section
 9.3.6 (CONNECT). RFC 9112 section 6.3: bytes that nobody asked for belong to no answer, so that such a connection is
 thrown away. Section 9.8: over TLS an answer that lasts until the connection closes is whole only where the peer said
@@ -19,6 +22,7 @@ import errno
 import functools
 import json
 import math
+import re
 import select
 import socket
 import ssl
@@ -53,7 +57,7 @@ if sys.platform == "linux":
     import termios
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from aiohappyeyeballs import AddrInfoType
 
@@ -72,7 +76,14 @@ _CA_FILES: Final = (
     "/etc/ssl/cert.pem",
     "/etc/ssl/ca-bundle.pem",
 )
+_MAX_AGE: Final = 300.0
+"""Seconds from its opening in which a connection is used, so that a changed DNS answer is followed under load too."""
+_MARGIN: Final = 1.0
+"""Seconds, or half the time if that is less, before the end of what the upstream's Keep-Alive says."""
 _HIGH_WATER: Final = 256 * 1024
+_PIECE: Final = 64 * 1024
+_NO_MORE: Final = 300
+"""An answer with this status or a higher one says that the rest of the request's body is not wanted."""
 _LOGIN_BODY_LIMIT: Final = 64 * 1024
 _HEAD_START: Final = 0.25
 """Seconds that one address of a host is ahead of the next one (RFC 8305 section 5)."""
@@ -80,6 +91,24 @@ _LOOK_UP_SHARED: Final = 1.0
 """Seconds after which a look-up that has no answer yet is no longer shared: the network may be back."""
 _SUCCESS: Final = range(200, 300)
 """Any of these opens a tunnel (RFC 9110 section 9.3.6)."""
+_GATEWAY_FAULTS: Final = frozenset({502, 503, 504})
+_REFUSALS: Final = {
+    **dict.fromkeys(
+        (400, 404, 405, 501),
+        "It seems to be a web server, or a proxy that opens no tunnels: check METQUAY_OUTBOUND_PROXY (or the system's "
+        "proxy setting) and its port.",
+    ),
+    **dict.fromkeys(
+        _GATEWAY_FAULTS,
+        "The fault lies behind it: check METQUAY_HOST for a typing mistake, then ask whoever runs the proxy.",
+    ),
+    **dict.fromkeys(
+        (301, 302, 303, 307, 308, 511),
+        "It wants you to log in by a browser first: open any page in one, then try again.",
+    ),
+}
+"""What to do about a corporate proxy's status."""
+_SCHEME: Final = re.compile(rb"(?:\A|,)[ \t]*(basic|digest|negotiate|ntlm|kerberos|bearer)(?=[ \t,]|\Z)")
 _TOO_MANY: Final = 429
 _REPEATABLE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
 
@@ -236,11 +265,14 @@ class Connection(asyncio.Protocol):
         self._unsent_before = 0
         self._tls: ssl.SSLObject | None = None
         self._truncated = False
+        self._stray = False
         self.response: Response | None = None
         self.body: RequestBody | None = None
         self.used = False
         self.waits_for_client = False
         self.active_at = 0.0
+        self.oldest = self.good_until = owner.clock() + _MAX_AGE
+        """When it is too old, or has idled for longer than the upstream keeps it: a reading of the owner's clock."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: the connection is open, over TLS where that is asked for."""
@@ -251,11 +283,14 @@ class Connection(asyncio.Protocol):
         if handle is not None:
             self._poll = _poller(handle.fileno())
             self._unsent = _outgoing(handle.fileno())
+        if self._stray:
+            self.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take a piece of the answer, or close where nobody waits for one."""
         response = self.response
         if response is None:
+            self._stray = True
             self.abort()
             return
         self.active_at = self._loop.time()
@@ -270,6 +305,8 @@ class Connection(asyncio.Protocol):
             return
         if response.reader.complete:
             self._finish(response)
+        elif response.upload is not None and response.reader.head is not None and response.head.status >= _NO_MORE:
+            response.upload.cancel()
         response.wake()
 
     def eof_received(self) -> bool:
@@ -281,6 +318,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End: an answer that lasts until the connection closes is whole now, any other is broken."""
+        if exc is not None and self._transport is not None and self._tls is None:
+            for data in _left_behind(self._transport):
+                self.data_received(data)
         self._transport = None
         self._owner.forget(self)
         response = self.response
@@ -313,7 +353,7 @@ class Connection(asyncio.Protocol):
 
     def pause_reading(self) -> None:
         """Stop reading: the client is slower than the upstream."""
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
@@ -382,10 +422,10 @@ class Connection(asyncio.Protocol):
     def _finish(self, response: Response) -> None:
         self.response = None
         response.let_go()
-        reader = response.reader
-        if self.body is not None and self.body.sent and response.head.keep_alive and not reader.surplus:
+        reader, head = response.reader, response.head
+        if self.body is not None and self.body.sent and head.keep_alive and not reader.surplus:
             self.body = None
-            self._owner.put_back(self)
+            self._owner.put_back(self, head.kept_for)
         else:
             if response.upload is not None:
                 response.upload.cancel()
@@ -476,6 +516,37 @@ def _outgoing(fd: int) -> Callable[[], int]:
     return lambda: int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
+def _left_behind(transport: asyncio.BaseTransport) -> Iterator[bytes]:
+    """Yield what a peer sent before it reset the connection: a loop whose write fails does not look for it."""
+    handle = transport.get_extra_info("socket")
+    with contextlib.suppress(OSError):
+        if handle is not None:
+            with handle.dup() as sock:
+                while data := sock.recv(_PIECE):
+                    yield data
+
+
+class _LastWords(asyncio.BufferedProtocol):
+    """Stands before the loop's TLS, and hands it what was left behind where a write fails."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._tls = cast("asyncio.BufferedProtocol", transport.get_protocol())
+        for name in ("get_buffer", "buffer_updated", "eof_received", "pause_writing"):
+            setattr(self, name, getattr(self._tls, name))  # with no call of ours between
+
+    def resume_writing(self) -> None:
+        # Where a write fails inside of this call, asyncio ends the connection twice, and at first without the error.
+        asyncio.get_running_loop().call_soon(self._tls.resume_writing)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            for data in _left_behind(self._transport):
+                cast("memoryview", self._tls.get_buffer(len(data)))[: len(data)] = data
+                self._tls.buffer_updated(len(data))
+        self._tls.connection_lost(exc)
+
+
 class Transport:
     """Sends one request and returns one response, on a pooled or new connection to one upstream."""
 
@@ -498,7 +569,7 @@ class Transport:
         others.
         """
         self.loop = asyncio.get_running_loop()
-        self._clock = clock or self.loop.time
+        self.clock = clock or self.loop.time
         self._base = base
         self._ssl = ssl_context
         self._connect_timeout = connect_timeout
@@ -533,7 +604,7 @@ class Transport:
         ``fresh``: on a new connection, because a pooled one has just failed. ``on_sent`` is called when the first byte
         has been handed to a connection that is finished (TCP, CONNECT and TLS).
         """
-        self._warm_until = self._clock() + _WARM
+        self._warm_until = self.clock() + _WARM
         return await self.send_own(method, head, body, fresh=fresh, on_sent=on_sent)
 
     async def send_own(
@@ -542,7 +613,7 @@ class Transport:
         """Send a request of the program's own, after which no connection is kept ready; otherwise like ``send``."""
         body.sent = False
         max_idle = self._max_idle if method in _REPEATABLE_METHODS else self._max_idle_unsafe
-        connection = None if fresh else self._take(self._clock() - max_idle)
+        connection = None if fresh else self._take(self.clock(), max_idle)
         if connection is None:
             connection = await self._connect()
         try:
@@ -560,9 +631,9 @@ class Transport:
 
     def begin(self, method: str, head: bytes, body: RequestBody) -> Response | None:
         """Send a tool's request that may be repeated, if a connection is there; its answer has yet to start."""
-        now = self._clock()
+        now = self.clock()
         self._warm_until = now + _WARM
-        connection = self._take(now - self._max_idle)
+        connection = self._take(now, self._max_idle)
         return None if connection is None else self._begin(connection, method, head, body)
 
     def _begin(self, connection: Connection, method: str, head: bytes, body: RequestBody) -> Response:
@@ -578,21 +649,27 @@ class Transport:
 
     def keep_warm(self) -> None:
         """Keep a connection ready from now on as though a tool had just asked for something."""
-        self._warm_until = self._clock() + _WARM
+        self._warm_until = self.clock() + _WARM
         self._start_watchdog()
 
     def let_cool(self) -> None:
         """Keep no connection ready any more, whatever is still sent."""
         self._cold = True
 
-    def put_back(self, connection: Connection) -> None:
-        """Take a connection that has finished its exchange, or has not had one yet."""
+    def put_back(self, connection: Connection, kept_for: float | None = None) -> None:
+        """Take a connection that has finished its exchange, or has not had one yet.
+
+        ``kept_for``: the seconds for which the upstream says that it keeps it, if it does.
+        """
         self._busy.discard(connection)
         if self._closed or len(self._idle) >= _MAX_IDLE_CONNECTIONS:
             connection.abort()
             return
         connection.used = True
-        self._idle.append((self._clock(), connection))
+        now = self.clock()
+        if kept_for is not None:
+            connection.good_until = min(connection.oldest, now + kept_for - min(_MARGIN, kept_for / 2))
+        self._idle.append((now, connection))
         if self._watchdog is None:
             self._start_watchdog()
 
@@ -614,13 +691,13 @@ class Transport:
             connection.abort()
         self._idle.clear()
 
-    def _take(self, oldest: float) -> Connection | None:
+    def _take(self, now: float, max_idle: float) -> Connection | None:
         while self._idle:
             since, connection = self._idle[-1]
-            if since < oldest:
+            if since < now - max_idle:
                 return None
             self._idle.pop()
-            if connection.usable():
+            if now < connection.good_until and connection.usable():
                 return connection
             connection.abort()
         return None
@@ -631,12 +708,14 @@ class Transport:
             if not (connection.stalled or connection.moved(now)) and now - connection.active_at > self._read_timeout:
                 connection.time_out(self._read_timeout)
         self._watchdog = None
-        idled = self._clock()
+        idled = self.clock()
         oldest = idled - self._max_idle
-        expired = [connection for since, connection in self._idle if since < oldest]
-        self._idle = [pair for pair in self._idle if pair[0] >= oldest]
-        for connection in expired:
-            connection.abort()
+        pairs, self._idle = self._idle, []
+        for since, connection in pairs:
+            if since < oldest or connection.good_until <= idled:
+                connection.abort()
+            else:
+                self._idle.append((since, connection))
         warm = not self._cold and idled < self._warm_until
         if warm and not self._busy:
             self._open_ahead(idled)
@@ -679,18 +758,25 @@ class Transport:
             self._warm_until = -math.inf
 
     async def _open(self) -> Connection:
-        base = self._base
+        base, proxy = self._base, self._proxy
         try:
             async with asyncio.timeout(self._connect_timeout):
-                if self._proxy is not None:
-                    return await self._connect_through(self._proxy)
-                _, connection = await self.loop.create_connection(
-                    lambda: Connection(self),
-                    sock=await self._reach(base.host, base.port),
-                    ssl=self._ssl,
-                    server_hostname=base.host if self._ssl else None,
+                sock = await (
+                    self._reach(base.name, base.port) if proxy is None else self._reach(proxy.host, proxy.port)
                 )
-                return connection
+                if self._ssl is None:
+                    _, connection = await self.loop.create_connection(lambda: Connection(self), sock=sock)
+                    return connection
+                transport, before = await self.loop.create_connection(_BeforeTLS, sock=sock)
+                try:
+                    if proxy is not None:
+                        await _make_tunnel(transport, before, base, proxy)
+                    elif before.answer.done():
+                        await before.answer
+                    return await self._secure(transport, self._ssl)
+                except BaseException:
+                    transport.abort()
+                    raise
         except TimeoutError:
             message = (
                 f"{base.authority} could not be reached within {self._connect_timeout:g} seconds. "
@@ -719,34 +805,11 @@ class Transport:
             threading.Thread(target=_look_up, args=(self.loop, found, host, port), daemon=True).start()
         return await asyncio.shield(self._looking[1])
 
-    async def _connect_through(self, proxy: OutboundProxy) -> Connection:
-        authority = f"[{self._base.host}]" if ":" in self._base.host else self._base.host
-        authority = f"{authority}:{self._base.port}"
-        head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
-        if proxy.authorization is not None:
-            head += f"Proxy-Authorization: {proxy.authorization}\r\n"
-        sock = await self._reach(proxy.host, proxy.port)
-        transport, tunnel = await self.loop.create_connection(_Tunnel, sock=sock)
-        try:
-            transport.write(head.encode("ascii") + b"\r\n")
-            status = await tunnel.status
-            if status not in _SUCCESS:
-                cure = (
-                    "It wants a user name and password: put them into METQUAY_OUTBOUND_PROXY."
-                    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
-                    else "Ask whoever runs it to allow this address."
-                )
-                message = (
-                    f"The corporate proxy {proxy.host}:{proxy.port} refused the way to {authority} (status {status}). "
-                    f"{cure}"
-                )
-                raise UpstreamFailure("upstream-unreachable", message, repeatable=status not in {403, 407})
-            connection = Connection(self)
-            context = cast("ssl.SSLContext", self._ssl)
-            secured = await self.loop.start_tls(transport, connection, context, server_hostname=self._base.host)
-        except BaseException:
-            transport.abort()
-            raise
+    async def _secure(self, transport: asyncio.Transport, context: ssl.SSLContext) -> Connection:
+        connection = Connection(self)
+        secured = await self.loop.start_tls(transport, connection, context, server_hostname=self._base.host)
+        if not transport.is_closing():
+            transport.set_protocol(_LastWords(transport))
         connection.connection_made(cast("asyncio.Transport", secured))
         return connection
 
@@ -762,27 +825,72 @@ def _look_up(
         loop.call_soon_threadsafe(settle)
 
 
-class _Tunnel(asyncio.Protocol):
-    """The corporate proxy's answer to CONNECT."""
+class _BeforeTLS(asyncio.Protocol):
+    """What comes before TLS begins: the corporate proxy's answer to CONNECT, or nothing.
+
+    ``answer`` raises ``ConnectionResetError``, and ``SSLError`` where somebody speaks who was not asked, which no TLS
+    server does.
+    """
 
     def __init__(self) -> None:
-        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._reader = ResponseReader("CONNECT")
+        self.answer: asyncio.Future[ResponseHead] = asyncio.get_running_loop().create_future()
+        self.reader: ResponseReader | None = None
 
     def data_received(self, data: bytes) -> None:
-        if self.status.done():
+        if self.answer.done():
+            return
+        if self.reader is None:
+            self.answer.set_exception(ssl.SSLError())
             return
         try:
-            self._reader.feed(data)
+            self.reader.feed(data)
         except ProtocolError:
-            self.status.set_exception(ConnectionResetError("the corporate proxy's answer was not valid HTTP"))
+            self.answer.set_exception(ConnectionResetError("the corporate proxy's answer was not valid HTTP"))
             return
-        if self._reader.head is not None:
-            self.status.set_result(self._reader.head.status)
+        if self.reader.head is not None:
+            self.answer.set_result(self.reader.head)
 
     def connection_lost(self, _exc: Exception | None, /) -> None:
-        if not self.status.done():
-            self.status.set_exception(ConnectionResetError("the corporate proxy closed the connection"))
+        if not self.answer.done():
+            self.answer.set_exception(ConnectionResetError("the corporate proxy closed the connection"))
+
+
+async def _make_tunnel(transport: asyncio.Transport, before: _BeforeTLS, base: BaseURL, proxy: OutboundProxy) -> None:
+    authority = f"[{base.host}]:{base.port}" if ":" in base.host else f"{base.host}:{base.port}"
+    head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
+    if proxy.authorization is not None:
+        head += f"Proxy-Authorization: {proxy.authorization}\r\n"
+    before.reader = ResponseReader("CONNECT")
+    transport.write(head.encode("ascii") + b"\r\n")
+    answer = await before.answer
+    status = answer.status
+    if status in _SUCCESS:
+        return
+    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        cure = _what_it_wants(answer, given=proxy.authorization is not None)
+    else:
+        cure = _REFUSALS.get(status, "Ask whoever runs it to allow this address.")
+    did = "found no way to" if status in _GATEWAY_FAULTS else "refused the way to"
+    message = f"The corporate proxy {proxy.host}:{proxy.port} {did} {authority} (status {status}). {cure}"
+    raise UpstreamFailure("upstream-unreachable", message, repeatable=status in _GATEWAY_FAULTS)
+
+
+def _what_it_wants(answer: ResponseHead, *, given: bool) -> str:
+    """Return what to do about a corporate proxy's 407; ``given``: it got a user name and password."""
+    asked = b",".join(value for name, value in answer.noted if name == b"proxy-authenticate")
+    schemes = dict.fromkeys(scheme.decode() for scheme in _SCHEME.findall(asked))
+    if schemes and "basic" not in schemes:
+        wanted = " or ".join("NTLM" if scheme == "ntlm" else scheme.title() for scheme in schemes)
+        return (
+            f"It wants a login by {wanted}, which metquay-proxy does not speak. px (or cntlm, for NTLM) does: let one "
+            "of them run on this computer, and set METQUAY_OUTBOUND_PROXY=http://127.0.0.1:3128."
+        )
+    if given:
+        return (
+            "It does not accept the user name and password in METQUAY_OUTBOUND_PROXY (or in the system's proxy "
+            "setting): check both. A % in them is written %25."
+        )
+    return "It wants a user name and password: put them into METQUAY_OUTBOUND_PROXY (http://user:password@host:port)."
 
 
 def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None) -> UpstreamFailure:
@@ -797,20 +905,25 @@ def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None)
         )
         return UpstreamFailure("upstream-tls", message)
     if isinstance(error, ssl.SSLError):
+        why = getattr(error, "reason", None) or "TLS failed"
         message = (
-            f"No secure connection to {place} could be made ({error.reason or 'TLS failed'}). Nothing was sent. Check "
+            f"No secure connection to {place} could be made ({why}). Nothing was sent. Check "
             "that the address is right and speaks TLS on that port; an intercepting firewall needs its CA in "
             "METQUAY_CA_BUNDLE."
         )
         return UpstreamFailure("upstream-tls", message, repeatable=True)
+    setting = "METQUAY_HOST"
+    if proxy is not None and not isinstance(error, ConnectionResetError):  # what lies behind it was not asked for yet
+        place, setting = f"The corporate proxy {proxy.host}:{proxy.port}", "METQUAY_OUTBOUND_PROXY (or the system's)"
     if (short := _shortage(error)) is not None:
         why, cure = short[0], short[1].removesuffix(".")
     elif isinstance(error, socket.gaierror):
-        why, cure = "its name could not be looked up", "Check METQUAY_HOST and the network's name server (DNS)"
+        why, cure = "its name could not be looked up", f"Check {setting} and the network's name server (DNS)"
     elif isinstance(error, ConnectionRefusedError) or error.errno == errno.ECONNREFUSED:
-        why, cure = "nothing listens there", "Check METQUAY_HOST and its port"
+        why, cure = "nothing listens there", f"Check {setting} and its port"
     elif isinstance(error, ConnectionResetError):
-        why, cure = str(error) if proxy is not None and error.args else "the connection was closed at once", "Try again"
+        told = proxy is not None and error.errno is None and error.args
+        why, cure = str(error) if told else "the connection was closed at once", "Try again"
     else:
         why, cure = "the network gives no way to it", "Check the network (VPN, firewall, corporate proxy)"
     message = f"{place} could not be reached: {why}. {cure}; the proxy goes on trying with each request."
@@ -840,6 +953,8 @@ def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
         if paths.cafile is None and paths.capath is None and known:  # an OpenSSL that was built for another system
             context.load_verify_locations(known[0])
     context.set_alpn_protocols(["http/1.1"])
+    # as curl does: the CA that issued the server's certificate will do, without the root above it
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if ca_bundle is not None:
         context.load_verify_locations(ca_bundle)
     return context

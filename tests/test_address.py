@@ -20,6 +20,7 @@ unix_only = pytest.mark.skipif(sys.platform == "win32", reason="Python has no un
         ("127.0.0.1:80, [::1]:80", [Address("127.0.0.1", 80), Address("::1", 80)]),
         ("[0:0:0:0:0:0:0:1]:65535", [Address("::1", 65535)]),
         ("proxy_1.lab-2.example:6387", [Address("proxy_1.lab-2.example", 6387)]),
+        ("LOCALHOST.:6387", [Address("localhost", 6387)]),
         ("localhost:0,localhost:0", [Address("localhost", 0), Address("localhost", 0)]),
     ],
 )
@@ -52,6 +53,9 @@ def test_a_unix_socket_is_an_absolute_path() -> None:
         ("http://localhost:6387", "has no host name or IP address"),
         ("-x:6387", "has no host name or IP address"),
         ("unix:proxy.sock", "needs a path that begins with a slash"),
+        (".:6387", "has no host name or IP address"),
+        ("localhost..:6387", "has no host name or IP address"),
+        ("localhost:1,localhost.:1", "localhost:1 is listed twice"),
         ("localhost:1,localhost:1", "localhost:1 is listed twice"),
     ],
 )

@@ -422,6 +422,26 @@ async def test_the_corporate_proxy_refuses(head: str, cause: str, cure: str) -> 
     assert "pass-word" not in str(found)
 
 
+@pytest.mark.parametrize("url", ["socks5://u:pass-word@proxy:1080", "https://u:pass-word@proxy", "pass-word pass-word"])
+async def test_the_systems_proxy_cannot_be_used(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """It is said with the settings, and Metquay is asked directly, as by the proxy itself."""
+    monkeypatch.setenv("HTTPS_PROXY", url)
+    found = await probes("metquay.invalid")
+    assert "ok" == found["settings"].outcome
+    assert re.match("HTTPS_PROXY, or the system's proxy setting, (is|must be) ", found["settings"].text)
+    assert_failed(found, "dns", "does not know the name metquay.invalid", "METQUAY_HOST")
+    assert "pass-word" not in str(found)
+
+
+async def test_the_corporate_proxy_wants_another_login() -> None:
+    """One that takes no user names and passwords is told by what it wants, and what can stand between."""
+    async with answering("407 No\r\nProxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM") as port:
+        found = await probes("metquay.example", outbound_proxy=f"http://user:pass-word@127.0.0.1:{port}")
+    assert_failed(
+        found, "tls", "refused the way", "login by Negotiate or NTLM.*px .or cntlm.*METQUAY_OUTBOUND_PROXY=http://"
+    )
+
+
 async def test_the_corporate_proxy_is_away() -> None:
     """Where the corporate proxy does not listen, it is its setting that is to be checked."""
     found = await probes("metquay.example", outbound_proxy=f"127.0.0.1:{closed_port()}")

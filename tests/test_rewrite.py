@@ -38,7 +38,10 @@ class TestBaseURL:
             ("LAB.Metquay.CO", BaseURL("https", "lab.metquay.co", 443, "/api/v1")),
             ("lab.metquay.co:8443", BaseURL("https", "lab.metquay.co", 8443, "/api/v1")),
             ("lab.metquay.co/", BaseURL("https", "lab.metquay.co", 443, "/api/v1")),
-            ("lab.metquay.co.", BaseURL("https", "lab.metquay.co.", 443, "/api/v1")),
+            ("lab.metquay.co.", BaseURL("https", "lab.metquay.co", 443, "/api/v1", rooted=True)),
+            ("https://LAB.metquay.co.:8443/", BaseURL("https", "lab.metquay.co", 8443, "/api/v1", rooted=True)),
+            ("http://localhost.:4010", BaseURL("http", "localhost", 4010, "/api/v1")),
+            ("192.0.2.1.", BaseURL("https", "192.0.2.1", 443, "/api/v1")),
             ("metquay_1", BaseURL("https", "metquay_1", 443, "/api/v1")),
             ("HTTPS://lab.metquay.co", BaseURL("https", "lab.metquay.co", 443, "/api/v1")),
             ("https://lab.metquay.co/api/v1", BaseURL("https", "lab.metquay.co", 443, "/api/v1")),
@@ -55,6 +58,14 @@ class TestBaseURL:
     def test_accepted(self, text: str, base: BaseURL) -> None:
         """A bare host is https; no path, or a slash, is the API's usual one."""
         assert base == BaseURL.parse(text)
+
+    def test_a_final_dot_is_for_the_look_up_alone(self) -> None:
+        """It means an absolute name to a name server, and the same host to everybody else."""
+        base = BaseURL.parse("lab.metquay.co.")
+        assert ("lab.metquay.co.", "lab.metquay.co") == (base.name, base.authority)
+        assert "https://lab.metquay.co/api/v1" == str(base)
+        assert {("lab.metquay.co", 443), ("lab.metquay.co", 80)} == base.authorities
+        assert "lab.metquay.co" == BaseURL.parse("lab.metquay.co").name
 
     @pytest.mark.parametrize(
         ("text", "why"),
@@ -681,11 +692,14 @@ class TestLocation:
             (b"HTTPS://LAB.Metquay.CO:443/api/v1/a", b"/api/v1/a"),
             (b"https://lab.metquay.co:/api/v1/a", b"/api/v1/a"),
             (b"//lab.metquay.co/api/v1/a", b"/api/v1/a"),
+            (b"https://lab.metquay.co./api/v1/a", b"/api/v1/a"),
+            (b"//lab.metquay.co.:443/api/v1/a", b"/api/v1/a"),
         ],
     )
     def test_under_the_base(self, value: bytes, path: bytes) -> None:
         """Every spelling of the base's origin gets the client's own; path, query and fragment stay byte for byte."""
-        assert ORIGIN + path == rewrite_location(value, BASE, ORIGIN)
+        for base in (BASE, BaseURL.parse("lab.metquay.co.")):
+            assert ORIGIN + path == rewrite_location(value, base, ORIGIN)
 
     @pytest.mark.parametrize(
         "value",
@@ -712,6 +726,7 @@ class TestLocation:
             b"https://lab.metquay.co:8443/api/v1/a",
             b"https://lab.metquay.co:44 3/api/v1/a",
             b"https://lab.metquay.co.evil.example/api/v1/a",
+            b"https://lab.metquay.co../api/v1/a",
             b"https://evil.example/https://lab.metquay.co/api/v1/a",
             b"https://lab.metquay.co@evil.example/api/v1/a",
             b"https://user@lab.metquay.co/api/v1/a",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from metquay_proxy.gate import ClientKey
 from metquay_proxy.quota import Rate
 from metquay_proxy.rewrite import BaseURL
 from metquay_proxy.settings import (
+    DIRECT,
     VARIABLES,
     RedisAddress,
     Setting,
@@ -23,7 +25,9 @@ from metquay_proxy.settings import (
     SettingsError,
     default_text,
     flag,
+    goes_directly,
     load,
+    outbound_proxy,
     variable,
 )
 from metquay_proxy.upstream import OutboundProxy
@@ -33,6 +37,20 @@ if TYPE_CHECKING:
 
     Write = Callable[[str, str | bytes], Path]
 
+PEM = """\
+-----BEGIN CERTIFICATE-----
+MIIBgjCCASegAwIBAgIUP6rCyrGNbrQI/WQgLUl+6QzLzWMwCgYIKoZIzj0EAwIw
+FTETMBEGA1UEAwwKbGFib3JhdG9yeTAgFw0yNjExMjgwNTQ5MzNaGA8yMTI2MTEw
+NDA1NDkzM1owFTETMBEGA1UEAwwKbGFib3JhdG9yeTBZMBMGByqGSM49AgEGCCqG
+SM49AwEHA0IABAWpJC4XqVnHRJlJ1/KQ1k0P5mkemoiol51HaJ9k4G7eUu8DeXC5
+NRIQZkRWRDj9S/vNzZ91ApiX+3wBdWC5lkyjUzBRMB0GA1UdDgQWBBQXngSvEX40
+n2zz3oM8kfs06yGwsTAfBgNVHSMEGDAWgBQXngSvEX40n2zz3oM8kfs06yGwsTAP
+BgNVHRMBAf8EBTADAQH/MAoGCCqGSM49BAMCA0kAMEYCIQDI1hIewYkeTIN4Tdln
+gpgaTU1AJM9hwSW9HhDJz8xnKAIhAOWnrH6odV32xmabJww/tDbX6tXCHXvRfPse
+1MT3HVwO
+-----END CERTIFICATE-----
+"""
+CERTIFICATE = PEM.encode().splitlines()
 KEY = "0123456789abcdef"
 OTHER_KEY = "fedcba9876543210"
 ACCOUNT = {
@@ -48,7 +66,7 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has oth
 def _nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting reaches a test from the machine that runs it."""
     for name in os.environ:
-        if name.upper().startswith("METQUAY_"):
+        if name.upper().startswith("METQUAY_") or name.upper().endswith("_PROXY"):
             monkeypatch.delenv(name)
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
     monkeypatch.setattr(module, "SECRETS_DIRECTORY", tmp_path / "run-secrets")
@@ -180,11 +198,22 @@ class TestValues:
             ("http://proxy.lab.example/", OutboundProxy("proxy.lab.example", 80)),
             ("http://[::1]:3128", OutboundProxy("::1", 3128)),
             ("http://jo%40lab:p%3Aw@proxy:1", OutboundProxy.of("proxy", 1, "jo@lab", "p:w")),
+            ("http://jo:a#b@proxy:1", OutboundProxy.of("proxy", 1, "jo", "a#b")),
+            ("http://jo:a@b@proxy:1", OutboundProxy.of("proxy", 1, "jo", "a@b")),
+            ("http://jo:a/b?c:d@proxy:1/", OutboundProxy.of("proxy", 1, "jo", "a/b?c:d")),
+            ("http://jo:a://b@proxy", OutboundProxy.of("proxy", 80, "jo", "a://b")),
+            ("http://jo:100%@proxy:1", OutboundProxy.of("proxy", 1, "jo", "100%")),
+            ("http://LAB\\jo: \u00fc[1]@[::1]:1", OutboundProxy.of("::1", 1, "LAB\\jo", " \u00fc[1]")),
+            ("jo@proxy:1", OutboundProxy.of("proxy", 1, "jo", None)),
+            ("HTTP://Proxy.Lab.Example.:1", OutboundProxy("proxy.lab.example.", 1)),
+            ("none", DIRECT),
+            ("OFF", DIRECT),
+            ("direct", DIRECT),
         ],
     )
     @pytest.mark.usefixtures("account")
     def test_a_corporate_proxy(self, monkeypatch: pytest.MonkeyPatch, text: str, expected: OutboundProxy) -> None:
-        """User name and password are percent-decoded."""
+        """User name and password are percent-decoded, and may hold what an address may not."""
         monkeypatch.setenv("METQUAY_OUTBOUND_PROXY", text)
         assert expected == load().outbound_proxy
 
@@ -507,11 +536,17 @@ class TestProblems:
             ("METQUAY_CLIENT_KEYS", f"hunter2 hunter2:{KEY}", "entry 1 is not name:key"),
             ("METQUAY_CLIENT_KEYS", f"a:{KEY},a:{OTHER_KEY}", "names must be unique"),
             ("METQUAY_CLIENT_KEYS", f"a:{KEY},b:{KEY}", "has a key twice"),
-            ("METQUAY_OUTBOUND_PROXY", "socks5://u:hunter2@box", "must be the address of a proxy"),
-            ("METQUAY_OUTBOUND_PROXY", "https://u:hunter2@box", "must be the address of a proxy"),
-            ("METQUAY_OUTBOUND_PROXY", "http://u:hunter2@", "must be the address of a proxy"),
-            ("METQUAY_OUTBOUND_PROXY", "http://box:hunter2", "must be the address of a proxy"),
-            ("METQUAY_OUTBOUND_PROXY", "http://box:1/?hunter2", "must be the address of a proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "socks5://u:hunter2@box", "is a SOCKS proxy, which can't be used"),
+            ("METQUAY_OUTBOUND_PROXY", "SOCKS4A://u:hunter2#@box:1080/", "is a SOCKS proxy, which can't be used"),
+            ("METQUAY_OUTBOUND_PROXY", "https://u:hunter2@box", "is a proxy that is itself spoken to over TLS"),
+            ("METQUAY_OUTBOUND_PROXY", "http://hunter2/proxy.PAC", "is a script (PAC) for browsers"),
+            ("METQUAY_OUTBOUND_PROXY", "http://u:hunter2@", "must be the address of an HTTP proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "http://box:hunter2", "must be the address of an HTTP proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "http://u:hunter2@box:99999", "must be the address of an HTTP proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "http://u:hunter2@box:0", "must be the address of an HTTP proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "ftp://u:hunter2@box", "must be the address of an HTTP proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "http://box:1/?hunter2", "must be the address of an HTTP proxy"),
+            ("METQUAY_OUTBOUND_PROXY", "http://box:1/hunter2", "must be the address of an HTTP proxy"),
         ],
     )
     @pytest.mark.usefixtures("account")
@@ -623,8 +658,71 @@ class TestProblems:
             assert "is not the private key, in PEM form and without a password, of the certificate in" in line
         (line,) = problems({"tls_cert": str(tmp_path / "none"), "tls_key": key})
         assert line.startswith("METQUAY_TLS_CERT (--tls-cert): cannot read ")
-        (line,) = problems({"ca_bundle": key})
-        assert line.endswith("holds no certificate in PEM form (a text with BEGIN CERTIFICATE)")
+
+    @pytest.mark.parametrize(("damaged", "line"), [(0, 1), (1, 12), (2, 23)])
+    @pytest.mark.parametrize("how", ["changed", "cut short", "copied by halves"])
+    @pytest.mark.usefixtures("account")
+    def test_one_bad_certificate_among_good_ones(self, write: Write, damaged: int, line: int, how: str) -> None:
+        """It is said which one, and where it begins, since the others are in order."""
+        certificates = [b"\n".join(CERTIFICATE) + b"\n"] * 3
+        lines = list(CERTIFICATE)
+        if how == "changed":
+            lines[2] = lines[2][:-4] + b"!" + lines[2][-3:]
+        elif how == "cut short":
+            lines[5:-1] = []
+        else:
+            lines[5:] = []
+        certificates[damaged] = b"\n".join(lines) + b"\n"
+        path = write("bundle.pem", b"".join(certificates))
+        (problem,) = problems({"ca_bundle": str(path)})
+        expected = f"certificate {damaged + 1} of 3 in {path} (beginning at line {line}) can't be read"
+        assert expected in problem
+
+    @pytest.mark.parametrize(
+        ("content", "complaint"),
+        [
+            (b"", "is empty"),
+            (b"\n \n", "is empty"),
+            (PEM, "is saved as UTF-16"),
+            (
+                b"-----BEGIN PKCS7-----\nMIIB\n-----END PKCS7-----\n",
+                "(p7b). Convert it: openssl pkcs7 -print_certs -in",
+            ),
+            (b"\x30\x82\x01\x00\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02\xa0", "openssl pkcs7 -inform der"),
+            (b"\x30\x80\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02\xa0", "openssl pkcs7 -inform der"),
+            (b"\x30\x82\x0a\x0a\x02\x01\x03\x30", "openssl pkcs12 -nokeys -in"),
+            (ssl.PEM_cert_to_DER_cert(PEM), "is in binary (DER) form. Convert it: openssl x509 -inform der -in"),
+            (
+                b"-----BEGIN PRIVATE KEY-----\nMIIB\n-----END PRIVATE KEY-----\n",
+                "holds a private key and no certificate",
+            ),
+            (b"-----BEGIN EC PRIVATE KEY-----\nMIIB\n", "holds a private key and no certificate"),
+            (b"-----BEGIN NEW CERTIFICATE REQUEST-----\nMIIB\n", "holds the request for a certificate"),
+            (b"\n  ".join([b"ca: |", *CERTIFICATE]), "does not begin at the beginning of a line"),
+            (b" ".join(CERTIFICATE), "certificate 1 of 1"),
+            (b"0815", "holds no certificate in PEM form (a text with BEGIN CERTIFICATE)"),
+            (b"<html>", "holds no certificate in PEM form (a text with BEGIN CERTIFICATE)"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_a_file_without_certificates(self, write: Write, content: bytes | str, complaint: str) -> None:
+        """It is said what it looks like, and how to convert it."""
+        path = write("bundle", content if isinstance(content, bytes) else content.encode("utf-16"))
+        (problem,) = problems({"ca_bundle": str(path)})
+        assert problem.startswith("METQUAY_CA_BUNDLE (--ca-bundle): ")
+        assert complaint in problem
+        assert str(path) in problem
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"\r\n".join(CERTIFICATE), b"# M\xfcller\n" + PEM.encode() * 2, b"\xef\xbb\xbf" + PEM.encode()],
+        ids=["Windows lines", "comments", "byte order mark"],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_what_openssl_reads(self, write: Write, content: bytes) -> None:
+        """Line ends, comments and a mark do no harm."""
+        path = write("bundle", content)
+        assert path == load({"ca_bundle": str(path)}).ca_bundle
 
     @pytest.mark.usefixtures("account")
     def test_a_key_with_a_password_is_refused_instead_of_asking(self, tmp_path: Path) -> None:
@@ -695,9 +793,11 @@ class TestMasking:
             ("METQUAY_CLIENT_KEYS", KEY, "***"),
             ("METQUAY_OUTBOUND_PROXY", "http://u:p%2F@box:1", "http://***@box:1"),
             ("METQUAY_OUTBOUND_PROXY", "u:secret@box", "http://***@box:80"),
+            ("METQUAY_OUTBOUND_PROXY", "http://u:se/cr#t@box", "http://***@box:80"),
+            ("METQUAY_OUTBOUND_PROXY", "socks5://u:secret@box", "***"),
+            ("METQUAY_OUTBOUND_PROXY", "none", "none"),
             ("METQUAY_OUTBOUND_PROXY", "u:se cret@box", "http://***@box:80"),
             ("METQUAY_OUTBOUND_PROXY", "u:secret", "***"),
-            ("METQUAY_OUTBOUND_PROXY", "http://u:se/cret@box", "***"),
             ("METQUAY_HOST", "https://u:p@lab.metquay.co", "https://***@lab.metquay.co"),
             ("METQUAY_CA_BUNDLE", "/etc/a@b.pem", "/etc/a@b.pem"),
         ],
@@ -967,3 +1067,101 @@ class TestRedis:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "redis" else pytest.fail(name))
         (line,) = problems({"redis_url": "redis://localhost"})
         assert "pip install 'metquay-proxy[redis]'" in line
+
+
+class TestSystemProxy:
+    """Which corporate proxy is taken, the setting's or the system's."""
+
+    @pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])
+    @pytest.mark.usefixtures("account")
+    def test_the_systems_is_taken(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        """The variables may be written in capitals or not."""
+        monkeypatch.setenv(name, "http://u:p#w@proxy:3128/")
+        settings = load()
+        assert settings.host is not None
+        assert OutboundProxy.of("proxy", 3128, "u", "p#w") == outbound_proxy(settings, settings.host)
+        assert () == settings.warnings
+
+    @pytest.mark.parametrize(("setting", "expected"), [("none", None), ("other:1", OutboundProxy("other", 1))])
+    @pytest.mark.usefixtures("account")
+    def test_the_setting_goes_before_it(
+        self, monkeypatch: pytest.MonkeyPatch, setting: str, expected: OutboundProxy | None
+    ) -> None:
+        """It takes the system's place, whatever NO_PROXY says; and none means none, not even the system's."""
+        monkeypatch.setenv("HTTPS_PROXY", "socks5://proxy")
+        monkeypatch.setenv("NO_PROXY", "*")
+        monkeypatch.setenv("METQUAY_OUTBOUND_PROXY", setting)
+        settings = load()
+        assert settings.host is not None
+        assert expected == outbound_proxy(settings, settings.host)
+        assert () == settings.warnings
+
+    @pytest.mark.parametrize(
+        ("url", "why"),
+        [
+            ("socks5h://u:hunter2@proxy:1080", "is a SOCKS proxy"),
+            ("https://u:hunter2@proxy:443", "is a proxy that is itself spoken to over TLS"),
+            ("http://wpad/wpad.dat", "is a script (PAC)"),
+            ("hunter2 hunter2", "must be the address of an HTTP proxy"),
+        ],
+    )
+    @pytest.mark.usefixtures("account")
+    def test_one_that_cannot_be_used_is_told(self, monkeypatch: pytest.MonkeyPatch, url: str, why: str) -> None:
+        """In one line, without its password; then the way is a direct one. Behind NO_PROXY it does not matter."""
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        settings = load()
+        assert settings.host is not None
+        assert None is outbound_proxy(settings, settings.host)
+        (warning,) = settings.warnings
+        assert warning.startswith(f"HTTPS_PROXY, or the system's proxy setting, {why}")
+        assert "Metquay is asked directly; METQUAY_OUTBOUND_PROXY takes its place" in warning
+        assert "hunter2" not in warning
+        monkeypatch.setenv("no_proxy", "metquay.co")
+        assert () == load().warnings
+
+    def test_not_within_this_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Clear text stays on this machine."""
+        monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+        monkeypatch.setenv("ALL_PROXY", "http://proxy:3128")
+        settings = Settings(host="http://localhost:1", access_key="a", secret_key="s", outbound_proxy="proxy:1")  # noqa: S106 - nobody's
+        assert settings.host is not None
+        assert None is outbound_proxy(settings, settings.host)
+
+    @pytest.mark.parametrize(
+        ("no_proxy", "host", "port", "expected"),
+        [
+            ("lab.metquay.co", "lab.metquay.co", 443, True),
+            ("metquay.co", "lab.metquay.co", 443, True),
+            (".metquay.co", "lab.metquay.co", 443, True),
+            ("*.metquay.co", "lab.metquay.co", 443, True),
+            ("METQUAY.co.", "lab.metquay.co", 443, True),
+            ("lab.metquay.co:443", "lab.metquay.co", 443, True),
+            ("*.metquay.co:8443", "lab.metquay.co", 8443, True),
+            ("lab.metquay.co:443", "lab.metquay.co", 8443, False),
+            ("*", "lab.metquay.co", 443, True),
+            ("localhost, *", "lab.metquay.co", 443, True),
+            ("localhost,127.0.0.1 ,\t.metquay.co", "lab.metquay.co", 443, True),
+            ("localhost 127.0.0.1 metquay.co", "lab.metquay.co", 443, True),
+            ("10.0.0.0/8", "10.1.2.3", 443, True),
+            ("10.0.0.0/8", "11.1.2.3", 443, False),
+            ("10.1.2.3", "10.1.2.3", 443, True),
+            ("10.1.2.3:8443", "10.1.2.3", 443, False),
+            ("10.1.2.3:443", "10.1.2.3", 443, True),
+            ("10.1.2.0/24", "lab.metquay.co", 443, False),
+            ("2001:db8::/32", "2001:db8::1", 443, True),
+            ("2001:DB8:0::1", "2001:db8::1", 443, True),
+            ("[2001:db8::1]", "2001:db8::1", 443, True),
+            ("[2001:db8::1]:443", "2001:db8::1", 443, True),
+            ("[2001:db8::1]:8443", "2001:db8::1", 443, False),
+            ("", "lab.metquay.co", 443, False),
+            (",, ", "lab.metquay.co", 443, False),
+            ("quay.co", "lab.metquay.co", 443, False),
+            ("xlab.metquay.co", "lab.metquay.co", 443, False),
+            ("lab.metquay.co.evil.example", "lab.metquay.co", 443, False),
+            ("http://lab.metquay.co", "lab.metquay.co", 443, False),
+            ("lab.*.co", "lab.metquay.co", 443, False),
+        ],
+    )
+    def test_no_proxy(self, no_proxy: str, host: str, port: int, *, expected: bool) -> None:
+        """NO_PROXY is read as curl and Go read it."""
+        assert expected is goes_directly(no_proxy, host, port)

@@ -44,6 +44,8 @@ RULES = TargetRules("/api/v1", [("lab.metquay.co", 443), ("localhost", 6387)], p
         ("https://lab.metquay.co", "/api/v1/"),
         ("https://lab.metquay.co?x", "/api/v1/?x"),
         ("http://localhost:6387/customers", "/api/v1/customers"),
+        ("https://lab.metquay.co./customers", "/api/v1/customers"),
+        ("http://localhost.:6387/customers", "/api/v1/customers"),
     ],
 )
 def test_canonical_form(raw: str, sent: str) -> None:
@@ -95,6 +97,8 @@ def test_canonical_form(raw: str, sent: str) -> None:
         "https://lab.metquay.co:4x/customers",
         "https://lab.metquay.co\u2100/customers",
         "https:///customers",
+        "https://./customers",
+        "https://lab.metquay.co../customers",
         "https:/customers",
         "ftp://lab.metquay.co/customers",
         "lab.metquay.co:443",

@@ -76,6 +76,32 @@ async def test_right_ca(ca: trustme.CA, bundle: str) -> None:
         assert (200, None) == (status, slug)
 
 
+@pytest.mark.parametrize("shown", ["the whole chain", "its own certificate alone"])
+async def test_issuing_ca(ca: trustme.CA, tmp_path: Path, shown: str) -> None:
+    """The CA that issued the certificate will do in METQUAY_CA_BUNDLE, without the root above it, as for curl."""
+    issuing = ca.create_child_ca()
+    issuing.cert_pem.write_to_path(str(tmp_path / "issuing.pem"))
+    cert = issuing.issue_cert("localhost")
+    if shown != "the whole chain":
+        cert.cert_chain_pems[1:] = []
+    async with (
+        tls_sandbox(cert) as sandbox,
+        running(f"https://localhost:{sandbox.port}", ca_bundle=str(tmp_path / "issuing.pem")) as (_, url),
+    ):
+        assert 200 == (await ask(url))[0]
+
+
+async def test_another_issuing_ca(ca: trustme.CA, tmp_path: Path) -> None:
+    """What another CA under the same root issued is not accepted for it."""
+    ca.create_child_ca().cert_pem.write_to_path(str(tmp_path / "issuing.pem"))
+    async with (
+        tls_sandbox(ca.create_child_ca().issue_cert("localhost")) as sandbox,
+        running(f"https://localhost:{sandbox.port}", ca_bundle=str(tmp_path / "issuing.pem"), max_wait="1") as (_, url),
+    ):
+        assert (502, "upstream-tls") == (await ask(url))[:2]
+        assert 0 == sandbox.requests + sandbox.logins + sandbox.refused_logins
+
+
 @pytest.mark.parametrize("fault", ["unknown CA", "self-signed", "expired", "wrong name"])
 async def test_wrong_certificate(ca: trustme.CA, bundle: str, fault: str) -> None:
     """A certificate that can't be trusted is refused with a text that says what to do, and nothing is sent."""
@@ -208,7 +234,7 @@ async def test_corporate_proxy_with_wrong_certificate(bundle: str) -> None:
         assert corporate.asked
 
 
-@pytest.mark.parametrize(("no_proxy", "used"), [(None, True), ("localhost", False), ("other.example", True)])
+@pytest.mark.parametrize(("no_proxy", "used"), [(None, True), ("localhost:{}", False), ("localhost:1", True)])
 async def test_system_proxy(
     ca: trustme.CA, bundle: str, monkeypatch: pytest.MonkeyPatch, no_proxy: str | None, *, used: bool
 ) -> None:
@@ -220,7 +246,7 @@ async def test_system_proxy(
     async with tls_sandbox(ca.issue_cert("localhost")) as sandbox, corporate as address:
         monkeypatch.setenv("HTTPS_PROXY", f"http://{address}")
         if no_proxy is not None:
-            monkeypatch.setenv("NO_PROXY", no_proxy)
+            monkeypatch.setenv("NO_PROXY", no_proxy.format(sandbox.port))
         async with running(f"https://localhost:{sandbox.port}", ca_bundle=bundle) as (_, url):
             assert 200 == (await ask(url))[0]
         assert used is bool(corporate.asked)

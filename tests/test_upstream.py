@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -67,7 +68,9 @@ async def far() -> AsyncIterator[Upstream]:
 
 
 @contextlib.asynccontextmanager
-async def speaking(play: Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]) -> AsyncIterator[int]:
+async def speaking(
+    play: Callable[[asyncio.StreamReader, asyncio.StreamWriter], object], tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
     """Listen with raw streams; yields the port."""
     writers = []
 
@@ -76,7 +79,7 @@ async def speaking(play: Callable[[asyncio.StreamReader, asyncio.StreamWriter], 
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             await play(reader, writer)  # type: ignore[misc]
 
-    server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+    server = await asyncio.start_server(accepted, "127.0.0.1", 0, ssl=tls)
     yield server.sockets[0].getsockname()[1]
     server.close()
     for writer in writers:
@@ -118,17 +121,18 @@ async def test_warm(far: Upstream) -> None:
 class Warmth:
     """A transport on a clock that stands still, and the connections that its upstream has accepted so far."""
 
-    def __init__(self, *, answers: bool = True, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, *, answers: bool = True, answer: bytes = OK, tls: ssl.SSLContext | None = None) -> None:
         self.now = 1000.0
         self.accepted: list[asyncio.StreamWriter] = []
         self._answers = answers
+        self._answer = answer
         self._tls = tls
 
     async def _play(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted.append(writer)
         while self._answers:
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(OK)
+            writer.write(self._answer)
         writer.transport.abort()
 
     @contextlib.asynccontextmanager
@@ -151,6 +155,52 @@ class Warmth:
         self.now += seconds
         await asyncio.sleep(0.06)
         return len(self.accepted)
+
+
+class TestHowLongAConnectionIsUsed:
+    """A pooled connection is used while it is young, and while the upstream keeps it."""
+
+    async def test_five_minutes(self) -> None:
+        """Under load too a new one is opened after that, so that a changed DNS answer is followed."""
+        warmth = Warmth()
+        async with warmth.transport() as transport:
+            accepted = []
+            for _ in range(400):
+                await (await transport.send("GET", GET, no_body())).read()
+                accepted.append(len(warmth.accepted))
+                warmth.now += 2.0
+        assert [1] * 150 + [2] * 150 + [3] * 100 == accepted
+
+    @pytest.mark.parametrize("method", ["GET", "POST"])
+    @pytest.mark.parametrize(
+        ("said", "idle", "accepted"),
+        [
+            (b"timeout=1", 0.4, 1),
+            (b"timeout=1", 0.6, 2),
+            (b"timeout=1", 1.5, 2),
+            (b"timeout=2, max=99", 0.9, 1),
+            (b"timeout=2, max=99", 1.1, 2),
+            (b"timeout=0", 0.0, 2),
+            (b"timeout=60", 1.9, 1),
+            (b"max=99", 1.9, 1),
+        ],
+    )
+    async def test_the_upstreams_own_word(self, method: str, said: bytes, idle: float, accepted: int) -> None:
+        """Keep-Alive is believed where it says less than our own bounds, a second or half the time before its end."""
+        warmth = Warmth(answer=answered(b"Keep-Alive: " + said, body=b"ok"))
+        async with warmth.transport() as transport:
+            await (await transport.send(method, GET, no_body())).read()
+            warmth.now += idle
+            await (await transport.send(method, GET, no_body())).read()
+        assert accepted == len(warmth.accepted)
+
+    async def test_what_is_no_longer_kept_is_closed(self) -> None:
+        """It does not wait for a request that could not use it."""
+        warmth = Warmth(answer=answered("Keep-Alive: timeout=1", body=b"ok"))
+        async with warmth.transport() as transport:
+            await (await transport.send_own("GET", GET, no_body())).read()
+            assert (1, (0, 1)) == (await warmth.passes(0.4), transport.connections)
+            assert (1, (0, 0)) == (await warmth.passes(0.2), transport.connections)
 
 
 class TestKeptWarm:
@@ -246,9 +296,10 @@ async def test_the_moment_of_sending(far: Upstream, failing: str | None) -> None
         writer.close()
 
     async with speaking(close) as port:
-        url = f"https://localhost:{port}" if failing in {"tls", "tunnel"} else far.url
+        secure = failing in {"tls", "tunnel"}
+        url, tls = (f"https://localhost:{port}", ssl.create_default_context()) if secure else (far.url, None)
         proxy = OutboundProxy("127.0.0.1", port) if failing == "tunnel" else None
-        transport = transport_to(url, ssl.create_default_context() if failing == "tls" else None, proxy=proxy)
+        transport = transport_to(url, tls, proxy=proxy)
         if failing == "tcp":
             far.refuse()
         if failing == "pooled":  # it is closing, though the pool has not heard of that
@@ -349,11 +400,25 @@ def test_outbound_proxy() -> None:
     assert "OutboundProxy(proxy:80)" == repr(OutboundProxy.of("proxy", 80, "u", "p"))
 
 
+NO_TUNNEL = b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n", "METQUAY_OUTBOUND_PROXY"),
-        (b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n", "status 503"),
+        (NO_TUNNEL % b"407 No", "does not accept the user name and password in METQUAY_OUTBOUND_PROXY"),
+        (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Negotiate, Basic realm="x"', "does not accept the user name and"),
+        (NO_TUNNEL % b"407 No\r\nPROXY-AUTHENTICATE: NTLM\r\nProxy-Authenticate: Negotiate", "by NTLM or Negotiate,"),
+        (NO_TUNNEL % b"407 No\r\nProxy-Authenticate: Negotiate, NTLM", "px (or cntlm, for NTLM) does"),
+        (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Digest realm="a", nonce="basic"', "a login by Digest,"),
+        (
+            NO_TUNNEL % b"403 No",
+            "refused the way to lab.metquay.example:443 (status 403). Ask whoever runs it",
+        ),
+        (NO_TUNNEL % b"405 No", "It seems to be a web server, or a proxy that opens no tunnels"),
+        (NO_TUNNEL % b"302 Found", "It wants you to log in by a browser first"),
+        (NO_TUNNEL % b"502 No", "found no way to lab.metquay.example:443 (status 502). The fault lies behind it"),
+        (NO_TUNNEL % b"503 No", "status 503"),
         (b"SSH-2.0-x\r\n\r\n", "not valid HTTP"),
         (b"", "closed the connection"),
     ],
@@ -382,6 +447,150 @@ async def test_tunnel_refused(answer: bytes, text: str) -> None:
         b"",
     ]
     assert [b"\r\n".join(lines)] == seen
+
+
+@pytest.mark.parametrize(("host", "why"), [("127.0.0.1", "nothing listens there"), ("proxy.invalid", "looked up")])
+async def test_corporate_proxy_away(host: str, why: str) -> None:
+    """Where the corporate proxy itself can't be reached, its setting is to be checked, not Metquay's."""
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    proxy = OutboundProxy(host, port)
+    error = await failure(transport_to("https://lab.metquay.example", ssl.create_default_context(), proxy=proxy))
+    assert error.message.startswith(f"The corporate proxy {host}:{port} could not be reached: ")
+    assert why in error.message
+    assert "Check METQUAY_OUTBOUND_PROXY (or the system's)" in error.message
+    assert "METQUAY_HOST" not in error.message
+
+
+async def test_corporate_proxy_that_resets() -> None:
+    """A reset behind the corporate proxy, in mid-handshake, is told without the system's number for it."""
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await reader.read(1)
+        handle = writer.get_extra_info("socket")
+        handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    async with speaking(play) as port:
+        proxy = OutboundProxy("127.0.0.1", port)
+        error = await failure(transport_to("https://lab.metquay.example", ssl.create_default_context(), proxy=proxy))
+    assert "no" == error.sent
+    assert "Errno" not in error.message
+    assert f"lab.metquay.example (through the corporate proxy 127.0.0.1:{port})" in error.message
+
+
+async def test_tunnel_for_nobody() -> None:
+    """Where the corporate proxy wants a password and has none, it is said where to put it."""
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Basic realm="x"')
+        writer.close()
+
+    async with speaking(play) as port:
+        proxy = OutboundProxy("127.0.0.1", port)
+        error = await failure(transport_to("https://lab.metquay.example", ssl.create_default_context(), proxy=proxy))
+    assert "wants a user name and password: put them into METQUAY_OUTBOUND_PROXY" in error.message
+
+
+def certified(name: str) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return the contexts of a server with a certificate for a name, and of a client that trusts it."""
+    authority = trustme.CA()
+    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert(name).configure_cert(server)
+    authority.configure_trust(client)
+    return server, client
+
+
+@pytest.mark.parametrize("through", ["nothing", "a corporate proxy"])
+async def test_final_dot(monkeypatch: pytest.MonkeyPatch, through: str) -> None:
+    """With a final dot a host is looked up, and shown to nobody else: neither in SNI nor to the corporate proxy."""
+    server_tls, client_tls = certified("lab.metquay.example")
+    asked: list[str | bytes | None] = []
+    server_tls.sni_callback = lambda _, name, __: asked.append(name)
+    look_up = socket.getaddrinfo
+
+    def here(host: str, *rest: object, **options: object) -> object:
+        if host.startswith("127."):
+            return look_up(host, *rest, **options)  # type: ignore[arg-type]
+        if options.get("flags"):
+            raise socket.gaierror
+        asked.append(host)
+        return look_up("127.0.0.1", *rest, **options)  # type: ignore[arg-type]
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if through != "nothing":
+            asked.append((await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[1])
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            await writer.start_tls(server_tls)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+
+    monkeypatch.setattr("metquay_proxy.upstream.socket.getaddrinfo", here)
+    async with speaking(play, server_tls if through == "nothing" else None) as port:
+        proxy = None if through == "nothing" else OutboundProxy("127.0.0.1", port)
+        transport = transport_to(f"https://lab.metquay.example.:{port}", client_tls, proxy=proxy)
+        assert 200 == (await transport.send("GET", GET, no_body())).head.status
+        transport.close()
+    first = "lab.metquay.example." if proxy is None else f"Host: lab.metquay.example:{port}".encode()
+    assert [first, "lab.metquay.example"] == asked
+
+
+class Upload(NoBody):
+    """The source of a body that never ends; ``meanwhile`` happens before its second piece."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        """Begin."""
+        self._meanwhile = meanwhile
+        self._pieces = 0
+
+    def is_eof(self) -> bool:
+        """Return false."""
+        return False
+
+    at_eof = is_eof
+
+    async def readany(self) -> bytes:
+        """Return the next piece."""
+        self._pieces += 1
+        if self._pieces == 2:
+            self._meanwhile()
+        elif self._pieces > 2:
+            await asyncio.sleep(0)
+        return bytes(100_000)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("tls", [False, True])
+async def test_an_answer_before_the_end_of_an_upload(*, tls: bool, chunked: bool) -> None:
+    """It is passed on where the upstream resets the connection right behind it, and the next write fails."""
+    server_tls, client_tls = certified("127.0.0.1")
+    far_end: list[socket.socket] = []
+
+    def accept() -> None:
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        far_end.append(server_tls.wrap_socket(sock, server_side=True) if tls else sock)
+
+    def refuse() -> None:
+        (sock,) = far_end
+        sock.setblocking(False)  # noqa: FBT003 - the standard library's own
+        sock.sendall(answered(status="413 Content Too Large", body=b"too big"))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        accepting = asyncio.get_running_loop().run_in_executor(None, accept)
+        url = f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
+        transport = transport_to(url, client_tls if tls else None)
+        await transport.warm()
+        await accepting
+        body = RequestBody(Upload(refuse), present=True, chunked=chunked, limit=0, budget=ReplayBudget(0), timeout=1.0)
+        response = await transport.send("POST", GET, body)
+        assert (413, b"too big", b"") == (response.head.status, await response.read(), await response.read())
+        transport.close()
 
 
 async def test_tunnel() -> None:

@@ -450,3 +450,109 @@ async def test_tls_upload_and_download(bench: Bench) -> None:
         await client.send(post(body))
         assert body == (await client.answer()).body
     assert 1 == len(bench.upstream.peers)
+
+
+EARLY = b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 7\r\n\r\ntoo big"
+UPLOADS = {"length": "Content-Length: 2000000", "chunked": "Transfer-Encoding: chunked"}
+
+
+async def refused_early(bench: Bench, framing: str) -> None:
+    """Assert that what the upstream answers in mid-upload reaches the client, though it then resets the connection."""
+    piece = bytes(50_000) if framing == "length" else b"c350\r\n" + bytes(50_000) + b"\r\n"
+    for _ in range(10):
+        client = await bench.client()
+        await client.send(head("POST /x HTTP/1.1", UPLOADS[framing]))
+        pouring = asyncio.ensure_future(client.send(*[piece] * 40))
+        peer = await bench.upstream.peer()
+        await peer.begun()
+        await peer.send(EARLY)
+        peer.reset()
+        answer = await client.answer()
+        assert (413, b"too big", b"close") == (answer.status, answer.body, answer.value(b"Connection"))
+        await pouring
+        client.close()
+
+
+@rule("9112 9.5")
+@pytest.mark.parametrize("framing", UPLOADS)
+async def test_refused_early(bench: Bench, framing: str) -> None:
+    """An answer in mid-upload is passed on, even where the upstream resets the connection right behind it."""
+    await refused_early(bench, framing)
+
+
+@rule("9112 9.5", tls=True)
+@pytest.mark.parametrize("framing", UPLOADS)
+async def test_refused_early_over_tls(bench: Bench, framing: str) -> None:
+    """The same holds over TLS."""
+    await refused_early(bench, framing)
+
+
+@rule("9112 9.5")
+@pytest.mark.parametrize(("status", "goes_on"), [(b"413", False), (b"303", False), (b"200", True)])
+async def test_rest_of_an_upload(bench: Bench, status: bytes, goes_on: bool) -> None:  # noqa: FBT001 - a column
+    """Once an answer begins that is no success, no more of the body is sent; a success may want it."""
+    client = await bench.client()
+    await client.send(head("POST /x HTTP/1.1", "Content-Length: 6"), b"abc", pause=0.01)
+    peer = await bench.upstream.peer()
+    await peer.begun()
+    assert b"abc" == await peer.exactly(3)
+    await peer.send(LENGTH.replace(b"200", status))
+    await client.until(b"abc")
+    await client.send(b"def")
+    if goes_on:
+        assert b"def" == await peer.exactly(3)
+    else:
+        await peer.silent()
+    await peer.send(b"defghij")
+    assert b"defghij" == await client.exactly(7)
+
+
+@rule("contract 4")
+async def test_token_refused_early(bench: Bench) -> None:
+    """A 401 in mid-upload is replayed with a new token, body and all, though the upstream resets the connection."""
+    client = await bench.client()
+    await client.send(head("POST /x HTTP/1.1", "Content-Length: 6"), b"abc", pause=0.01)
+    peer = await bench.upstream.peer()
+    await peer.begun()
+    assert b"abc" == await peer.exactly(3)
+    await peer.send(answered(status="401 Unauthorized"))
+    peer.reset()
+    peer = await bench.upstream.peer()
+    await client.send(b"def")
+    assert b"abcdef" == (await peer.request()).body
+    await peer.send(OK)
+    assert 200 == (await client.answer()).status
+
+
+@rule("contract 4", replay_limit="2")
+async def test_token_refused_early_and_body_gone(bench: Bench) -> None:
+    """The same with a body that was not kept: 503, and the tool sends it again."""
+    client = await bench.client()
+    await client.send(head("POST /x HTTP/1.1", "Content-Length: 6"), b"abc", pause=0.01)
+    peer = await bench.upstream.peer()
+    await peer.begun()
+    assert b"abc" == await peer.exactly(3)
+    await peer.send(answered(status="401 Unauthorized"))
+    peer.reset()
+    answer = await client.answer()
+    assert (503, "retry-with-new-token", b"no") == (answer.status, answer.slug, answer.value(b"X-Metquay-Proxy-Sent"))
+
+
+@rule("9112 7.1.1")
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_padded_chunk_sizes(bench: Bench, version: str) -> None:
+    """Blanks after a chunk's size, as old servers write them, are read."""
+    bench.upstream.plays(CHUNKS + b"4   \r\ndefg\r\n0     \r\n\r\n")
+    client = await bench.client()
+    await client.send(head(f"GET /x HTTP/{version}"))
+    assert b"abcdefg" == (await client.answer()).body
+
+
+@rule("9112 7.1.1")
+async def test_padded_chunk_sizes_of_the_client(bench: Bench) -> None:
+    """Of a client they are refused: another server may read them differently."""
+    client = await bench.client()
+    await client.send(head("POST /x HTTP/1.1", "Transfer-Encoding: chunked") + b"3 \r\nabc\r\n0\r\n\r\n")
+    assert 400 == (await client.answer()).status
+    await asyncio.sleep(0.02)
+    assert [] == bench.upstream.requests
