@@ -662,6 +662,7 @@ def early(folder: Path, where: str, *numbers: int) -> dict[str, str]:
 
 @posix_only
 @pytest.mark.parametrize("where", PARTS)
+@pytest.mark.slow
 def test_while_it_loads(tmp_path: Path, where: str) -> None:
     """A signal that comes while the program still loads its parts ends it with 0, and without a word."""
     variables = early(tmp_path, where, signal.SIGTERM)
@@ -679,6 +680,7 @@ def test_while_it_loads(tmp_path: Path, where: str) -> None:
 
 @posix_only
 @pytest.mark.parametrize("where", PARTS)
+@pytest.mark.slow
 async def test_harmless_signals_while_it_loads(tmp_path: Path, where: str) -> None:
     """SIGUSR1, SIGUSR2 and, without a terminal, SIGHUP end nothing while the program still loads its parts."""
     with process(tmp_path, "serve", "--sandbox", **early(tmp_path, where, *HARMLESS)) as command:
@@ -712,6 +714,7 @@ os.open(os.environ["TERMINAL"], os.O_RDWR)  # a process that leads a session and
 
 
 @posix_only
+@pytest.mark.slow
 async def test_a_terminal_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a controlling terminal SIGHUP means that this was closed: the program ends, after the requests in flight."""
     controller, terminal = os.openpty()
@@ -733,6 +736,7 @@ async def test_a_terminal_that_is_closed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @posix_only
+@pytest.mark.slow
 async def test_nohup(tmp_path: Path) -> None:
     """Where SIGHUP is ignored at the start, as under nohup, it stays ignored: nothing is read again."""
     (tmp_path / "sitecustomize.py").write_text("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)")
@@ -813,6 +817,7 @@ def test_what_is_printed_can_be_pasted(tmp_path: Path, settings: dict[str, str],
         assert pasted.stdout.startswith("ready" if "client_key" in str(settings) else "[{")
 
 
+@pytest.mark.slow
 def test_with_json_logs_all_is_json(tmp_path: Path) -> None:
     """What is printed, warnings, and what keeps the proxy from starting; each a line of its own."""
     words = [sys.executable, "-m", "metquay_proxy", "serve", "--sandbox"]

@@ -94,6 +94,7 @@ async def test_a_write_whose_client_left_is_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes")
+@pytest.mark.slow
 def test_a_log_that_can_not_be_written_keeps_the_proxy_from_starting(tmp_path: Path) -> None:
     """It ends with 2, before anything listens, and says why in one line: unaudited writes are worse than none."""
     os.mkfifo(tmp_path / "pipe")

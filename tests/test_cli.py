@@ -307,6 +307,7 @@ class TestStreams:
         assert 0 == cli.main(["--version"])
 
     @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+    @pytest.mark.slow
     def test_any_encoding(self, tmp_path: Path, encoding: str) -> None:
         """What an encoding lacks is written as an escape."""
         more = {"PYTHONIOENCODING": encoding, "METQUAY_CA_BUNDLE": "日/ca.pem"}

@@ -35,6 +35,7 @@ async def sandbox() -> AsyncIterator[Sandbox]:
     await sandbox.stop()
 
 
+@pytest.mark.slow
 async def test_nothing_secret_is_written(tmp_path: Path, sandbox: Sandbox) -> None:
     """Logs at debug level, errors, own pages and the process list hold no secret, in good times and in bad ones."""
     environment = {
