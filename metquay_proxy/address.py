@@ -3,9 +3,8 @@
 Owns that spelling alone. Pure, and shared by the settings and by ``health``, which has 60 ms for everything: it must
 not import what is slow to load (``dataclasses`` costs as much as ``socket``; ``ipaddress`` waits until it is needed).
 
-Facts: RFC 3986 section 3.2.2 (an IPv6 address stands in brackets; a final dot changes no host), RFC 4291 section
-2.5.5.2 (IPv4-mapped addresses). Go, nginx and Docker take [::] for every address of both families. Python has no unix
-sockets on Windows.
+Facts: RFC 3986 section 3.2.2 (an IPv6 address stands in brackets; a final dot changes no host). Go, nginx and Docker
+take [::] for every address of both families. Python has no unix sockets on Windows.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ _PORT: Final = re.compile(r"[0-9]{1,5}")
 _MAX_PORT: Final = 65535
 _BOTH: Final = {"localhost": ("127.0.0.1", "::1"), "::": ("0.0.0.0", "::")}  # noqa: S104 - what is written there
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - as above
-_MAPPED: Final = "::ffff:"
 _EXAMPLE: Final = f"write it like {DEFAULT_LISTEN}, [::1]:6387 or unix:/run/metquay.sock"
 
 
@@ -77,11 +75,6 @@ def parse_listen(text: str) -> tuple[Address, ...]:
 def every(host: str) -> str:
     """Return what stands for all addresses of a host's family."""
     return "::" if ":" in host else "0.0.0.0"  # noqa: S104 - for whoever sets it
-
-
-def peer(host: str) -> str:
-    """Return the address of who connected as one writes it: IPv4 that came in by IPv6 (::ffff:192.0.2.1) is IPv4."""
-    return host[len(_MAPPED) :] if host.lower().startswith(_MAPPED) and "." in host else host
 
 
 def _parse(text: str) -> Address:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from metquay_proxy.writer import Writer
+from metquay_proxy.threads import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

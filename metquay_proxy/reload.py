@@ -13,16 +13,16 @@ by a symlink to another folder: contents are compared, not names or times.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import ssl
-import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import structlog
+
+from metquay_proxy.threads import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -152,12 +152,12 @@ class Reload:
         async with self._looking:
             changed = []
             for source in self._sources:
-                found = await _in_thread(source.read)
+                found = await in_thread(source.read)
                 if found == source.seen or not (asked or self._settled(found)):
                     continue
                 source.seen = found
                 try:
-                    changed.append(source.take(await _in_thread(partial(_made, source, found))))
+                    changed.append(source.take(await in_thread(partial(_made, source, found))))
                     source.used = found
                 except Exception as error:  # noqa: BLE001 - whatever it is, the next look must find it mended
                     told = "files were changed and can't be used: what was read before stays in force"
@@ -195,20 +195,3 @@ def _made(source: Source[_T], found: list[_Content]) -> _T:
 
 def _why(error: Exception) -> str:
     return str(error) if isinstance(error, (OSError, ValueError)) else f"unexpected {type(error).__name__}"
-
-
-async def _in_thread(call: Callable[[], _T]) -> _T:
-    """Call in a thread that does not keep the program from ending where a file system does not answer."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[_T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            settle = partial(done.set_result, call())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must reach who waits in the loop
-            settle = partial(done.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(lambda: done.done() or settle())
-
-    threading.Thread(target=run, daemon=True).start()
-    return await done

@@ -27,13 +27,12 @@ import select
 import socket
 import ssl
 import sys
-import threading
 import time
 from collections import deque
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import urljoin
 
 import truststore
@@ -51,6 +50,7 @@ from metquay_proxy.body import ReplayBudget, RequestBody
 from metquay_proxy.errors import ProxyError, Sent, shortage
 from metquay_proxy.http1 import ProtocolError, ResponseHead, ResponseReader
 from metquay_proxy.quota import retry_after_seconds
+from metquay_proxy.threads import in_thread
 
 if sys.platform == "linux":
     import fcntl
@@ -793,16 +793,17 @@ class Transport:
     async def _look_up(self, host: str, port: int) -> Sequence[AddrInfoType]:
         """Return a host's addresses; raise ``socket.gaierror``. Who asks while another asks shares its answer.
 
-        Nothing can cut a look-up short: in one of the loop's own threads it would keep the program from ending.
+        Nothing can cut a look-up short.
         """
         with contextlib.suppress(socket.gaierror):
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         now = self.loop.time()
         if self._looking is None or self._looking[1].done() or now - self._looking[0] > _LOOK_UP_SHARED:
-            found: asyncio.Future[Sequence[AddrInfoType]] = self.loop.create_future()
+            found: asyncio.Future[Any] = in_thread(
+                functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            )
             found.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to see it
             self._looking = now, found
-            threading.Thread(target=_look_up, args=(self.loop, found, host, port), daemon=True).start()
         return await asyncio.shield(self._looking[1])
 
     async def _secure(self, transport: asyncio.Transport, context: ssl.SSLContext) -> Connection:
@@ -812,17 +813,6 @@ class Transport:
             transport.set_protocol(_LastWords(transport))
         connection.connection_made(cast("asyncio.Transport", secured))
         return connection
-
-
-def _look_up(
-    loop: asyncio.AbstractEventLoop, found: asyncio.Future[Sequence[AddrInfoType]], host: str, port: int
-) -> None:
-    try:
-        settle = functools.partial(found.set_result, socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must reach who waits in the loop
-        settle = functools.partial(found.set_exception, error)
-    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-        loop.call_soon_threadsafe(settle)
 
 
 class _BeforeTLS(asyncio.Protocol):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from metquay_proxy.address import DEFAULT_LISTEN, Address, parse_listen, peer
+from metquay_proxy.address import DEFAULT_LISTEN, Address, parse_listen
 
 unix_only = pytest.mark.skipif(sys.platform == "win32", reason="Python has no unix sockets on Windows")
 
@@ -112,21 +112,6 @@ def test_what_a_host_stands_for(host: str, hosts: tuple[str, ...], reach: tuple[
 def test_who_asks_reaches_who_listens(asked: str, listening: str, expected: bool) -> None:  # noqa: FBT001 - a table
     """Whether ``health`` finds a proxy that listens elsewhere than it asks."""
     assert expected is parse_listen(asked)[0].is_reached_at(parse_listen(listening)[0])
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        ("::ffff:192.0.2.1", "192.0.2.1"),
-        ("::FFFF:192.0.2.1", "192.0.2.1"),
-        ("192.0.2.1", "192.0.2.1"),
-        ("2001:db8::1", "2001:db8::1"),
-        ("::ffff:0:1", "::ffff:0:1"),
-    ],
-)
-def test_a_mapped_address_is_an_ipv4_one(host: str, expected: str) -> None:
-    """Who came by IPv4 is shown so, however the system writes it."""
-    assert expected == peer(host)
 
 
 def test_windows_has_no_unix_sockets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from metquay_proxy.audit import AuditLog, try_log, why_not
-from tests.test_writer import soon
+from tests.test_threads import soon
 
 WRITE = {"method": "POST", "path": "/api/v1/customers", "status": 201}
 

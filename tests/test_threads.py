@@ -4,7 +4,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from metquay_proxy.writer import Writer
+from metquay_proxy.threads import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

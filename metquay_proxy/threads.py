@@ -1,22 +1,45 @@
-"""Lines that leave the program by a thread of their own, so that nobody waits for a disk, a pipe or a terminal.
+"""What blocks leaves the event loop by a thread of its own, so that nobody waits for a disk, a pipe or a name server.
 
-Owns the queue and the count of what was lost. Must not know what the lines hold or where they go. The thread is a
-daemon: a write that never returns does not keep the program from ending.
+Owns the threads, and for lines that are written the queue and the count of what was lost. Must not know what is called,
+what the lines hold or where they go. The threads are daemons: a call that never returns does not keep the program from
+ending, as it would in one of the loop's own.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import queue
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_T = TypeVar("_T")
 
 KEPT: Final = 1000
 """Lines that wait at most; further ones are lost."""
 PAUSE: Final = 1.0
 """Seconds from a write that failed to the next attempt."""
+
+
+def in_thread(call: Callable[[], _T]) -> asyncio.Future[_T]:
+    """Call in a thread; return a future of the running loop, which gets what it returns or raises."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[_T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            settle = functools.partial(done.set_result, call())
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must reach who waits in the loop
+            settle = functools.partial(done.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(lambda: done.done() or settle())
+
+    threading.Thread(target=run, daemon=True).start()
+    return done
 
 
 class Writer:
