@@ -6,6 +6,8 @@ fields, and returns an ``Admission`` or raises ``ProxyError``. Must not read bod
 Facts: a web page can make the user's browser send requests to localhost, and by DNS rebinding even read the answers;
 what it can't forge are Host, Origin (Fetch standard, section 3.2) and Sec-Fetch-* (W3C Fetch Metadata). Browsers
 serialize an origin in one way only (HTML standard: lower case, no default port), so that it is compared byte for byte.
+Under plain http and a name that is not localhost they send neither with images, scripts and frames (Secure Contexts,
+section 3.1): what then tells a page is its Referer, where the page does not hide it.
 Names without a dot and ``*.localhost`` (RFC 6761 section 6.3) can't be registered by an attacker. RFC 7617: Basic's
 password begins after the first colon. RFC 9110 section 9.3.8: the answer to TRACE repeats the request's head.
 """
@@ -38,6 +40,7 @@ _LINKED: Final = frozenset({"/", "/-", STATUS_PAGE})
 PLACEHOLDER_LIFETIME: Final = 900
 """Seconds; the same as Metquay's own tokens, so that SDKs renew it as they always do."""
 
+_ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 _HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
 _LONGEST_HOST: Final = 300
 _PLACEHOLDER_WITHOUT_KEYS: Final = "held-by-metquay-proxy"
@@ -144,6 +147,10 @@ class Gate:
                 return Admission(preflight=True)
         elif b"sec-fetch-site" in judged:
             _check_fetch_site(method, target, judged)
+        elif judged.get(b"referer", b"") != b"":
+            referer = head.text(b"referer")
+            page = None if referer is None else _ORIGIN.match(referer)
+            self._check_origin(page and page[0].lower(), head.text(b"host"))
         admission = self._check_key(method, target, judged, now) if self._keys else self._open
         if admission.read_only and method not in READING_METHODS:
             self._check_read_only(method, target, admission)

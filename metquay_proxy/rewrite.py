@@ -41,6 +41,7 @@ _LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*+)")
 _OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 _JUDGED: Final = _DROPPED | {
     b"origin",
+    b"referer",
     b"sec-fetch-site",
     b"sec-fetch-mode",
     b"sec-fetch-dest",

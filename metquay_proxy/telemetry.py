@@ -15,6 +15,7 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import math
 import os
 import re
 import sys
@@ -199,7 +200,7 @@ class Telemetry:
         self._recent: deque[Exchange] = deque(maxlen=RECENT)
         self._remembered = 0
         self._refusals: deque[float] = deque(maxlen=_REFUSALS)
-        self._minutes: deque[list[float]] = deque([[0, 0, 0, 0, 0, 0]], maxlen=60)
+        self._minutes: deque[list[float]] = deque([[-math.inf, 0, 0, 0, 0, 0]], maxlen=60)
 
     def opened(self) -> None:
         """Count an exchange that begins."""

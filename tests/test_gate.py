@@ -310,6 +310,47 @@ class TestOrigin:
 NAVIGATION = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
 
 
+class TestReferer:
+    """What tells a page where its browser says nothing else: under plain http and a name that is not localhost."""
+
+    HOST = "metquay-proxy:6387"
+
+    @pytest.mark.parametrize(
+        "referer", ["http://metquay-proxy:6387/-/", "http://METQUAY-PROXY:6387", f"{TOOLS}/a?b", ""]
+    )
+    def test_own_or_listed(self, referer: str) -> None:
+        """Our own pages and the listed ones may use the proxy, and so may who has none."""
+        assert "admitted" == verdict(OPEN, {"Host": self.HOST, "Referer": referer})
+
+    @pytest.mark.parametrize(
+        "referer",
+        [
+            "http://evil.example/",
+            "https://metquay-proxy:6387/",
+            "http://metquay-proxy:6387.evil.example/",
+            "http://metquay-proxy:6388/",
+            "//metquay-proxy:6387/",
+            "about:client",
+            "\xe9",
+        ],
+    )
+    @pytest.mark.parametrize("path", ["/customers", "/-/status", "/-/", "/-/live"])
+    def test_foreign(self, referer: str, path: str) -> None:
+        """Any other is a foreign page's, on every path."""
+        assert "origin-not-allowed" == verdict(OPEN, {"Host": self.HOST, "Referer": referer}, path=path)
+
+    def test_two(self) -> None:
+        """Nobody may choose between two."""
+        own = ("Referer", f"http://{self.HOST}/")
+        assert "origin-not-allowed" == verdict(OPEN, [("Host", self.HOST), own, own])
+
+    def test_what_the_browser_says_counts_more(self) -> None:
+        """A link to the status page carries the address of the page that it stands on."""
+        fields = {"Referer": "http://intranet.example/", "Sec-Fetch-Site": "cross-site"} | NAVIGATION
+        assert "admitted" == verdict(OPEN, fields, path="/-/")
+        assert "admitted" == verdict(OPEN, {"Referer": "http://intranet.example/", "Origin": TOOLS})
+
+
 class TestFetchMetadata:
     @pytest.mark.parametrize("site", ["same-origin", "none"])
     def test_own_pages_and_typed_addresses(self, site: str) -> None:
