@@ -211,10 +211,10 @@ def headline(  # noqa: PLR0911 - each state has its sentence
     host = status["upstream"].partition("://")[2].partition("/")[0]
     if status.get("sandbox"):
         host = "the built-in sandbox (made-up data)"
-    key = f"key {status['key']}" if status.get("key") else ""
+    key = f"key {status['key']}" if status.get("key") not in {None, "***"} else ""
     if status.get("draining"):
         return "wait", "Stopping: no new requests are taken.", "Start the proxy again when you need it."
-    fails = f"{host} refuses the {key or 'keys'}" if token["rejected"] else f"the login to {host} fails"
+    fails = f"{host} refuses the {key or 'key pair'}" if token["rejected"] else f"the login to {host} fails"
     if not status["ready"]:
         if token["failures_in_a_row"]:
             return "bad", f"Not working: {fails}.", _login_cure(token)
@@ -234,7 +234,8 @@ def headline(  # noqa: PLR0911 - each state has its sentence
 
 def _login_cure(token: Mapping[str, Any]) -> str:
     if token["rejected"]:
-        return (
+        doubts = (token["last_error"] or "").partition(". ")[2]
+        return (doubts and f"{doubts} Correct that, and start the proxy again.") or (
             "Ask whoever looks after Metquay for a valid key pair, put it into METQUAY_ACCESS_KEY and "
             "METQUAY_SECRET_KEY, and start the proxy again. (Keys in files are read anew every minute, without that.)"
         )

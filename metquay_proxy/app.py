@@ -344,13 +344,13 @@ def _lasting(credentials: Callable[[], Credentials]) -> Callable[[], Credentials
 def run(settings: Settings, *, sandbox: bool, warnings: Sequence[str] = ()) -> int:
     """Run the proxy until it is told to stop; return the exit code. ``sandbox``: the simulator is the upstream.
 
-    ``warnings`` are told as those of the settings are.
+    ``warnings`` are told once it listens.
     """
     as_json = configure_logging(settings.log_level, settings.log_format)
-    for warning in (*settings.warnings, *warnings):
+    for warning in settings.warnings:
         log.warning(warning)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_run(settings, sandbox=sandbox, as_json=as_json))
+        return runner.run(_run(settings, sandbox=sandbox, as_json=as_json, warnings=warnings))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -361,7 +361,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _run(settings: Settings, *, sandbox: bool, as_json: bool) -> int:
+async def _run(settings: Settings, *, sandbox: bool, as_json: bool, warnings: Sequence[str]) -> int:
     if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
         log.warning(
             "aiohttp's compiled parser is missing: its slower one in pure Python has had holes. Reinstall aiohttp."
@@ -386,6 +386,8 @@ async def _run(settings: Settings, *, sandbox: bool, as_json: bool) -> int:
             return 1
         print(_welcome(proxy, settings, sandbox=sandbox, as_json=as_json), flush=True)  # noqa: T201 - it is for eyes
         log.info("listening", addresses=proxy.addresses, upstream=str(proxy.base))
+        for warning in warnings:
+            log.warning(warning)
         gc.freeze()  # what the program consists of never becomes garbage: collections need not look at it again
         gc.enable()
         await signals.wait(proxy.server.quit)

@@ -129,7 +129,8 @@ def run(load: Callable[[], Settings], *, sandbox: bool, as_json: bool) -> int:
 def _summary(probes: Sequence[Probe], *, warned: bool) -> str:
     count = Counter(probe.outcome for probe in probes)
     if count["failed"]:
-        return f"{count['failed']} of {len(probes)} checks failed; begin with the first."
+        first = "; begin with the first" if count["failed"] > 1 else ""
+        return f"{count['failed']} of {len(probes)} checks failed{first}."
     well = "Nothing failed, but there is a warning about the settings" if warned else "All is well"
     return f"{well}: {count['ok']} checks passed, {count['skipped']} had nothing to try."
 
@@ -140,7 +141,7 @@ async def probed(load: Callable[[], Settings], *, sandbox: bool = False) -> Asyn
         settings = load()
     except SettingsError as error:
         cure = "Correct that; `metquay-proxy settings` shows where each setting comes from."
-        yield Probe("settings", "failed", ". ".join(error.lines) + ".", cure)
+        yield Probe("settings", "failed", " ".join(f"{line}." for line in (*error.warnings, *error.lines)), cure)
         return
     warnings = (warning for warning in settings.warnings if warning not in settings.doubts)  # `keys` tells those
     yield Probe("settings", "ok", "; ".join(warnings) or "complete")
@@ -341,7 +342,8 @@ class _Check:
         try:
             used = json.loads(self._own_status.partition(b"\r\n\r\n")[2])["quota"]["used"]
         except (ValueError, LookupError, TypeError):
-            return "ok", f"{rate.limit} in {rate.window:g} s; no running proxy says how many are used"
+            why = "a running proxy tells only who has a client key" if self._settings.keys else "no running proxy says"
+            return "ok", f"{rate.limit} in {rate.window:g} s; {why} how many are used"
         return "ok", f"{max(0, rate.limit - used)} of {rate.limit} in {rate.window:g} s are left"
 
     async def _redis(self) -> tuple[str, ...]:

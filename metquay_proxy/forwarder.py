@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import math
 import random
 import time
 from dataclasses import dataclass, replace
@@ -452,7 +453,9 @@ class Forwarder:
                 return
             wait = self._line.snapshot().next_free_in
         if not attempts.repeatable or self._clock() + wait > attempts.deadline:
-            raise _quota_exceeded(wait)
+            raise _quota_exceeded(
+                wait, "Metquay answered that its limit is reached (429): something else may use it too."
+            )
         attempts.wait = wait
 
     def _back_off(
@@ -592,9 +595,12 @@ async def _beginning(response: Response, limit: int) -> bytes:
     return beginning
 
 
-def _quota_exceeded(seconds: float) -> ProxyError:
-    msg = (
-        "Metquay limits the requests of this key pair, and more are asked for than could be sent in time. "
-        "Try again after the seconds that Retry-After names, or ask for less at once."
+def _quota_exceeded(seconds: float, *, by_metquay: bool) -> ProxyError:
+    wait = max(1, math.ceil(seconds))
+    why = (
+        "Metquay says that its limit is reached (429); something else may use it too."
+        if by_metquay
+        else "More is asked for than Metquay grants this key pair."
     )
+    msg = f"{why} Nothing was changed. Send it again in {wait} s, or ask for more records at once (limit=500)."
     return ProxyError("quota-exceeded", msg, retry_after=seconds)

@@ -232,14 +232,11 @@ class Gate:
     def _check_read_only(self, method: str, target: Target, admission: Admission) -> None:
         if _is_login(method, target):
             return
-        if target.own:
-            key = self.key_of(admission.client)
-            if key is None or not key.read_only or target.local == "/-/test":
-                return
-        msg = (
-            f"{method} was refused: this proxy, or the client key that was used, may only read. "
-            "Nothing was changed in Metquay."
-        )
+        key = self.key_of(admission.client)
+        if target.own and (key is None or not key.read_only or target.local == "/-/test"):
+            return
+        why = f"the client key {key.name} may only read" if key and key.read_only else "METQUAY_READ_ONLY is set"
+        msg = f"{method} was refused, because {why}. Nothing was sent to Metquay. Use a key or a proxy that may write."
         raise ProxyError("read-only", msg)
 
     def _identify(self, secret: bytes, now: float) -> ClientKey | None:

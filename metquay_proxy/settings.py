@@ -832,6 +832,12 @@ class _Found:
         for name, file in named.items():
             if file and name in self.texts:
                 self._warn_unused(name, f"{variable(name)}_FILE")
+            elif file and not _is_file(file):
+                msg = (
+                    "names no file that is there (its value is not shown, since that may be the secret itself): give "
+                    f"the path of a file that holds it, or put the secret into {variable(name)}"
+                )
+                self.problems[name] = self.line(f"{name}_file", msg)
             elif file:
                 self._read(name, Path(file), private=Path(file).parent not in directories)
         for directory in directories:
@@ -908,7 +914,7 @@ class _Found:
             return
         import difflib  # noqa: PLC0415 - only a mistake pays for loading it
 
-        nearest = difflib.get_close_matches(name, VARIABLES, n=1)
+        nearest = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.7)
         hint = f"; did you mean {variable(nearest[0])}?" if nearest else ""
         self.warnings.append(f"{variable(name)} (from {origin}) is no setting of this proxy{hint}")
 
@@ -940,6 +946,13 @@ def _is_secret(name: str) -> bool:
     return _Secret in Settings.model_fields[name].metadata
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # no path at all
+        return False
+
+
 def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
@@ -947,7 +960,7 @@ def _read(path: Path) -> str:
         msg = f"{path} is not UTF-8 text; save it as UTF-8"
         raise ValueError(msg) from None
     if not text:
-        msg = f"{path} is empty"
+        msg = f"the file {path} is empty"
         raise ValueError(msg)
     return text
 
@@ -970,6 +983,8 @@ def _masked(name: str, text: str) -> str:
         return "***"
     if _is_secret(name):
         return last_four(text) if name == "access_key" else "***"
+    if name.endswith("_file") and not _is_file(text):
+        return "***"  # it may be the secret itself
     return text if VARIABLES[name].title == "FILE" else re.sub(r"^([a-z]+://)?.*@", r"\1***@", text, flags=re.DOTALL)
 
 

@@ -916,7 +916,7 @@ def _connect_failure(error: OSError, base: BaseURL, proxy: OutboundProxy | None)
         why, cure = str(error) if told else "the connection was closed at once", "Try again"
     else:
         why, cure = "the network gives no way to it", "Check the network (VPN, firewall, corporate proxy)"
-    message = f"{place} could not be reached: {why}. {cure}; the proxy goes on trying with each request."
+    message = f"{place} could not be reached: {why}. {cure}."
     return UpstreamFailure("upstream-unreachable", message, repeatable=True)
 
 

@@ -43,6 +43,7 @@ STATUS: dict[str, Any] = {
     "requests": {"active": 0, "finished": 9},
 }
 FAILING = {**TOKEN, "failures_in_a_row": 2, "last_error": "lab.metquay.co cannot be found.", "next_login_in": 3.2}
+DOUBT = "METQUAY_ACCESS_KEY is a placeholder: put the key in its place."
 REJECTED = {**FAILING, "rejected": True, "last_error": "Metquay refused the key pair (status 401)."}
 NEVER = {"renewals": 0, "seconds_left": 0.0}
 NOW = 1_700_000_000.0
@@ -106,6 +107,14 @@ STATES: list[tuple[str, str, str, dict[str, Any], Exchange | None, int]] = [
         0,
     ),
     ("slow", f"Working for 14 more minutes: {LAB} refuses the key", "valid key pair", {"token": REJECTED}, None, 0),
+    (
+        "bad",
+        f"Not working: {LAB} refuses the key pair.",
+        "METQUAY_ACCESS_KEY is a placeholder: put the key in its place. Correct that, and start the proxy again.",
+        {"ready": False, "key": "***", "token": {**REJECTED, "last_error": f"{REJECTED['last_error']} {DOUBT}"}},
+        None,
+        0,
+    ),
     # Metquay is out of order
     ("bad", f"The last request failed: {LAB} could not be reached.", "5 s ago. Check the network", {}, UNREACHABLE, 0),
     ("bad", "The last request failed: lab", "Check the network", {"token": FAILING}, UNREACHABLE, 9),

@@ -502,7 +502,7 @@ def test_a_failure_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert 1 == run(lambda: load({"host": "metquay.invalid", **keys}), sandbox=False, as_json=False)
     assert "failed   dns" in (out := capsys.readouterr().out)
     assert "Check METQUAY_HOST for a typing mistake" in out
-    assert "1 of 12 checks failed; begin with the first." == out.splitlines()[-1]
+    assert "1 of 12 checks failed." == out.splitlines()[-1]
 
 
 def test_a_warning_is_not_all_well(capsys: pytest.CaptureFixture[str]) -> None:
@@ -513,7 +513,17 @@ def test_a_warning_is_not_all_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Nothing failed, but there is a warning about the settings: 8 checks passed, 4 had nothing to try." == last
 
 
+def test_what_is_odd_is_told_where_a_setting_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A line of .env that is left out is why."""
+    (tmp_path / ".env").write_text("set METQUAY_HOST=lab.metquay.co\n")
+    assert 1 == run(load, sandbox=False, as_json=False)
+    out = capsys.readouterr().out
+    assert out.index("line 1, is left out: that is a command of a shell") < out.index(
+        "METQUAY_HOST (--host): is missing"
+    )
+
+
 def test_wrong_settings_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing else was tried."""
     assert 1 == run(load, sandbox=False, as_json=False)
-    assert "1 of 1 checks failed; begin with the first." == capsys.readouterr().out.splitlines()[-1]
+    assert "1 of 1 checks failed." == capsys.readouterr().out.splitlines()[-1]

@@ -765,13 +765,13 @@ class TestReadOnly:
     @pytest.mark.parametrize("method", WRITES)
     @pytest.mark.parametrize("path", ["/customers", "/FlexicalERP/x", "/authenticate/", "/-x"])
     def test_writes(self, method: str, path: str) -> None:
-        """Any other method is refused, pass-through included, and the text names it."""
-        for judge, fields in (
-            (GUARDED, {"X-Proxy-Key": READER}),
-            (READING, {}),
-            (GUARDED_READING, {"X-Proxy-Key": WRITER}),
+        """Any other method is refused, pass-through included, and the text says which rule did it."""
+        for judge, fields, why in (
+            (GUARDED, {"X-Proxy-Key": READER}, "the client key reader may only read"),
+            (READING, {}, "METQUAY_READ_ONLY is set"),
+            (GUARDED_READING, {"X-Proxy-Key": WRITER}, "METQUAY_READ_ONLY is set"),
         ):
-            with pytest.raises(ProxyError, match=f"^{method} was refused") as caught:
+            with pytest.raises(ProxyError, match=f"^{method} was refused, because {why}") as caught:
                 admit(judge, fields, method, path)
             assert (403, "read-only") == (caught.value.status, caught.value.slug)
 

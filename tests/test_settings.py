@@ -453,10 +453,9 @@ class TestProblems:
         (line,) = problems(sandbox=True)
         assert f"METQUAY_RETRIES (--retries, found in {file}, line 2): 'many' is not a whole number" in line
 
-    @pytest.mark.parametrize("name", ["METQUAY_CA_BUNDLE", "METQUAY_SECRET_KEY_FILE"])
-    def test_a_path_whose_backslashes_became_escapes_is_told_as_it_was_written(self, write: Write, name: str) -> None:
+    def test_a_path_whose_backslashes_became_escapes_is_told_as_it_was_written(self, write: Write) -> None:
         """So python-dotenv reads double quotation marks, and people on Windows write paths."""
-        write("current/.env", f'{name}="C:\\temp\\new"\n')
+        write("current/.env", 'METQUAY_CA_BUNDLE="C:\\temp\\new"\n')
         (line,) = problems(sandbox=True)
         assert "C:\\temp\\new: No such file or directory; in .env, write a path without double quotation marks" in line
 
@@ -744,7 +743,11 @@ class TestProblems:
 
     @pytest.mark.parametrize(
         ("content", "complaint"),
-        [(b"", "is empty"), (b" \r\n", "is empty"), (b"\xff\xfeh\x00", "is not UTF-8 text; save it as UTF-8")],
+        [
+            (b"", "the file FILE is empty"),
+            (b" \r\n", "the file FILE is empty"),
+            (b"\xff\xfeh\x00", "FILE is not UTF-8 text; save it as UTF-8"),
+        ],
     )
     @pytest.mark.usefixtures("account")
     def test_an_unusable_secret_file_is_one_line(
@@ -754,14 +757,26 @@ class TestProblems:
         monkeypatch.delenv("METQUAY_SECRET_KEY")
         file = write("key", content)
         monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(file))
-        assert (f"METQUAY_SECRET_KEY: {file} {complaint}",) == problems()
+        assert (f"METQUAY_SECRET_KEY: {complaint.replace('FILE', str(file))}",) == problems()
 
     @pytest.mark.usefixtures("account")
     def test_a_missing_secret_file_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With the system's reason."""
+        """It is not shown: who mistook the one setting for the other has put the key itself there."""
         monkeypatch.delenv("METQUAY_SECRET_KEY")
-        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", "none")
-        assert ("METQUAY_SECRET_KEY: cannot read none: No such file or directory",) == problems()
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", "bad-secret-0123456789")
+        monkeypatch.setenv("METQUAY_CLIENT_KEYS_FILE", "anna:bad-secret-0123456789")
+        with pytest.raises(SettingsError) as caught:
+            load({})
+        lines = sorted(caught.value.lines)
+        assert ["METQUAY_CLIENT_KEYS_FILE", "METQUAY_SECRET_KEY_FILE"] == [line.partition(" ")[0] for line in lines]
+        assert all("names no file that is there" in line for line in lines)
+        assert "bad-secret" not in f"{lines}{caught.value.warnings}{caught.value.sources}"
+
+    def test_a_key_is_not_taken_for_another_setting(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who follows a wrong hint puts a secret where it is shown."""
+        monkeypatch.setenv("METQUAY_KEY", "bad-secret-0123456789")
+        (warning,) = load({}, sandbox=True).warnings
+        assert "METQUAY_KEY (from environment) is no setting of this proxy" == warning
 
     @pytest.mark.usefixtures("account")
     def test_an_unusable_env_file_is_one_line(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
