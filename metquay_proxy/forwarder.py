@@ -293,7 +293,8 @@ class Forwarder:
         except ProxyError as error:
             return attempts.end(error)
         except QuotaExceeded as refusal:
-            return attempts.end(_quota_exceeded(refusal.retry_after))
+            closed = self._line is not None and self._line.snapshot().closed_for > 0
+            return attempts.end(_quota_exceeded(refusal.retry_after, by_metquay=closed))
         except BaseException:
             attempts.drop()
             raise
@@ -453,9 +454,7 @@ class Forwarder:
                 return
             wait = self._line.snapshot().next_free_in
         if not attempts.repeatable or self._clock() + wait > attempts.deadline:
-            raise _quota_exceeded(
-                wait, "Metquay answered that its limit is reached (429): something else may use it too."
-            )
+            raise _quota_exceeded(wait, by_metquay=True)
         attempts.wait = wait
 
     def _back_off(

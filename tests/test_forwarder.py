@@ -896,6 +896,8 @@ async def test_too_long_a_wait_is_refused_at_once() -> None:
         asked = await rig.run(rig.ask("POST"))
         assert ("quota-exceeded", 0, "no") == asked.outcome
         assert 61 == rig.error(asked).retry_after
+        assert "More is asked for" in rig.error(asked).message
+        assert "Send it again in 61 s" in rig.error(asked).message
         assert 1000 == rig.time.now()
         await rig.time.advance(61)
         assert (200, 1, "no") == await rig.answer("POST")
@@ -936,6 +938,7 @@ async def test_a_429_beyond_the_budget(*, quota: bool, method: str) -> None:
         asked = await rig.run(rig.ask(method))
         assert ("quota-exceeded", 1, "no") == asked.outcome
         assert 30 == rig.error(asked).retry_after
+        assert "Metquay says that its limit is reached (429)" in rig.error(asked).message
         assert 1000 == rig.time.now()
         assert rig.upstream.replies[0].closed
 
