@@ -232,7 +232,7 @@ class Proxy:
                 self._own_authorities |= {(host, address.port) for host in hosts}
         self.addresses = [str(each) if each.path else f"{self.scheme}://{each}" for each in self.listening]
         sockets = [sock for _, some in bound for sock in some]
-        self._listeners = await let_in(self.server, sockets, tls, _report_shortage)
+        self._listeners = await let_in(self.server, sockets, tls, _report_shortage, handshake=self.server.bounds.head)
         self.tokens.start()
         self._transport.keep_warm()
         self._files.start()

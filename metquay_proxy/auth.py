@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from metquay_proxy.errors import ProxyError
+from metquay_proxy.rewrite import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -201,6 +202,8 @@ def parse_login(status: int, body: bytes, now: float, *, pause: float | None = N
         raise CredentialsRejected(msg)
     if status == _TOO_MANY or status in _OUT_OF_ORDER:
         asked = "" if pause is None else f" and asks to be left alone for {pause:.0f} s"
+        if pause is not None and pause > LONGEST_PAUSE:
+            asked = f" and asks to be left alone for more than {LONGEST_PAUSE:.0f} s"
         msg = f"Metquay's login answered with status {status}{asked}."
         raise LoginBusy(msg, pause or 0.0)
     if status in _REDIRECTED:
@@ -235,13 +238,15 @@ def _redirected(status: int, location: str) -> str:
         url = urlsplit("")
     path = url.path.partition(";")[0]
     place = re.sub(r"[^!-~]", "?", f"{url.scheme}://{url.netloc.rpartition('@')[2]}{path}")[:_LONGEST_PLACE]
-    base = place.removesuffix("/authenticate")
+    base = place.rstrip("/").removesuffix("/authenticate")
+    if not is_loopback(url.hostname or ""):
+        base = re.sub("^http:", "https:", base)
     if not url.netloc:
         return f"Metquay's login was redirected (status {status}) without saying where to. Check METQUAY_HOST."
     cure = (
         "That is a page for people: METQUAY_HOST should probably be another address, or the network (of a hotel or a "
         "company) wants you to log in by a browser first."
-        if base == place
+        if not place.rstrip("/").endswith("/authenticate")
         else f"METQUAY_HOST should probably be {base}."
     )
     return f"Metquay's login was redirected (status {status}) to {place}. {cure}"

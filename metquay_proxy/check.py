@@ -63,8 +63,8 @@ _EXPIRED: Final = (
     "Check this computer's date and time first; if they are right, the server's owner must renew it.",
 )
 _UNKNOWN: Final = (
-    "Something that this computer does not know, probably a company firewall, answers for {}.",
-    "Ask the network's administrators for its root certificate (PEM), and name that file in METQUAY_CA_BUNDLE.",
+    "This computer does not know who issued the certificate of {}: a company firewall, perhaps, or a CA of your own.",
+    "Ask its administrators for the CAs' certificates (PEM), the issuing one too: METQUAY_CA_BUNDLE names them.",
 )
 _OTHER: Final = ("The certificate of {} is for another name.", "Check METQUAY_HOST for a typing mistake.")
 _NO_TLS: Final = (
@@ -320,6 +320,9 @@ class _Check:
         except CredentialsRejected as error:
             return "failed", str(error), _KEYS
         except LoginFailed as error:
+            cause, _, cure = str(error).partition(". ")
+            if cure:  # it says itself what to do
+                return "failed", f"{cause}.", cure
             return "failed", str(error), _WAIT if isinstance(error, LoginBusy) else _HOST
         self._token = token.authorization
         return "ok", f"a token for {token.lifetime:.0f} s"

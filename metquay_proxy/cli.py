@@ -257,6 +257,9 @@ def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
 
 
 def _sandbox(arguments: Sequence[str]) -> int:
+    import signal  # noqa: PLC0415 - the other commands can do without
+
+    _survive(signal)
     parser = _Parser("sandbox", "Run the Metquay simulator alone, as an upstream for anything.")
     parser.add_argument("--listen", default=SANDBOX_LISTEN, metavar="ADDRESS", help="host:port (default: %(default)s)")
     parser.add_argument(

@@ -113,6 +113,8 @@ class Request:
     caller: str
     read_only: bool = False
     keep_authorization: bool = False
+    scope: str | None = None
+    """The client key whose Idempotency-Keys these are: with another key they are others."""
 
     @property
     def resource(self) -> tuple[str, str]:
@@ -239,7 +241,7 @@ class Forwarder:
 
     async def _forward_once(self, request: Request, exchange: Exchange) -> Response:
         """Forward a POST with an Idempotency-Key, or return what the first one with it was answered."""
-        name = record_name(exchange.client, request.target.sent, request.head.text(b"idempotency-key"))
+        name = record_name(request.scope, request.target.sent, request.head.text(b"idempotency-key"))
         digest = hashlib.sha256(await request.body.all(self._replay_limit)).digest()
         claim = await self._records.claim(name, digest, self._clock())
         if isinstance(claim, Answer):

@@ -180,6 +180,11 @@ class Gate:
         """Return the key of that name."""
         return next((key for key in self._keys if key.name == client), None)
 
+    def scope(self, client: str | None) -> str | None:
+        """Return what stands for the client's very key, for what is remembered of it and must end with it."""
+        key = self.key_of(client)
+        return None if key is None else f"{key.name} {key.digest.hex()}"
+
     def is_ours(self, authorization: str | None, now: float) -> bool:
         """Whether an Authorization value holds a client key or a placeholder, which must never leave this machine."""
         value = (authorization or "").encode("latin-1")

@@ -527,20 +527,19 @@ def request_fault(head: bytes) -> ProxyError:
         fault = head_fault(method, int(asked[2] != b"HTTP/1.0"), _judged(lines))
     if fault is None and asked is not None and not asked[1].lower().startswith((b"/", b"http://", b"https://")):
         fault = bad_target("it must begin with a slash")
-    return fault or (_bad_request(_FORM) if method in _METHODS else _unknown_method(method))
+    return fault or (_bad_request(_FORM) if method in _METHODS else _unknown_method(method, asked))
 
 
 def _line_fault(line: bytes, method: str, asked: re.Match[bytes] | None, ended: bool) -> ProxyError | None:  # noqa: FBT001 - a fact
     if method and method not in _METHODS and (not ended or re.fullmatch(_TOKEN, line)):
-        return _unknown_method(method)
+        return _unknown_method(method, asked)
     if asked is None:
         return _bad_request(_FORM)
     fault = forbidden(asked[1].decode("utf-8", "surrogateescape"))
     if fault is None and ended and asked[2] is None:
         return _bad_request(_FORM)
     if fault is None and ended and asked[2] not in {b"HTTP/1.0", b"HTTP/1.1"}:
-        version = asked[2][:20].decode("latin-1")
-        return _bad_request(f"its version is {version!a}, and this proxy knows HTTP/1.1 and HTTP/1.0")
+        return _bad_request("its version is none that this proxy knows, which are HTTP/1.1 and HTTP/1.0")
     return fault
 
 
@@ -602,9 +601,17 @@ def _bad_request(why: str) -> ProxyError:
     return ProxyError("bad-request", f"This is no valid HTTP/1.1 request: {why}. Nothing was sent.")
 
 
-def _unknown_method(method: str) -> ProxyError:
-    capitals = f" (methods are written in capitals: {method.upper()})" if method.upper() in _METHODS else ""
-    msg = f"The method {method[:20]!a} is none that HTTP knows{capitals}, so that nothing was sent."
+def _unknown_method(method: str, asked: re.Match[bytes] | None) -> ProxyError:
+    """Say so; the method is shown only where it is one: it may also be a part of a body, and hold a secret."""
+    whole = asked is not None and asked[2] is not None and re.fullmatch("[A-Za-z-]{1,20}", method)
+    if whole or method.upper() in _METHODS:
+        capitals = f" (methods are written in capitals: {method.upper()})" if method.upper() in _METHODS else ""
+        msg = f"The method {method} is none that HTTP knows{capitals}, so that nothing was sent."
+    else:
+        msg = (
+            "This request begins with no method that HTTP knows, so that nothing was sent. Was the body of the one "
+            "before it longer than its Content-Length says?"
+        )
     return ProxyError("not-supported", msg)
 
 

@@ -18,6 +18,7 @@ import pathlib
 import socket
 import stat
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.address import Address, every
@@ -190,22 +191,29 @@ def _explained(address: Address, error: OSError) -> tuple[str, str]:  # noqa: PL
     return f"{address} can't be listened on: {error.strerror or error}.", f"Choose {choose}"
 
 
-async def let_in(
+async def let_in(  # noqa: PLR0913 - who is served where, and the bounds
     serve: Callable[[], asyncio.BaseProtocol],
     sockets: Sequence[socket.socket],
     tls: ssl.SSLContext | None,
     report: Callable[[str | None], None],
     reserve: int = _RESERVE,
+    handshake: float = 15.0,
 ) -> Sequence[asyncio.AbstractServer | Door]:
     """Serve who comes at listening sockets until what is returned is closed; ``serve`` makes a protocol for each.
 
     While the process has hardly a descriptor left nobody is let in: ``report`` hears why, and None when that is over.
-    ``reserve`` descriptors are left to others (a quarter of all, where there are few).
+    ``reserve`` descriptors are left to others (a quarter of all, where there are few). TLS must have begun after
+    ``handshake`` seconds.
     """
+    loop = asyncio.get_running_loop()
+    seconds = None if tls is None else handshake
     if sys.platform == "win32":  # its loop has no readers, and it knows no such limit
-        loop = asyncio.get_running_loop()
-        return [await loop.create_server(serve, sock=sock, ssl=tls, backlog=_BACKLOG) for sock in sockets]
-    return [Door(serve, sockets, tls, report, reserve)]
+        return [
+            await loop.create_server(serve, sock=sock, ssl=tls, backlog=_BACKLOG, ssl_handshake_timeout=seconds)
+            for sock in sockets
+        ]
+    connect = partial(loop.connect_accepted_socket, serve, ssl=tls, ssl_handshake_timeout=seconds)
+    return [Door(connect, sockets, report, reserve)]
 
 
 def listen(report: Callable[[str | None], None], reserve: int) -> Callable[..., Awaitable[tuple[Sequence[Any], int]]]:
@@ -223,15 +231,14 @@ class Door:
 
     def __init__(
         self,
-        serve: Callable[[], asyncio.BaseProtocol],
+        connect: Callable[[socket.socket], Awaitable[object]],
         sockets: Sequence[socket.socket],
-        tls: ssl.SSLContext | None,
         report: Callable[[str | None], None],
         reserve: int,
     ) -> None:
-        """Take what ``let_in`` takes."""
+        """Take what ``let_in`` takes; ``connect`` serves one client, and raises ``OSError`` where it can't."""
         self._reserve = reserve
-        self._sockets, self._serve, self._tls, self._report = sockets, serve, tls, report
+        self._connect, self._sockets, self._report = connect, sockets, report
         self._loop = asyncio.get_running_loop()
         self._arriving: dict[object, socket.socket | None] = {}
         self._ceiling, self._limit = _descriptors(self._reserve)
@@ -279,7 +286,7 @@ class Door:
     async def _arrive(self, client: socket.socket) -> None:
         self._arriving[asyncio.current_task()] = None  # from here on a transport closes it
         with contextlib.suppress(OSError):  # it has left, or speaks no TLS
-            await self._loop.connect_accepted_socket(self._serve, client, ssl=self._tls)
+            await self._connect(client)
 
     def _arrived(self, arriving: object) -> None:
         client = self._arriving.pop(arriving)

@@ -338,7 +338,7 @@ def parse_outbound_proxy(text: str) -> OutboundProxy:
     In user and password any character may stand as it is, but for a colon in the user; ``%41`` is decoded. Raises
     ``ValueError`` with a text for people, without any of the setting's own.
     """
-    if text.lower() in {"none", "off", "direct"}:
+    if text.lower() in {"none", "off", "direct", "no", "false"}:
         return DIRECT
     parts = _PROXY_URL.fullmatch(text)
     scheme = ((parts and parts["scheme"]) or "http").lower()

@@ -130,7 +130,7 @@ class TargetRules:
             if path.startswith(prefix):
                 return Target(path + mark + query, path, query if mark else None, absolute, pass_through=True)
         below = self._below_prefix(path)
-        local = below or "/"
+        local = _as_a_server_reads(below or "/")
         unasked = _BY_ITSELF.fullmatch(local) is not None
         return Target(
             self._prefix + below + mark + query,
@@ -162,6 +162,14 @@ class TargetRules:
                     break
             else:
                 return path
+
+
+def _as_a_server_reads(local: str) -> str:
+    """Return a path, in its own spelling where others may lead a server to the login or to the older interface too."""
+    plain = unquote(local, "latin-1").partition(";")[0].rstrip("/. \0").lower()
+    if plain == LOGIN_PATH:
+        return LOGIN_PATH
+    return OLDER_INTERFACE if f"{plain}/".startswith(OLDER_INTERFACE.lower()) else local
 
 
 def _has_dot_segment(path: str) -> bool:

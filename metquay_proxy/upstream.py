@@ -809,9 +809,11 @@ class Transport:
     async def _secure(self, transport: asyncio.Transport, context: ssl.SSLContext) -> Connection:
         connection = Connection(self)
         secured = await self.loop.start_tls(transport, connection, context, server_hostname=self._base.host)
+        if secured is None or secured.is_closing():
+            raise ConnectionResetError
         if not transport.is_closing():
             transport.set_protocol(_LastWords(transport))
-        connection.connection_made(cast("asyncio.Transport", secured))
+        connection.connection_made(secured)
         return connection
 
 

@@ -164,7 +164,7 @@ class TestLoginAnswer:
 
     @pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 599])
     @pytest.mark.parametrize(
-        ("asked", "pause", "told"), [(None, 0, r"\d\.$"), (60, 60, "for 60 s"), (3600, 300, "3600")]
+        ("asked", "pause", "told"), [(None, 0, r"\d\.$"), (60, 60, "for 60 s"), (3600, 300, "for more than 300 s")]
     )
     def test_a_login_that_is_busy(self, status: int, asked: float | None, pause: float, told: str) -> None:
         """What it says about when to come back is believed up to 300 s."""
@@ -184,7 +184,8 @@ class TestLoginAnswer:
                 "https://me:hunter2@eu.metquay.co/api/v1/authenticate?a=hunter2#hunter2",
                 "probably be https://eu.metquay.co/api/v1.",
             ),
-            ("http://eu.metquay.co/authenticate", "probably be http://eu.metquay.co."),
+            ("http://eu.metquay.co/authenticate", "probably be https://eu.metquay.co."),
+            ("https://eu.metquay.co/api/v1/authenticate/", "probably be https://eu.metquay.co/api/v1."),
             (
                 "https://sso.lab.example/login;id=hunter2?to=hunter2",
                 "to https://sso.lab.example/login. That is a page for people",

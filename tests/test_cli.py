@@ -567,6 +567,8 @@ class TestProcess:
         assert 1 == taken.returncode
         assert 1 == taken.stderr.count("\n")
         assert f"{url.split('/')[2]} is taken by another program" in taken.stderr
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            process.send_signal(number)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=10)
         assert (0, "", "") == (process.returncode, out, err)

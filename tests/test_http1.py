@@ -972,11 +972,14 @@ FAULTS = [
     ("bad-request", "method, one space, address", b"GET /customers  HTTP/1.1" + H + END),
     ("bad-request", "method, one space, address", b"GET /customers HTTP/1.1 " + H + END),
     ("bad-request", "method, one space, address", b"/customers HTTP/1.1" + H + END),
-    ("bad-request", "its version is 'HTTP/1.2'", b"GET / HTTP/1.2" + H + END),
-    ("bad-request", "its version is 'http/1.1'", b"GET / http/1.1" + H + END),
-    ("not-supported", "The method 'BREW' is none that HTTP knows, so", b"BREW / HTTP/1.1" + H + END),
-    ("not-supported", "'get' is none that HTTP knows (methods are written in capitals: GET)", b"get /"),
-    ("not-supported", "The method 'NONSENSE'", b"NONSENSE\r\n\r\n"),
+    ("bad-request", "its version is none that this proxy knows", b"GET / HTTP/1.2" + H + END),
+    ("bad-request", "its version is none that this proxy knows", b"GET / http/1.1" + H + END),
+    ("not-supported", "The method BREW is none that HTTP knows, so", b"BREW / HTTP/1.1" + H + END),
+    ("not-supported", "The method get is none that HTTP knows (methods are written in capitals: GET)", b"get /"),
+    ("not-supported", "begins with no method that HTTP knows", b"NONSENSE\r\n\r\n"),
+    ("not-supported", "longer than its Content-Length says?", b'{"secretKey":"a-secret-key-of-18"}'),
+    ("not-supported", "begins with no method that HTTP knows", b"a-secret-key-of-18"),
+    ("not-supported", "begins with no method that HTTP knows", b"a-secret-key-of-18 /x HTTP/1.1" + H + END),
     ("bad-request", "line 3 begins with a blank", b"GET / HTTP/1.1" + H + b"\r\n folded" + END),
     ("bad-request", "line 3 is no field", b"GET / HTTP/1.1" + H + b"\r\nSecret text" + END),
     ("bad-request", "line 3 is no field", b"GET / HTTP/1.1" + H + b"\r\n: y" + END),
@@ -1007,7 +1010,7 @@ FAULTS = [
     ("bad-request", "not a plain number", b"PUT / HTTP/1.1" + H + b"\r\nContent-Length: +1" + END),
     ("not-supported", "no tunnels", b"CONNECT lab.metquay.co:443 HTTP/1.1" + H + END),
     ("bad-request", "method, one space, address", b"GET / HTTP/1.1" + H + END),
-    ("not-supported", "'BREW'", b"BREW / HTTP/1.1" + H + b"\r\nHalf"),
+    ("not-supported", "The method BREW", b"BREW / HTTP/1.1" + H + b"\r\nHalf"),
 ]
 
 

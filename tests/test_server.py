@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from metquay_proxy.errors import ProxyError
+from metquay_proxy.gate import ClientKey
 from metquay_proxy.server import Bounds, remote
 from tests.wire import BLANK, OK, Broken, Client, Peer, answered, chunked, eventually, get, head, post, rule, running
 
@@ -233,6 +234,13 @@ class TestDrain:
 
 
 class TestTLS:
+    @rule("contract 6", client_tls=True, bounds=Bounds(head=0.2))
+    async def test_silence(self, bench: Bench) -> None:
+        """A client that never begins TLS has no more time than one that never sends a head."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(bench.proxy.addresses[0].rpartition(":")[2]))
+        assert b"" == await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+
     @rule("contract 2", client_tls=True)
     async def test_tls(self, bench: Bench) -> None:
         """With a certificate the proxy serves TLS, and rewrites Location to https."""
@@ -592,6 +600,19 @@ class TestLog:
         audit = [json.loads(line) for line in path.read_text().splitlines()]
         assert [("yes", None), ("no", True)] == [(line["sent"], line.get("replayed")) for line in audit]
         assert [line["id"] for line in told] == [line["id"] for line in audit]
+
+    async def test_an_answer_is_not_for_another_key(self) -> None:
+        """A key that takes the name of one that was removed does not get what that one was answered."""
+        old, new = "workbook-key-0123456789", "workbook-key-9876543210"
+        async with running(client_keys=f"workbook:{old}") as bench:
+            bench.upstream.plays(answered(body=b"old"), answered(body=b"new"))
+            for key, expected in ((old, b"old"), (old, b"old"), (new, b"new")):
+                if key == new:
+                    bench.proxy._gate.replace_keys((ClientKey.of("workbook", new),))
+                client = await bench.client()
+                await client.send(post(b"{}", "Idempotency-Key: k", f"X-Proxy-Key: {key}"))
+                assert expected == (await client.answer()).body
+        assert 2 == len(bench.upstream.requests)
 
     async def replay(self, bench: Bench) -> None:
         """Send the same POST twice."""

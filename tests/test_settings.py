@@ -209,6 +209,8 @@ class TestValues:
             ("none", DIRECT),
             ("OFF", DIRECT),
             ("direct", DIRECT),
+            ("no", DIRECT),
+            ("false", DIRECT),
         ],
     )
     @pytest.mark.usefixtures("account")

@@ -458,7 +458,7 @@ async def test_garbage(bench: Bench) -> None:
         (400, "begins with HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
         (400, "SOCKS", b"\x05\x01\x00"),
         (400, "both Content-Length and Transfer-Encoding", raw(b"Content-Length: 1", b"Transfer-Encoding: chunked")),
-        (400, "its version is 'HTTP/1.2'", b"GET /x HTTP/1.2\r\nHost: localhost\r\n\r\n"),
+        (400, "its version is none that this proxy knows", b"GET /x HTTP/1.2\r\nHost: localhost\r\n\r\n"),
         (501, "(methods are written in capitals: GET)", head("get /x HTTP/1.1")),
     ],
 )
