@@ -679,7 +679,7 @@ def test_the_unit_forbids_nothing_that_the_proxy_does(tmp_path: Path) -> None:
         address = re.search(r"localhost:\d+", popen.stdout.readline())
         assert address is not None
         asked = [*words[:3], "health", "--ready", "--wait", "20", "--listen", address[0]]
-        assert (0, "") == output(*asked)
+        assert (0, "ready\n") == output(*asked)
         url = f"http://{address[0]}/customers"
         assert 0 == output(tool("curl"), "--silent", "--fail-with-body", "--noproxy", "*", url)[0]
         os.kill(int(trace.read_text(encoding="utf-8").split(maxsplit=1)[0]), signal.SIGTERM)

@@ -575,7 +575,7 @@ async def test_the_books_agree(tmp_path: Path) -> None:
     assert logins <= seconds + 1
     assert logins - 1 <= sandbox.logins + sandbox.refused_logins <= logins + 20
     others = [line for line in log if line["event"] != "request" and not line["event"].startswith("token ")]
-    assert ["listening", "stopping", "stopped"] == [line["event"] for line in others], others
+    assert ["started", "listening", "stopping", "stopped"] == [line["event"] for line in others], others
     told = Counter(
         "made" if line["status"] == 201 else line["sent"]
         for line in map(json.loads, audit.read_text().splitlines())
