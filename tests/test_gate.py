@@ -926,3 +926,14 @@ def test_a_gate_is_never_opened(keys: tuple[ClientKey, ...], others: tuple[Clien
     gate = Gate(upstream_host="lab.metquay.co", keys=keys)
     with pytest.raises(ValueError, match="does not begin or cease"):
         gate.replace_keys(others)
+
+
+def test_what_is_remembered_of_a_key_is_not_another_ones() -> None:
+    """The scope is the very key's: neither another name's nor, with another key, the same name's."""
+    gate = Gate(upstream_host="lab.metquay.co", keys=(ClientKey.of("a", WRITER), ClientKey.of("b", READER)))
+    before = gate.scope("a")
+    assert None is gate.scope(None)
+    assert before not in {None, gate.scope("b")}
+    gate.replace_keys((ClientKey.of("a", "another-key-0123456789"),))
+    assert before != gate.scope("a")
+    assert WRITER not in (before or "")
