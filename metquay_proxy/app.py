@@ -120,7 +120,7 @@ class Proxy:
             clock=clock,
         )
         self.tokens = TokenCache(
-            Login(self._transport, base, _lasting(credentials), clock),
+            Login(self._transport, base, credentials, clock),
             clock=clock,
             sleep=sleep,
             observer=self.telemetry.token_event,
@@ -324,21 +324,6 @@ def _shared(
     prefix = shared.namespace(base.authority, key)
     store = shared.Store(address, settings.redis_secret, tls)
     return shared.Shared(store, prefix, settings.rate_limit, clock, call_later)
-
-
-def _lasting(credentials: Callable[[], Credentials]) -> Callable[[], Credentials]:
-    """Return the key pair as it is now or, where it can't be read, as it last was."""
-    last: list[Credentials] = []
-
-    def current() -> Credentials:
-        try:
-            last[:] = [credentials()]
-        except (OSError, ValueError):
-            if not last:
-                raise
-        return last[0]
-
-    return current
 
 
 def run(settings: Settings, *, sandbox: bool, warnings: Sequence[str] = ()) -> int:

@@ -13,8 +13,12 @@ by a symlink to another folder: contents are compared, not names or times.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import ssl
+import stat
+import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +39,10 @@ INTERVAL: Final = 60.0
 SETTLED: Final = 2.0
 """Seconds for which a file must not have changed, unless a signal says that all are complete."""
 
+BOUND: Final = 10.0
+"""Seconds that reading may take: a file system that hangs must not end all later looks."""
+_LATE: Final = "could not be read in time"
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger("metquay_proxy")
 
 
@@ -47,6 +55,22 @@ def serving_context(certificate: Path, key: Path) -> ssl.SSLContext:
         msg = f"{key} is not the private key, in PEM form and without a password, of the certificate in {certificate}"
         raise ValueError(msg) from None
     return context
+
+
+def read_file(path: Path) -> tuple[bytes, float]:
+    """Return what an ordinary file holds, and when it was changed by the wall clock; waits for no pipe.
+
+    Raises ``OSError``.
+    """
+    with open(path, "rb", opener=_at_once) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "is no ordinary file", str(path))
+        return file.read(), about.st_mtime
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class Serving:
@@ -84,16 +108,26 @@ class Source(Generic[_T]):
 
     def __post_init__(self) -> None:
         """Take the files as they are for those that are in use."""
+        self._reading = threading.Lock()
         self.seen = self.used = self.read()
 
     def read(self) -> list[_Content]:
-        """Look at the files; blocks."""
-        return [_content(file) for file in self.files]
+        """Look at the files; blocks, but where an earlier call still waits for them."""
+        if not self._reading.acquire(blocking=False):
+            return self.late()
+        try:
+            return [_content(file) for file in self.files]
+        finally:
+            self._reading.release()
+
+    def late(self) -> list[_Content]:
+        """Return what is known of files that nobody could read in time."""
+        return [_Content(error=_LATE) for _ in self.files]
 
 
 @dataclass(frozen=True)
 class _Content:
-    """A digest of a file, or why it can't be read; nothing that isn't an ordinary file is read twice."""
+    """A digest of a file, or why it can't be read."""
 
     digest: bytes = b""
     error: str = ""
@@ -105,10 +139,10 @@ class _Content:
 
 def _content(file: Path) -> _Content:
     try:
-        if not file.is_file():
-            return _Content(error="there is no such file")
-        data = file.read_bytes()
-        return _Content(hashlib.sha256(data).digest(), ended=data.endswith(b"\n"), at=file.stat().st_mtime)
+        data, at = read_file(file)
+        return _Content(hashlib.sha256(data).digest(), ended=data.endswith(b"\n"), at=at)
+    except FileNotFoundError:
+        return _Content(error="there is no such file")
     except OSError as error:
         return _Content(error=error.strerror or str(error))
 
@@ -122,11 +156,13 @@ class Reload:
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         wall_clock: Callable[[], float] = time.time,
+        bound: float = BOUND,
     ) -> None:
-        """``sleep`` takes seconds; ``wall_clock`` is the one by which files are dated."""
+        """``sleep`` takes seconds; ``wall_clock`` is the one by which files are dated; ``bound`` is for reading."""
         self._sources = [source for source in sources if source.files]
         self._sleep = sleep
         self._wall_clock = wall_clock
+        self._bound = bound
         self._looking = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -152,12 +188,12 @@ class Reload:
         async with self._looking:
             changed = []
             for source in self._sources:
-                found = await in_thread(source.read)
+                found = await self._read(source)
                 if found == source.seen or not (asked or self._settled(found)):
                     continue
                 source.seen = found
                 try:
-                    changed.append(source.take(await in_thread(partial(_made, source, found))))
+                    changed.append(source.take(await self._in_time(partial(_made, source, found))))
                     source.used = found
                 except Exception as error:  # noqa: BLE001 - whatever it is, the next look must find it mended
                     told = "files were changed and can't be used: what was read before stays in force"
@@ -165,6 +201,16 @@ class Reload:
             if asked or changed:
                 faulty = [source.names for source in self._sources if source.seen != source.used]
                 log.info("files were read again", changed=changed, not_used=faulty)
+
+    async def _read(self, source: Source[Any]) -> list[_Content]:
+        try:
+            return await self._in_time(source.read)
+        except TimeoutError:
+            return source.late()
+
+    async def _in_time(self, call: Callable[[], _T]) -> _T:
+        async with asyncio.timeout(self._bound):
+            return await in_thread(call)
 
     async def _watch(self) -> None:
         while True:
@@ -194,4 +240,6 @@ def _made(source: Source[_T], found: list[_Content]) -> _T:
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return _LATE
     return str(error) if isinstance(error, (OSError, ValueError)) else f"unexpected {type(error).__name__}"

@@ -30,7 +30,7 @@ from metquay_proxy.auth import Credentials, oddities
 from metquay_proxy.environment import ENV_FILE, PREFIX, Line, read_env_file, variables
 from metquay_proxy.gate import ClientKey
 from metquay_proxy.quota import Rate, parse_rate
-from metquay_proxy.reload import serving_context
+from metquay_proxy.reload import read_file, serving_context
 from metquay_proxy.rewrite import BaseURL, is_loopback
 from metquay_proxy.target import API_PREFIX, OWN_PREFIX
 from metquay_proxy.upstream import OutboundProxy
@@ -300,7 +300,7 @@ def _pass_through(text: str) -> tuple[str, ...]:
 def _file(text: str) -> Path:
     path = Path(text)
     try:
-        path.open("rb").close()
+        read_file(path)
     except OSError as error:
         msg = f"cannot read {text}: {error.strerror}"
         raise ValueError(msg) from None
@@ -955,7 +955,7 @@ def _is_file(text: str) -> bool:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        text = read_file(path)[0].decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         msg = f"{path} is not UTF-8 text; save it as UTF-8"
         raise ValueError(msg) from None

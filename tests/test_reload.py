@@ -9,6 +9,7 @@ import os
 import signal
 import ssl
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ import pytest
 import trustme
 
 from metquay_proxy.auth import Credentials
-from metquay_proxy.reload import Reload, Source, serving_context
+from metquay_proxy.reload import Reload, Source, read_file, serving_context
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
+from metquay_proxy.threads import in_thread
 from tests import running as program
 from tests.running import Process, process
 from tests.wire import Client, certified, eventually, get, patiently, post, running
@@ -173,6 +175,56 @@ async def test_a_pipe_is_not_read_twice(tmp_path: Path, told: Told) -> None:
     reload = Reload([Source("METQUAY_X", [tmp_path / "pipe"], str, str)])
     await asyncio.wait_for(reload.look(asked=True), 5)
     assert [("files were read again", {"changed": [], "not_used": []})] == told.lines
+
+
+@posix_only
+async def test_a_pipe_in_the_place_of_a_file(tmp_path: Path, told: Told) -> None:
+    """It is a fault that holds nothing up, whoever comes to read it: the sources and the settings alike."""
+    watched = Watched(tmp_path / "file")
+    watched.path.unlink()
+    os.mkfifo(watched.path)
+    await asyncio.wait_for(watched.reload.look(), 5)
+    assert [f"{watched.path}: is no ordinary file"] == told.faults
+    with pytest.raises(OSError, match="is no ordinary file"):
+        await asyncio.wait_for(in_thread(lambda: read_file(watched.path)), 5)
+
+
+class Hanging(os.PathLike[str]):
+    """The path of a file that takes until an event to open."""
+
+    def __init__(self, path: Path, event: threading.Event) -> None:
+        self._path, self._event = path, event
+
+    def __fspath__(self) -> str:
+        """Wait."""
+        self._event.wait()
+        return str(self._path)
+
+
+async def test_what_hangs(tmp_path: Path, told: Told) -> None:
+    """Files that can't be read in time are told once and end no later look; no second thread waits for them."""
+    there = threading.Event()
+    there.set()
+    path = tmp_path / "file"
+    path.write_text("first")
+    taken: list[str] = []
+    source = Source("METQUAY_X", [Hanging(path, there)], path.read_text, lambda text: taken.append(text) or "x")  # type: ignore[list-item]
+    reload = Reload([source], wall_clock=lambda: time.time() + 60, bound=0.05)
+    path.write_text("second")
+    there.clear()
+    before = threading.active_count()
+    for _ in range(3):
+        await reload.look()
+    assert [1, 1] == [threading.active_count() - before, len(told.faults)]
+    assert told.faults[0].endswith("could not be read in time")
+    there.set()
+    await eventually(lambda: threading.active_count() == before)
+    await reload.look()
+    assert ["second"] == taken
+    source.make = lambda: time.sleep(0.2) or ""
+    path.write_text("fourth")
+    await reload.look()
+    assert "could not be read in time" == told.faults[-1]
 
 
 @posix_only
@@ -470,6 +522,25 @@ async def test_a_key_pair_that_is_gone(sandbox: Sandbox) -> None:
         await eventually(proxy.ready)
         known.clear()
         await eventually(lambda: proxy.tokens.state.renewals > 1)
+        assert 0 == proxy.tokens.state.failures
+
+
+async def test_a_key_pair_that_takes_for_ever(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that hangs at a login holds nobody else up, and the keys that were read before are used."""
+    monkeypatch.setattr("metquay_proxy.upstream.READING", 0.05)
+    sandbox.faults = Faults(token_lifetime=1.0)
+    hanging = threading.Event()
+    hanging.set()
+
+    def credentials() -> Credentials:
+        hanging.wait()
+        return Credentials(ACCESS_KEY, SECRET_KEY)
+
+    async with program.running(sandbox.url, credentials=credentials) as (proxy, _):
+        await eventually(proxy.ready)
+        hanging.clear()
+        await eventually(lambda: proxy.tokens.state.renewals > 1)
+        hanging.set()
         assert 0 == proxy.tokens.state.failures
 
 
