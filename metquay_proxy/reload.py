@@ -39,6 +39,8 @@ INTERVAL: Final = 60.0
 SETTLED: Final = 2.0
 """Seconds for which a file must not have changed, unless a signal says that all are complete."""
 
+_TRIES: Final = 5
+"""How often files are read that change meanwhile, where a signal says that all are complete."""
 BOUND: Final = 10.0
 """Seconds that reading may take: a file system that hangs must not end all later looks."""
 _LATE: Final = "could not be read in time"
@@ -57,16 +59,13 @@ def serving_context(certificate: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
-def read_file(path: Path) -> tuple[bytes, float]:
-    """Return what an ordinary file holds, and when it was changed by the wall clock; waits for no pipe.
-
-    Raises ``OSError``.
-    """
+def read_file(path: Path) -> tuple[bytes, os.stat_result]:
+    """Return what an ordinary file holds, and what is known about it; waits for no pipe. Raises ``OSError``."""
     with open(path, "rb", opener=_at_once) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise OSError(errno.EINVAL, "is no ordinary file", str(path))
-        return file.read(), about.st_mtime
+        return file.read(), about
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -105,9 +104,13 @@ class Source(Generic[_T]):
     """Whether the files are lists of lines: one that has lost its last line's end may be half-written."""
     seen: list[_Content] = field(init=False)
     used: list[_Content] = field(init=False)
+    doubtful: bool = field(default=True, init=False)
+    """Whether what is in use may have been made of something else: at first, and where a file has just changed."""
+    told: str = field(default="", init=False)
+    """The fault that was told last."""
 
     def __post_init__(self) -> None:
-        """Take the files as they are for those that are in use."""
+        """Take the files as they are for those that are in use; the first look makes sure of it."""
         self._reading = threading.Lock()
         self.seen = self.used = self.read()
 
@@ -135,12 +138,15 @@ class _Content:
     """Whether its last line has an end."""
     at: float = field(default=0.0, compare=False)
     """When it was changed, by the wall clock."""
+    version: tuple[int, int] = field(default=(0, 0), compare=False)
+    """What is another one after a change, even after one that was undone."""
 
 
 def _content(file: Path) -> _Content:
     try:
-        data, at = read_file(file)
-        return _Content(hashlib.sha256(data).digest(), ended=data.endswith(b"\n"), at=at)
+        data, about = read_file(file)
+        digest, version = hashlib.sha256(data).digest(), (about.st_ino, about.st_ctime_ns)
+        return _Content(digest, ended=data.endswith(b"\n"), at=about.st_mtime, version=version)
     except FileNotFoundError:
         return _Content(error="there is no such file")
     except OSError as error:
@@ -189,15 +195,22 @@ class Reload:
             changed = []
             for source in self._sources:
                 found = await self._read(source)
-                if found == source.seen or not (asked or self._settled(found)):
+                settled, news = self._settled(found), found != source.seen
+                if not (news or source.doubtful) or not (asked or settled):
                     continue
                 source.seen = found
                 try:
-                    changed.append(source.take(await self._in_time(partial(_made, source, found))))
-                    source.used = found
+                    made, source.seen = await self._in_time(partial(_made, source, found, _TRIES if asked else 1))
+                    taken = source.take(made)
+                    if source.seen != source.used:
+                        changed.append(taken)
+                    source.used, source.doubtful, source.told = source.seen, not settled, ""
                 except Exception as error:  # noqa: BLE001 - whatever it is, the next look must find it mended
-                    told = "files were changed and can't be used: what was read before stays in force"
-                    log.error(told, settings=source.names, reason=_why(error))  # noqa: TRY400 - one line, of no bug
+                    source.doubtful, reason = isinstance(error, OSError), _why(error)
+                    if news or reason != source.told:
+                        told = "files were changed and can't be used: what was read before stays in force"
+                        log.error(told, settings=source.names, reason=reason)  # noqa: TRY400 - one line, of no bug
+                    source.told = reason
             if asked or changed:
                 faulty = [source.names for source in self._sources if source.seen != source.used]
                 log.info("files were read again", changed=changed, not_used=faulty)
@@ -228,15 +241,21 @@ class Reload:
         return task
 
 
-def _made(source: Source[_T], found: list[_Content]) -> _T:
-    for file, content in zip(source.files, found, strict=True):
-        if content.error:
-            raise ValueError(f"{file}: {content.error}")
-    made = source.make()
-    if source.lines and any(was.ended > now.ended for was, now in zip(source.used, found, strict=True)):
-        msg = "the last line has no end any more, as though it were half-written; end it with a line break"
-        raise ValueError(msg)
-    return made
+def _made(source: Source[_T], found: list[_Content], tries: int) -> tuple[_T, list[_Content]]:
+    """Return what was made of the files, and what they held before and after that."""
+    for _ in range(tries):
+        for file, content in zip(source.files, found, strict=True):
+            if content.error:
+                raise ValueError(f"{file}: {content.error}")
+        made = source.make()
+        if source.lines and any(was.ended > now.ended for was, now in zip(source.used, found, strict=True)):
+            msg = "the last line has no end any more, as though it were half-written; end it with a line break"
+            raise ValueError(msg)
+        before, found = found, source.read()
+        if [(each, each.version) for each in before] == [(each, each.version) for each in found]:
+            return made, found
+    msg = "they were changed while they were read"
+    raise OSError(msg)
 
 
 def _why(error: Exception) -> str:
