@@ -15,6 +15,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _PRIVATE: Final = 0o600
 _NEEDED: Final = ("O_CLOEXEC", "O_BINARY", "O_NONBLOCK")
-_REOPEN: Final = b""
 _GLANCE: Final = 0.01
 """Seconds from one look at the end of the file to the next; a line is written in far less."""
 _BLOCK: Final = 4096
@@ -80,6 +80,7 @@ class AuditLog:
         """Open the file; raise ``OSError``. ``report`` and ``pause`` (seconds) are ``Writer``'s."""
         self._path = path
         self._file: int | None = open_log(path)
+        self._reopening = threading.Event()
         try_log(path)
         self._writer = Writer(self._append, report, pause=pause)
 
@@ -88,9 +89,10 @@ class AuditLog:
         self._writer.put(json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
     def reopen(self) -> None:
-        """Have the file opened anew, behind the lines that wait; after a failure that is done anyway."""
-        if self._writer.trouble is None:
-            self._writer.put(_REOPEN)
+        """Have the file opened anew, as soon as the line in hand is written."""
+        if not self._reopening.is_set():
+            self._reopening.set()
+            self._writer.wake()
 
     def status(self) -> dict[str, Any]:
         """Return the figures: lines that wait, lines that were lost, and why none can be written (None: they can)."""
@@ -103,14 +105,13 @@ class AuditLog:
             self._shut()
 
     def _append(self, line: bytes) -> None:
-        if line == _REOPEN:
+        if self._reopening.is_set():
+            self._reopening.clear()
             self._shut()
-            self._current()
-            return
         try:
             file = self._current()
-            whole = b"\n" + line if self._torn(file) else line
-            if os.write(file, whole) < len(whole):
+            whole = b"\n" + line if line and self._torn(file) else line
+            if line and os.write(file, whole) < len(whole):
                 raise OSError(errno.ENOSPC, "only a part of a line could be written")
         except OSError:
             self._shut()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -73,6 +74,29 @@ def test_reopened(tmp_path: Path) -> None:
     soon(path.exists)
     audit.close(5)
     assert "" == path.read_text()
+
+
+@posix_only
+def test_reopened_very_often(tmp_path: Path) -> None:
+    """To ask for it takes no line's place, however often that is, while the reader of a pipe does not read."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    audit = Audit(path)
+    for number in range(400):
+        audit.write({"n": number, "filler": "x" * 200})  # more than a pipe holds
+    for _ in range(3000):
+        audit.reopen()
+    audit.write(WRITE)
+    assert 0 == audit.status()["lost"]
+    assert audit.status()["waiting"] <= 401
+    got = b""
+    while got.count(b"\n") < 401:
+        with contextlib.suppress(BlockingIOError):
+            got += os.read(reading, 65536)
+    audit.close(5)
+    assert ({"waiting": 0, "lost": 0, "trouble": None}, []) == (audit.status(), audit.reports)
+    os.close(reading)
 
 
 @posix_only
