@@ -35,11 +35,8 @@ _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 def open_log(path: Path) -> int:
     """Open the file for appending, making it where there is none; waits for nothing. Raises ``OSError``."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    for name in _NEEDED:
-        flags |= getattr(os, name, 0)
     try:
-        file = os.open(path, flags, _PRIVATE)
+        file = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "nobody reads from this pipe; start its reader first") from None
@@ -47,6 +44,12 @@ def open_log(path: Path) -> int:
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(file, True)  # from here on a thread may wait for a slow reader
     return file
+
+
+def _open(path: Path | str, flags: int) -> int:
+    for name in _NEEDED:
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags, _PRIVATE)
 
 
 def try_log(path: Path) -> None:
@@ -133,14 +136,11 @@ class AuditLog:
 
     def _torn(self, file: int) -> bool:
         """Whether the file ends within a line, whoever wrote that; of one that can't be read it is assumed."""
-        before = self._cut_at(file)
-        while before:
+        cut, before = self._cut_at(file), 0
+        while cut not in {0, before}:
             time.sleep(_GLANCE)  # another proxy may be in the midst of its line
-            now = self._cut_at(file)
-            if now == before:
-                return True
-            before = now
-        return False
+            cut, before = self._cut_at(file), cut
+        return cut > 0
 
     def _cut_at(self, file: int) -> int:
         """Return the size of a file that ends within a line, else 0."""
@@ -148,11 +148,13 @@ class AuditLog:
         if not stat.S_ISREG(about.st_mode):
             return 0
         try:
-            with self._path.open("rb") as reading:
+            with open(self._path, "rb", opener=_open) as reading:
                 reading.seek(max(0, about.st_size - 1))
                 return 0 if reading.read(1) in {b"\n", b""} else about.st_size
         except PermissionError:
             return about.st_size
+        except OSError:  # it has just been moved away, and takes this line yet
+            return 0
 
     def _shut(self) -> None:
         if self._file is not None:
