@@ -120,7 +120,7 @@ class Proxy:
             clock=clock,
         )
         self.tokens = TokenCache(
-            Login(self._transport, base, _lasting(credentials), clock),
+            Login(self._transport, base, credentials, clock),
             clock=clock,
             sleep=sleep,
             observer=self.telemetry.token_event,
@@ -326,21 +326,6 @@ def _shared(
     return shared.Shared(store, prefix, settings.rate_limit, clock, call_later)
 
 
-def _lasting(credentials: Callable[[], Credentials]) -> Callable[[], Credentials]:
-    """Return the key pair as it is now or, where it can't be read, as it last was."""
-    last: list[Credentials] = []
-
-    def current() -> Credentials:
-        try:
-            last[:] = [credentials()]
-        except (OSError, ValueError):
-            if not last:
-                raise
-        return last[0]
-
-    return current
-
-
 def run(settings: Settings, *, sandbox: bool, warnings: Sequence[str] = ()) -> int:
     """Run the proxy until it is told to stop; return the exit code. ``sandbox``: the simulator is the upstream.
 
@@ -397,13 +382,15 @@ async def _run(settings: Settings, *, sandbox: bool, as_json: bool, warnings: Se
     finally:
         if simulator is not None:
             await simulator.stop()
+        signals.close()
     return 0
 
 
 class _Signals:
     """SIGTERM and SIGINT (Windows: Ctrl-C and Ctrl-Break): the first ends the program in order, the second at once.
 
-    What SIGHUP means was decided before: it ends, reads files again, or is ignored (``cli``).
+    What SIGHUP means was decided before: it ends, reads files again, or is ignored (``cli``). None is registered with
+    the loop, which would let it kill as soon as the loop closes.
     """
 
     def __init__(self, again: Callable[[], None], reload: Callable[[], object]) -> None:
@@ -411,25 +398,27 @@ class _Signals:
         self._stop = asyncio.Event()
         self._again = again
         loop = asyncio.get_running_loop()
+        self._calls: dict[int, Callable[[], object]] = {signal.SIGINT: self._received}
         if sys.platform == "win32":
-            numbers = [signal.SIGINT, signal.SIGBREAK]
+            self._calls[signal.SIGBREAK] = self._received
         else:
-            numbers = [signal.SIGINT, signal.SIGTERM]
+            self._calls[signal.SIGTERM] = self._received
             hangup = signal.getsignal(signal.SIGHUP)
-            if hangup is signal.default_int_handler:
-                numbers.append(signal.SIGHUP)
-            elif hangup is not signal.SIG_IGN:
-                loop.add_signal_handler(signal.SIGHUP, reload)
-        for number in numbers:
-            try:
-                loop.add_signal_handler(number, self._received)
-            except NotImplementedError:  # Windows
-                signal.signal(number, lambda *_: loop.call_soon_threadsafe(self._received))
+            if hangup is not signal.SIG_IGN:
+                self._calls[signal.SIGHUP] = self._received if hangup is signal.default_int_handler else reload
+            loop.add_signal_handler(signal.SIGWINCH, int)  # from now on the loop wakes for every signal
+        for number in self._calls:
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(self._calls[number]))
 
     def _received(self) -> None:
         if self._stop.is_set():
             self._again()
         self._stop.set()
+
+    def close(self) -> None:
+        """Ignore them: Python, as it ends, gives the power to kill back to all that are not ignored."""
+        for number in self._calls:
+            signal.signal(number, signal.SIG_IGN)
 
     async def wait(self, other: asyncio.Event) -> None:
         """Return at the first signal, or when ``other`` is set."""

@@ -15,6 +15,7 @@ import json
 import os
 import stat
 import tempfile
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _PRIVATE: Final = 0o600
 _NEEDED: Final = ("O_CLOEXEC", "O_BINARY", "O_NONBLOCK")
-_REOPEN: Final = b""
 _GLANCE: Final = 0.01
 """Seconds from one look at the end of the file to the next; a line is written in far less."""
 _BLOCK: Final = 4096
@@ -35,11 +35,8 @@ _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 def open_log(path: Path) -> int:
     """Open the file for appending, making it where there is none; waits for nothing. Raises ``OSError``."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-    for name in _NEEDED:
-        flags |= getattr(os, name, 0)
     try:
-        file = os.open(path, flags, _PRIVATE)
+        file = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "nobody reads from this pipe; start its reader first") from None
@@ -47,6 +44,12 @@ def open_log(path: Path) -> int:
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(file, True)  # from here on a thread may wait for a slow reader
     return file
+
+
+def _open(path: Path | str, flags: int) -> int:
+    for name in _NEEDED:
+        flags |= getattr(os, name, 0)
+    return os.open(path, flags, _PRIVATE)
 
 
 def try_log(path: Path) -> None:
@@ -80,6 +83,7 @@ class AuditLog:
         """Open the file; raise ``OSError``. ``report`` and ``pause`` (seconds) are ``Writer``'s."""
         self._path = path
         self._file: int | None = open_log(path)
+        self._reopening = threading.Event()
         try_log(path)
         self._writer = Writer(self._append, report, pause=pause)
 
@@ -88,9 +92,10 @@ class AuditLog:
         self._writer.put(json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
     def reopen(self) -> None:
-        """Have the file opened anew, behind the lines that wait; after a failure that is done anyway."""
-        if self._writer.trouble is None:
-            self._writer.put(_REOPEN)
+        """Have the file opened anew, as soon as the line in hand is written."""
+        if not self._reopening.is_set():
+            self._reopening.set()
+            self._writer.wake()
 
     def status(self) -> dict[str, Any]:
         """Return the figures: lines that wait, lines that were lost, and why none can be written (None: they can)."""
@@ -103,14 +108,13 @@ class AuditLog:
             self._shut()
 
     def _append(self, line: bytes) -> None:
-        if line == _REOPEN:
+        if self._reopening.is_set():
+            self._reopening.clear()
             self._shut()
-            self._current()
-            return
         try:
             file = self._current()
-            whole = b"\n" + line if self._torn(file) else line
-            if os.write(file, whole) < len(whole):
+            whole = b"\n" + line if line and self._torn(file) else line
+            if line and os.write(file, whole) < len(whole):
                 raise OSError(errno.ENOSPC, "only a part of a line could be written")
         except OSError:
             self._shut()
@@ -132,14 +136,11 @@ class AuditLog:
 
     def _torn(self, file: int) -> bool:
         """Whether the file ends within a line, whoever wrote that; of one that can't be read it is assumed."""
-        before = self._cut_at(file)
-        while before:
+        cut, before = self._cut_at(file), 0
+        while cut not in {0, before}:
             time.sleep(_GLANCE)  # another proxy may be in the midst of its line
-            now = self._cut_at(file)
-            if now == before:
-                return True
-            before = now
-        return False
+            cut, before = self._cut_at(file), cut
+        return cut > 0
 
     def _cut_at(self, file: int) -> int:
         """Return the size of a file that ends within a line, else 0."""
@@ -147,11 +148,13 @@ class AuditLog:
         if not stat.S_ISREG(about.st_mode):
             return 0
         try:
-            with self._path.open("rb") as reading:
+            with open(self._path, "rb", opener=_open) as reading:
                 reading.seek(max(0, about.st_size - 1))
                 return 0 if reading.read(1) in {b"\n", b""} else about.st_size
         except PermissionError:
             return about.st_size
+        except OSError:  # it has just been moved away, and takes this line yet
+            return 0
 
     def _shut(self) -> None:
         if self._file is not None:

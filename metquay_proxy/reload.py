@@ -13,8 +13,12 @@ by a symlink to another folder: contents are compared, not names or times.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import ssl
+import stat
+import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +39,12 @@ INTERVAL: Final = 60.0
 SETTLED: Final = 2.0
 """Seconds for which a file must not have changed, unless a signal says that all are complete."""
 
+_TRIES: Final = 5
+"""How often files are read that change meanwhile, where a signal says that all are complete."""
+BOUND: Final = 10.0
+"""Seconds that reading may take: a file system that hangs must not end all later looks."""
+_LATE: Final = "could not be read in time"
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger("metquay_proxy")
 
 
@@ -47,6 +57,19 @@ def serving_context(certificate: Path, key: Path) -> ssl.SSLContext:
         msg = f"{key} is not the private key, in PEM form and without a password, of the certificate in {certificate}"
         raise ValueError(msg) from None
     return context
+
+
+def read_file(path: Path) -> tuple[bytes, os.stat_result]:
+    """Return what an ordinary file holds, and what is known about it; waits for no pipe. Raises ``OSError``."""
+    with open(path, "rb", opener=_at_once) as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "is no ordinary file", str(path))
+        return file.read(), about
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class Serving:
@@ -81,19 +104,33 @@ class Source(Generic[_T]):
     """Whether the files are lists of lines: one that has lost its last line's end may be half-written."""
     seen: list[_Content] = field(init=False)
     used: list[_Content] = field(init=False)
+    doubtful: bool = field(default=True, init=False)
+    """Whether what is in use may have been made of something else: at first, and where a file has just changed."""
+    told: str = field(default="", init=False)
+    """The fault that was told last."""
 
     def __post_init__(self) -> None:
-        """Take the files as they are for those that are in use."""
+        """Take the files as they are for those that are in use; the first look makes sure of it."""
+        self._reading = threading.Lock()
         self.seen = self.used = self.read()
 
     def read(self) -> list[_Content]:
-        """Look at the files; blocks."""
-        return [_content(file) for file in self.files]
+        """Look at the files; blocks, but where an earlier call still waits for them."""
+        if not self._reading.acquire(blocking=False):
+            return self.late()
+        try:
+            return [_content(file) for file in self.files]
+        finally:
+            self._reading.release()
+
+    def late(self) -> list[_Content]:
+        """Return what is known of files that nobody could read in time."""
+        return [_Content(error=_LATE) for _ in self.files]
 
 
 @dataclass(frozen=True)
 class _Content:
-    """A digest of a file, or why it can't be read; nothing that isn't an ordinary file is read twice."""
+    """A digest of a file, or why it can't be read."""
 
     digest: bytes = b""
     error: str = ""
@@ -101,14 +138,17 @@ class _Content:
     """Whether its last line has an end."""
     at: float = field(default=0.0, compare=False)
     """When it was changed, by the wall clock."""
+    version: tuple[int, int] = field(default=(0, 0), compare=False)
+    """What is another one after a change, even after one that was undone."""
 
 
 def _content(file: Path) -> _Content:
     try:
-        if not file.is_file():
-            return _Content(error="there is no such file")
-        data = file.read_bytes()
-        return _Content(hashlib.sha256(data).digest(), ended=data.endswith(b"\n"), at=file.stat().st_mtime)
+        data, about = read_file(file)
+        digest, version = hashlib.sha256(data).digest(), (about.st_ino, about.st_ctime_ns)
+        return _Content(digest, ended=data.endswith(b"\n"), at=about.st_mtime, version=version)
+    except FileNotFoundError:
+        return _Content(error="there is no such file")
     except OSError as error:
         return _Content(error=error.strerror or str(error))
 
@@ -122,11 +162,13 @@ class Reload:
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         wall_clock: Callable[[], float] = time.time,
+        bound: float = BOUND,
     ) -> None:
-        """``sleep`` takes seconds; ``wall_clock`` is the one by which files are dated."""
+        """``sleep`` takes seconds; ``wall_clock`` is the one by which files are dated; ``bound`` is for reading."""
         self._sources = [source for source in sources if source.files]
         self._sleep = sleep
         self._wall_clock = wall_clock
+        self._bound = bound
         self._looking = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -152,19 +194,36 @@ class Reload:
         async with self._looking:
             changed = []
             for source in self._sources:
-                found = await in_thread(source.read)
-                if found == source.seen or not (asked or self._settled(found)):
+                found = await self._read(source)
+                settled, news = self._settled(found), found != source.seen
+                if not (news or source.doubtful) or not (asked or settled):
                     continue
                 source.seen = found
                 try:
-                    changed.append(source.take(await in_thread(partial(_made, source, found))))
-                    source.used = found
+                    made, source.seen = await self._in_time(partial(_made, source, found, _TRIES if asked else 1))
+                    taken = source.take(made)
+                    if source.seen != source.used:
+                        changed.append(taken)
+                    source.used, source.doubtful, source.told = source.seen, not settled, ""
                 except Exception as error:  # noqa: BLE001 - whatever it is, the next look must find it mended
-                    told = "files were changed and can't be used: what was read before stays in force"
-                    log.error(told, settings=source.names, reason=_why(error))  # noqa: TRY400 - one line, of no bug
+                    source.doubtful, reason = isinstance(error, OSError), _why(error)
+                    if news or reason != source.told:
+                        told = "files were changed and can't be used: what was read before stays in force"
+                        log.error(told, settings=source.names, reason=reason)  # noqa: TRY400 - one line, of no bug
+                    source.told = reason
             if asked or changed:
                 faulty = [source.names for source in self._sources if source.seen != source.used]
                 log.info("files were read again", changed=changed, not_used=faulty)
+
+    async def _read(self, source: Source[Any]) -> list[_Content]:
+        try:
+            return await self._in_time(source.read)
+        except TimeoutError:
+            return source.late()
+
+    async def _in_time(self, call: Callable[[], _T]) -> _T:
+        async with asyncio.timeout(self._bound):
+            return await in_thread(call)
 
     async def _watch(self) -> None:
         while True:
@@ -182,16 +241,24 @@ class Reload:
         return task
 
 
-def _made(source: Source[_T], found: list[_Content]) -> _T:
-    for file, content in zip(source.files, found, strict=True):
-        if content.error:
-            raise ValueError(f"{file}: {content.error}")
-    made = source.make()
-    if source.lines and any(was.ended > now.ended for was, now in zip(source.used, found, strict=True)):
-        msg = "the last line has no end any more, as though it were half-written; end it with a line break"
-        raise ValueError(msg)
-    return made
+def _made(source: Source[_T], found: list[_Content], tries: int) -> tuple[_T, list[_Content]]:
+    """Return what was made of the files, and what they held before and after that."""
+    for _ in range(tries):
+        for file, content in zip(source.files, found, strict=True):
+            if content.error:
+                raise ValueError(f"{file}: {content.error}")
+        made = source.make()
+        if source.lines and any(was.ended > now.ended for was, now in zip(source.used, found, strict=True)):
+            msg = "the last line has no end any more, as though it were half-written; end it with a line break"
+            raise ValueError(msg)
+        before, found = found, source.read()
+        if [(each, each.version) for each in before] == [(each, each.version) for each in found]:
+            return made, found
+    msg = "they were changed while they were read"
+    raise OSError(msg)
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return _LATE
     return str(error) if isinstance(error, (OSError, ValueError)) else f"unexpected {type(error).__name__}"

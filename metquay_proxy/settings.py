@@ -17,7 +17,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -30,7 +29,7 @@ from metquay_proxy.auth import Credentials, oddities
 from metquay_proxy.environment import ENV_FILE, PREFIX, Line, read_env_file, variables
 from metquay_proxy.gate import ClientKey
 from metquay_proxy.quota import Rate, parse_rate
-from metquay_proxy.reload import serving_context
+from metquay_proxy.reload import read_file, serving_context
 from metquay_proxy.rewrite import BaseURL, is_loopback
 from metquay_proxy.target import API_PREFIX, OWN_PREFIX
 from metquay_proxy.upstream import OutboundProxy
@@ -300,7 +299,7 @@ def _pass_through(text: str) -> tuple[str, ...]:
 def _file(text: str) -> Path:
     path = Path(text)
     try:
-        path.open("rb").close()
+        read_file(path)
     except OSError as error:
         msg = f"cannot read {text}: {error.strerror}"
         raise ValueError(msg) from None
@@ -597,7 +596,7 @@ class Settings(BaseSettings):
     def current_keys(self, held: tuple[ClientKey, ...]) -> tuple[ClientKey, ...]:
         """Return all client keys, at least one, read again where they came from files; raises as ``credentials``.
 
-        ``held`` are those in force. What was cut off while it was written is no other key, and no other right.
+        ``held`` are those in force. What may have been cut off while it was written gives no key and no right.
         """
         single, named = self.client_key, self.client_keys
         if path := self._files.get("client_key"):
@@ -607,14 +606,12 @@ class Settings(BaseSettings):
                 msg = f"{path} holds fewer than {_SHORT_KEY} characters, as though it were half-written"
                 raise ValueError(msg)
         if path := self._files.get("client_keys"):
-            named = _client_keys(_read(path))
+            named = _client_keys(text := _read(path, whole=True))
             if not named:
                 msg = f"{path} holds no key"
                 raise ValueError(msg)
-            last = named[-1]
-            whole = last in held or path.read_bytes().endswith(b"\n")
-            if not whole and replace(last, read_only=True) in held:
-                msg = f"{path} may be half-written: to take :read-only away from {last.name}, end it with a line break"
+            if named[-1] not in held and not text.endswith("\n"):
+                msg = f"{path} may be half-written: its last entry is new, and no line break follows; add one"
                 raise ValueError(msg)
         return _all_keys(single, named)
 
@@ -953,16 +950,17 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, *, whole: bool = False) -> str:
+    """Return a file's text, without blanks around it unless the ``whole`` is asked for."""
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
+        text = read_file(path)[0].decode("utf-8-sig")
     except UnicodeDecodeError:
         msg = f"{path} is not UTF-8 text; save it as UTF-8"
         raise ValueError(msg) from None
-    if not text:
+    if not text.strip():
         msg = f"the file {path} is empty"
         raise ValueError(msg)
-    return text
+    return text if whole else text.strip()
 
 
 def _why(error: Exception) -> str:

@@ -53,7 +53,7 @@ class Writer:
         kept: int = KEPT,
         pause: float = PAUSE,
     ) -> None:
-        """``write`` is called in the thread, and raises ``OSError`` where it failed.
+        """``write`` is called in the thread, with a line or (``wake``) none, and raises ``OSError`` where it failed.
 
         ``report`` is told, from either thread, once why lines can't be written, and once (None) that all are again.
         """
@@ -85,6 +85,14 @@ class Writer:
             self._note(self.trouble or "writing takes too long")
             return
         self._taken += 1
+        self._hand_over(line)
+
+    def wake(self) -> None:
+        """Have ``write`` called once without a line, which takes no place and counts as none."""
+        if not self._closing.is_set():
+            self._hand_over(b"")
+
+    def _hand_over(self, line: bytes) -> None:
         self._lines.put(line)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
@@ -114,7 +122,7 @@ class Writer:
         except OSError as error:
             self._note(error.strerror or str(error))
             return False
-        self._written += 1
+        self._written += bool(line)
         if self._lines.empty():
             self._note(None)
         return True

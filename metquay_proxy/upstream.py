@@ -85,6 +85,8 @@ _PIECE: Final = 64 * 1024
 _NO_MORE: Final = 300
 """An answer with this status or a higher one says that the rest of the request's body is not wanted."""
 _LOGIN_BODY_LIMIT: Final = 64 * 1024
+READING: Final = 5.0
+"""Seconds that reading the files of keys may take."""
 _HEAD_START: Final = 0.25
 """Seconds that one address of a host is ahead of the next one (RFC 8305 section 5)."""
 _LOOK_UP_SHARED: Final = 1.0
@@ -953,7 +955,10 @@ def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
 
 
 class Login:
-    """The source of tokens: one ``POST {base}/authenticate``, with the keys read anew each time."""
+    """The source of tokens: one ``POST {base}/authenticate``, with the keys read anew each time.
+
+    Where they can't be read any more, those that were read before are used.
+    """
 
     def __init__(
         self, transport: Transport, base: BaseURL, credentials: Callable[[], Credentials], clock: Callable[[], float]
@@ -962,15 +967,19 @@ class Login:
         self._transport = transport
         self._base = base
         self._credentials = credentials
+        self._keys: Credentials | None = None
         self._clock = clock
 
     async def token(self) -> AccessToken:
         """Log in; raise ``LoginFailed``."""
         try:
-            keys = self._credentials()
+            async with asyncio.timeout(READING):
+                self._keys = await in_thread(self._credentials)
         except (OSError, ValueError) as error:
-            msg = f"The keys could not be read: {error}"
-            raise LoginFailed(msg) from None
+            if self._keys is None:
+                msg = f"The keys could not be read: {error}" if str(error) else "The keys could not be read in time."
+                raise LoginFailed(msg) from None
+        keys = self._keys
         data = json.dumps({"accessKey": keys.access_key, "secretKey": keys.secret_key}).encode()
         head = (
             f"POST {self._base.prefix}/authenticate HTTP/1.1\r\nHost: {self._base.authority}\r\n"

@@ -26,7 +26,7 @@ MAY_BLOCK = {
     "server.py": {"_as_error"},  # a traceback quotes the source
     "shared.py": {"get_credentials"},  # one small file at each connection to Redis
     "settings.py": {"load", "validate"},  # done before there is a loop, but for tests
-    "upstream.py": {"tls_context", "token"},  # the certificates at the start; two small files of keys at each login
+    "upstream.py": {"tls_context"},  # the certificates at the start
 }
 """The functions of each module under which a call may block the event loop."""
 

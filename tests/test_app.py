@@ -832,3 +832,21 @@ def test_with_json_logs_all_is_json(tmp_path: Path) -> None:
     assert ("warning", "error") == (warning["level"], error["level"])
     assert "METQUAY_CLIENT_KEY is short" in warning["event"]
     assert f"{listen} is taken by another program" in error["reason"]
+
+
+@posix_only
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.slow
+def test_signals_to_the_very_end(tmp_path: Path, loop: str, number: int) -> None:
+    """However late a signal comes, the program ends with 0."""
+    off = "import sys; sys.modules['uvloop'] = None" if loop == "asyncio" else "import uvloop"
+    (tmp_path / "sitecustomize.py").write_text(off)
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    with process(tmp_path, "serve", "--sandbox", "--listen=127.0.0.1:0", **path) as command:
+        command.popen.send_signal(signal.SIGTERM)
+        while command.popen.poll() is None:
+            command.popen.send_signal(number)
+            time.sleep(0.0002)
+        assert 0 == command.popen.returncode
+        assert not TROUBLE.search(command.log.read_text())

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,30 @@ def test_rotation(tmp_path: Path) -> None:
 
 
 @posix_only
+@pytest.mark.parametrize("instead", ["nothing", "pipe"])
+def test_rotation_in_the_midst_of_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instead: str) -> None:
+    """A file that is moved away just as it is looked at takes the line yet; that is no failure, and nothing waits."""
+    path = tmp_path / "audit.log"
+    audit = Audit(path)
+    audit.wrote({"n": 1})
+    real = os.path.samestat
+
+    def samestat(*both: os.stat_result) -> bool:
+        same = real(*both)
+        path.rename(tmp_path / "audit.log.1")
+        if instead == "pipe":
+            os.mkfifo(path)
+        return same
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os.path, "samestat", samestat)
+        audit.wrote({"n": 2})
+    assert [] == audit.reports
+    audit.close(5)
+    assert '{"n": 1}\n{"n": 2}\n' == (tmp_path / "audit.log.1").read_text()
+
+
+@posix_only
 def test_reopened(tmp_path: Path) -> None:
     """Where it is asked for, the file is opened anew at once: whoever rotated it sees the new one there."""
     path = tmp_path / "audit.log"
@@ -73,6 +98,31 @@ def test_reopened(tmp_path: Path) -> None:
     soon(path.exists)
     audit.close(5)
     assert "" == path.read_text()
+
+
+@posix_only
+def test_reopened_very_often(tmp_path: Path) -> None:
+    """To ask for it takes no line's place, however often that is, while the reader of a pipe does not read."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    audit = Audit(path)
+    for number in range(400):
+        audit.write({"n": number, "filler": "x" * 200})  # more than a pipe holds
+    for _ in range(3000):
+        audit.reopen()
+    audit.write(WRITE)
+    assert 0 == audit.status()["lost"]
+    assert audit.status()["waiting"] <= 401
+    got = b""
+    while got.count(b"\n") < 401:
+        try:
+            got += os.read(reading, 65536)
+        except BlockingIOError:
+            time.sleep(0.001)  # lets the writer's thread run
+    audit.close(5)
+    assert ({"waiting": 0, "lost": 0, "trouble": None}, []) == (audit.status(), audit.reports)
+    os.close(reading)
 
 
 @posix_only
@@ -201,7 +251,7 @@ def test_a_pipe(tmp_path: Path) -> None:
         try:
             got += os.read(reading, 65536)
         except BlockingIOError:
-            continue
+            time.sleep(0.001)  # lets the writer's thread run
     assert list(range(900)) == [json.loads(line)["n"] for line in got.splitlines()]
     assert [] == audit.reports
     os.close(reading)

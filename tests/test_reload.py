@@ -9,6 +9,7 @@ import os
 import signal
 import ssl
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ import pytest
 import trustme
 
 from metquay_proxy.auth import Credentials
-from metquay_proxy.reload import Reload, Source, serving_context
+from metquay_proxy.reload import Reload, Source, read_file, serving_context
 from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
+from metquay_proxy.threads import in_thread
 from tests import running as program
 from tests.running import Process, process
 from tests.wire import Client, certified, eventually, get, patiently, post, running
@@ -96,11 +98,11 @@ async def test_a_change(tmp_path: Path, told: Told) -> None:
     await watched.reload.look()
     watched.path.touch()
     await watched.reload.look()
-    assert ([], []) == (watched.taken, told.lines)
+    assert (["first\n"], []) == (watched.taken, told.lines)
     watched.write("second\n")
     await watched.reload.look()
     await watched.reload.look()
-    assert ["second\n"] == watched.taken
+    assert ["first\n", "second\n"] == watched.taken
     assert [("files were read again", {"changed": ["METQUAY_X"], "not_used": []})] == told.lines
 
 
@@ -166,13 +168,101 @@ async def test_a_list_whose_last_line_has_lost_its_end(tmp_path: Path, told: Tol
     assert ["first\nsecond\n"] == watched.taken
 
 
-@posix_only
-async def test_a_pipe_is_not_read_twice(tmp_path: Path, told: Told) -> None:
-    """What isn't an ordinary file can't be read again, and nothing waits for it."""
-    os.mkfifo(tmp_path / "pipe")
-    reload = Reload([Source("METQUAY_X", [tmp_path / "pipe"], str, str)])
-    await asyncio.wait_for(reload.look(asked=True), 5)
+async def test_what_changed_before_the_first_look(tmp_path: Path, told: Told) -> None:
+    """What is in use was read before the files were looked at: the first look takes what is there; it is no news."""
+    watched = Watched(tmp_path / "file")
+    await watched.reload.look(asked=True)
+    assert ["first\n"] == watched.taken
     assert [("files were read again", {"changed": [], "not_used": []})] == told.lines
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_a_change_while_it_is_read(tmp_path: Path, told: Told, *, asked: bool) -> None:
+    """What was there for a moment only is never in force: it is read again, at once if somebody asks, else later."""
+    watched = Watched(tmp_path / "file")
+    await watched.reload.look()
+    watched.write("second\n")
+    make, moments = watched.source.make, iter(["moment\n"])
+
+    def meanwhile() -> str:
+        for moment in moments:
+            watched.write(moment)
+            made = make()
+            watched.write("second\n")
+            return made
+        return make()
+
+    watched.source.make = meanwhile
+    await watched.reload.look(asked=asked)
+    assert ["first\n", "second\n"][: 1 + asked] == watched.taken
+    await watched.reload.look()
+    assert ["first\n", "second\n"] == watched.taken
+    assert ([] if asked else ["they were changed while they were read"]) == told.faults
+
+
+async def test_what_has_just_changed_is_made_sure_of(tmp_path: Path, told: Told) -> None:
+    """Clocks of files are coarse: what was taken within two seconds of a change is taken once more, without a line."""
+    watched = Watched(tmp_path / "file")
+    watched.now = time.time()
+    watched.write("second\n")
+    await watched.reload.look(asked=True)
+    watched.now += 60
+    for _ in range(2):
+        await watched.reload.look()
+    assert ["second\n", "second\n"] == watched.taken
+    assert 1 == len(told.lines)
+
+
+@posix_only
+async def test_a_pipe_in_the_place_of_a_file(tmp_path: Path, told: Told) -> None:
+    """It is a fault that holds nothing up, whoever comes to read it: the sources and the settings alike."""
+    watched = Watched(tmp_path / "file")
+    watched.path.unlink()
+    os.mkfifo(watched.path)
+    await asyncio.wait_for(watched.reload.look(), 5)
+    assert [f"{watched.path}: is no ordinary file"] == told.faults
+    with pytest.raises(OSError, match="is no ordinary file"):
+        await asyncio.wait_for(in_thread(lambda: read_file(watched.path)), 5)
+
+
+class Hanging(os.PathLike[str]):
+    """The path of a file that takes until an event to open."""
+
+    def __init__(self, path: Path, event: threading.Event) -> None:
+        self._path, self._event = path, event
+        self.asked = 0
+
+    def __fspath__(self) -> str:
+        """Wait."""
+        self.asked += 1
+        self._event.wait()
+        return str(self._path)
+
+
+async def test_what_hangs(tmp_path: Path, told: Told) -> None:
+    """Files that can't be read in time are told once and end no later look; no second thread waits for them."""
+    there = threading.Event()
+    there.set()
+    path = tmp_path / "file"
+    path.write_text("first")
+    taken: list[str] = []
+    hanging = Hanging(path, there)
+    source = Source("METQUAY_X", [hanging], path.read_text, lambda text: taken.append(text) or "x")  # type: ignore[list-item]
+    reload = Reload([source], wall_clock=lambda: time.time() + 60, bound=0.05)
+    path.write_text("second")
+    there.clear()
+    for _ in range(3):
+        await reload.look()
+    assert [2, 1] == [hanging.asked, len(told.faults)]
+    assert told.faults[0].endswith("could not be read in time")
+    there.set()
+    while not taken:
+        await reload.look()
+    assert ["second"] == taken
+    source.make = lambda: time.sleep(0.2) or ""
+    path.write_text("fourth")
+    await reload.look()
+    assert "could not be read in time" == told.faults[-1]
 
 
 @posix_only
@@ -470,6 +560,25 @@ async def test_a_key_pair_that_is_gone(sandbox: Sandbox) -> None:
         await eventually(proxy.ready)
         known.clear()
         await eventually(lambda: proxy.tokens.state.renewals > 1)
+        assert 0 == proxy.tokens.state.failures
+
+
+async def test_a_key_pair_that_takes_for_ever(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that hangs at a login holds nobody else up, and the keys that were read before are used."""
+    monkeypatch.setattr("metquay_proxy.upstream.READING", 0.05)
+    sandbox.faults = Faults(token_lifetime=1.0)
+    hanging = threading.Event()
+    hanging.set()
+
+    def credentials() -> Credentials:
+        hanging.wait()
+        return Credentials(ACCESS_KEY, SECRET_KEY)
+
+    async with program.running(sandbox.url, credentials=credentials) as (proxy, _):
+        await eventually(proxy.ready)
+        hanging.clear()
+        await eventually(lambda: proxy.tokens.state.renewals > 1)
+        hanging.set()
         assert 0 == proxy.tokens.state.failures
 
 

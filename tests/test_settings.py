@@ -367,7 +367,7 @@ class TestSources:
             ("default:key-9876543210987", "names must be unique"),
             ("sheet:single-key-0123456789", "has a key twice"),
         ):
-            file.write_text(text)
+            file.write_text(f"{text}\n")
             with pytest.raises(ValueError, match=why):
                 settings.current_keys(settings.keys)
         file.unlink()
@@ -376,14 +376,17 @@ class TestSources:
 
     @pytest.mark.usefixtures("account")
     def test_a_right_is_not_won_by_a_file_that_was_cut_off(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
-        """The last key of a list loses its :read-only only where the line has an end."""
+        """No key and no right is got by the last entry of a list, unless its line has an end."""
         file = write("keys", "lims:key-0123456789012,sheet:key-9876543210987:read-only")
         monkeypatch.setenv("METQUAY_CLIENT_KEYS_FILE", str(file))
         settings = load()
         assert settings.keys == settings.current_keys(settings.keys)
-        file.write_text("lims:key-0123456789012,sheet:key-9876543210987")
-        with pytest.raises(ValueError, match="may be half-written: to take :read-only away from sheet"):
-            settings.current_keys(settings.keys)
+        for last in ("sheet:key-9876543210987", "sheet:new-9876543210987", "new:new-9876543210987:read-only"):
+            file.write_text(f"lims:key-0123456789012\n{last}")
+            with pytest.raises(ValueError, match="may be half-written: its last entry is new, and no line break"):
+                settings.current_keys(settings.keys)
+        file.write_text("new:new-0123456789012,sheet:key-9876543210987:read-only")
+        assert ["new", "sheet"] == [key.name for key in settings.current_keys(settings.keys)]
         file.write_text("lims:key-0123456789012,sheet:key-9876543210987\n")
         assert not settings.current_keys(settings.keys)[-1].read_only
         file.write_text("lims:key-0123456789012")
