@@ -58,7 +58,7 @@ OF_SEVERAL_MODULES = {
 
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "metquay_proxy", "tests"}
 
-CODE_LINES = 8000
+CODE_LINES = 8100
 """Lines of code in the package, rounded up to the next 50: it grows on purpose or not at all."""
 
 pytestmark = pytest.mark.skipif(
