@@ -277,6 +277,7 @@ class Rig:
             RequestHead(fields),
             kept,
             caller,
+            scope=client,
         )
         task = asyncio.ensure_future(self.forwarder.forward(request, exchange))
         return Asked(task, exchange, kept, source)
