@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from metquay_proxy.audit import AuditLog, try_log, why_not
 from tests.test_threads import soon
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WRITE = {"method": "POST", "path": "/api/v1/customers", "status": 201}
 
@@ -148,17 +154,36 @@ def test_what_can_not_be_written_is_told_at_once(tmp_path: Path) -> None:
             assert f"cannot write {path}: {why}" == why_not(path, refused.value)
 
 
+@contextlib.contextmanager
+def anybody() -> Iterator[None]:
+    """Be a user without rights, also where the tests are run by root, who may write everywhere."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
 @posix_only
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_what_may_not_be_written(tmp_path: Path) -> None:
+def test_what_may_not_be_written() -> None:
     """A file or a folder that this user may not write to is refused."""
-    (tmp_path / "file").touch(mode=0o400)
-    (tmp_path / "folder").mkdir(mode=0o500)
-    for path in (tmp_path / "file", tmp_path / "folder" / "audit.log"):
-        with pytest.raises(PermissionError):
-            Audit(path)
-        with pytest.raises(PermissionError):
-            try_log(path)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "file").touch(mode=0o400)
+        (folder / "closed").mkdir(mode=0o500)
+        (folder / "open").mkdir()
+        (folder / "open").chmod(0o777)
+        with anybody():
+            for path in (folder / "file", folder / "closed" / "audit.log"):
+                with pytest.raises(PermissionError):
+                    Audit(path)
+                with pytest.raises(PermissionError):
+                    try_log(path)
+            try_log(folder / "open" / "audit.log")
 
 
 def test_trying_leaves_nothing_behind(tmp_path: Path) -> None:
