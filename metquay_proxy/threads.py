@@ -38,7 +38,7 @@ def in_thread(call: Callable[[], _T]) -> asyncio.Future[_T]:
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(lambda: done.done() or settle())
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name="call", daemon=True).start()
     return done
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -31,12 +32,12 @@ class SocketTime(FakeTime):
     """Time that moves only while nothing else does: tools, proxy and simulator share this loop, over real sockets."""
 
     async def settle(self) -> None:
-        """Let all that is under way on the loopback come to rest."""
+        """Let all that is under way on the loopback, or in a thread (keys are read in one), come to rest."""
         ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
         for pause in (0.0, 0.0, 0.0, 0.001):
             await asyncio.sleep(pause)
-            while ready:
-                await asyncio.sleep(0)
+            while ready or any(thread.name == "call" for thread in threading.enumerate()):
+                await asyncio.sleep(0 if ready else 0.001)
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
         """Call back after so many seconds of this clock."""
