@@ -891,7 +891,7 @@ class Server(web.Server):
             admission.client or exchange.agent,
             admission.read_only,
             target.pass_through and not self._gate.is_ours(head.text(b"authorization"), now),
-            self._gate.scope(admission.client),
+            self._gate.scope(admission.client) if b"idempotency-key" in head.judged else None,
         )
         exchange.caller = request.caller
         return await self._forward(connection, message, request, exchange, None, keep=keep)

@@ -85,7 +85,7 @@ _PIECE: Final = 64 * 1024
 _NO_MORE: Final = 300
 """An answer with this status or a higher one says that the rest of the request's body is not wanted."""
 _LOGIN_BODY_LIMIT: Final = 64 * 1024
-READING: Final = 5.0
+KEYS_TIMEOUT: Final = 5.0
 """Seconds that reading the files of keys may take."""
 _HEAD_START: Final = 0.25
 """Seconds that one address of a host is ahead of the next one (RFC 8305 section 5)."""
@@ -973,7 +973,7 @@ class Login:
     async def token(self) -> AccessToken:
         """Log in; raise ``LoginFailed``."""
         try:
-            async with asyncio.timeout(READING):
+            async with asyncio.timeout(KEYS_TIMEOUT):
                 self._keys = await in_thread(self._credentials)
         except (OSError, ValueError) as error:
             if self._keys is None:

@@ -565,7 +565,7 @@ async def test_a_key_pair_that_is_gone(sandbox: Sandbox) -> None:
 
 async def test_a_key_pair_that_takes_for_ever(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that hangs at a login holds nobody else up, and the keys that were read before are used."""
-    monkeypatch.setattr("metquay_proxy.upstream.READING", 0.05)
+    monkeypatch.setattr("metquay_proxy.upstream.KEYS_TIMEOUT", 0.05)
     sandbox.faults = Faults(token_lifetime=1.0)
     hanging = threading.Event()
     hanging.set()

@@ -474,6 +474,25 @@ async def test_each_refusal_says_what_is_wrong(bench: Bench, status: int, text: 
     assert [] == bench.upstream.peers
 
 
+@rule("contract 6")
+@pytest.mark.parametrize("path", ["/customers", "/-/status"])
+async def test_the_page_that_only_a_referer_tells(bench: Bench, path: str) -> None:
+    """Where a browser says nothing else, another site's Referer is refused, and nothing is sent; our own is not."""
+    answer = await bench.ask(get(path, "Referer: http://evil.example/", host=b"metquay-proxy:6387"))
+    assert (403, "origin-not-allowed") == (answer.status, answer.slug)
+    assert [] == bench.upstream.peers
+
+
+@rule("contract 3")
+@pytest.mark.parametrize("path", ["/authenticate/", "/authenticate;x=1", "/%61uthenticate", "/AUTHENTICATE"])
+async def test_a_login_in_another_spelling(bench: Bench, path: str) -> None:
+    """What a server may read as the login is answered here too: the keys in its body never go to Metquay."""
+    answer = await bench.ask(post(b'{"accessKey": "a", "secretKey": "b"}', target=path))
+    assert 200 == answer.status
+    assert "accessToken" in json.loads(answer.body)
+    assert [] == bench.upstream.peers
+
+
 BAD_HEADS = [
     b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
     b"HTTP/1.1 200 OK\r\nX : y\r\nContent-Length: 2\r\n\r\nok",
