@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benchmarks.window import Window
-from metquay_proxy.quota import QuotaExceeded, Rate, Ticket
-from metquay_proxy.share import Share
+from metquay_proxy.replicas.share import Share
+from metquay_proxy.rules.quota import QuotaExceeded, Rate, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

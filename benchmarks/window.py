@@ -1,7 +1,7 @@
 """The shared window of ``quota.lua`` in Python: the same calls get the same answers, on a clock of invented time.
 
-The simulation needs it, since a thousand replicas make more calls than can be awaited. ``tests/test_shared_window.py``
-holds the two against each other.
+The simulation needs it, since a thousand replicas make more calls than can be awaited.
+``tests/replicas/test_window.py`` holds the two against each other.
 """
 
 from __future__ import annotations

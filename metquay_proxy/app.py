@@ -20,31 +20,31 @@ import aiohttp.http_parser
 import structlog
 
 from metquay_proxy import __version__
-from metquay_proxy.admin import Admin
 from metquay_proxy.audit import AuditLog, why_not
-from metquay_proxy.auth import Credentials, TokenCache, suspend_aware_clock
-from metquay_proxy.forwarder import Forwarder
-from metquay_proxy.gate import Gate
-from metquay_proxy.line import Line
+from metquay_proxy.downstream.connection import Bounds, Server
+from metquay_proxy.downstream.pages import Admin
+from metquay_proxy.exchange.forwarder import Forwarder
+from metquay_proxy.exchange.line import Line
+from metquay_proxy.exchange.tokens import Credentials, TokenCache, suspend_aware_clock
 from metquay_proxy.listeners import bind, let_in, listen
-from metquay_proxy.quota import Quota
 from metquay_proxy.reload import Reload, Serving, Source, serving_context
-from metquay_proxy.rewrite import BaseURL
-from metquay_proxy.server import Bounds, Server
+from metquay_proxy.rules.gate import Gate
+from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.rules.quota import Quota
+from metquay_proxy.rules.target import TargetRules
 from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
-from metquay_proxy.target import TargetRules
 from metquay_proxy.telemetry import Telemetry, configure_logging
-from metquay_proxy.upstream import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context
+from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Coroutine, Iterator, Sequence
 
-    from metquay_proxy.address import Address
-    from metquay_proxy.gate import ClientKey
     from metquay_proxy.listeners import Door
+    from metquay_proxy.replicas.store import Shared
+    from metquay_proxy.rules.address import Address
+    from metquay_proxy.rules.gate import ClientKey
     from metquay_proxy.settings import RedisAddress, Settings
-    from metquay_proxy.shared import Shared
 
 _TURN: Final = 0.02
 """Seconds from one look at what a drain waits for to the next."""
@@ -316,7 +316,7 @@ def _shared(
     clock: Callable[[], float],
     call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None,
 ) -> Shared:
-    from metquay_proxy import shared  # noqa: PLC0415 - only who shares pays for loading it
+    from metquay_proxy.replicas import store as shared  # noqa: PLC0415 - only who shares pays for loading it
 
     address = cast("RedisAddress", settings.redis_url)
     tls = tls_context(settings.ca_bundle) if address.scheme == "rediss" else None
@@ -353,7 +353,7 @@ async def _run(settings: Settings, *, sandbox: bool, as_json: bool, warnings: Se
         )
     simulator = None
     if sandbox:
-        from metquay_proxy import sandbox as sandbox_module  # noqa: PLC0415 - of no use otherwise
+        from metquay_proxy.sandbox import server as sandbox_module  # noqa: PLC0415 - of no use otherwise
 
         simulator = sandbox_module.Sandbox(rate_limit=settings.rate_limit)
         await simulator.start(listen=listen(lambda _: None, 0))  # it gets its descriptors from the reserve

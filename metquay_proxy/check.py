@@ -21,20 +21,20 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from aiohttp.streams import EMPTY_PAYLOAD
 
-from metquay_proxy import sandbox as simulator
 from metquay_proxy.audit import try_log, why_not
-from metquay_proxy.auth import Credentials, CredentialsRejected, LoginBusy, LoginFailed
-from metquay_proxy.body import ReplayBudget, RequestBody
-from metquay_proxy.errors import ProxyError
+from metquay_proxy.exchange.body import ReplayBudget, RequestBody
+from metquay_proxy.exchange.tokens import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.listeners import CannotListen, bind, release
-from metquay_proxy.rewrite import BaseURL
+from metquay_proxy.rules.errors import ProxyError
+from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.sandbox import server as simulator
 from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
-from metquay_proxy.upstream import Login, Transport, tls_context
+from metquay_proxy.upstream.pool import Login, Transport, tls_context
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from metquay_proxy.address import Address
+    from metquay_proxy.rules.address import Address
     from metquay_proxy.settings import Settings
 
 MAX_SKEW: Final = 120.0
@@ -354,7 +354,7 @@ class _Check:
         address = self._settings.redis_url
         if address is None:
             return "skipped", "METQUAY_REDIS_URL is not set: this proxy shares its quota with nobody"
-        from metquay_proxy import shared  # noqa: PLC0415 - only who shares pays for loading it
+        from metquay_proxy.replicas import store as shared  # noqa: PLC0415 - only who shares pays for loading it
 
         tls = tls_context(self._settings.ca_bundle) if address.scheme == "rediss" else None
         store = None

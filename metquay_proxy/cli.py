@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Final, NoReturn, TextIO
 
-    from metquay_proxy.address import Address
-    from metquay_proxy.sandbox import Sandbox
+    from metquay_proxy.rules.address import Address
+    from metquay_proxy.sandbox.server import Sandbox
     from metquay_proxy.settings import Setting, Settings, SettingsError
 
 PROGRAM: Final = "metquay-proxy"
@@ -235,7 +235,7 @@ def _survive(signal: ModuleType) -> None:
 def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
     """Return a warning for each flag that moves the proxy away from where ``health`` without flags looks for it."""
     from metquay_proxy import health  # noqa: PLC0415 - only `serve` wants both
-    from metquay_proxy.address import DEFAULT_LISTEN, parse_listen  # noqa: PLC0415 - as above
+    from metquay_proxy.rules.address import DEFAULT_LISTEN, parse_listen  # noqa: PLC0415 - as above
 
     asked = health.find("METQUAY_LISTEN", os.environ) or DEFAULT_LISTEN
     try:
@@ -292,9 +292,9 @@ def _sandbox(arguments: Sequence[str]) -> int:
 
     import asyncio  # noqa: PLC0415 - slow
 
-    from metquay_proxy.address import parse_listen  # noqa: PLC0415 - slow
-    from metquay_proxy.quota import parse_rate  # noqa: PLC0415 - slow
-    from metquay_proxy.sandbox import Faults, Sandbox, load_seed  # noqa: PLC0415 - slow
+    from metquay_proxy.rules.address import parse_listen  # noqa: PLC0415 - slow
+    from metquay_proxy.rules.quota import parse_rate  # noqa: PLC0415 - slow
+    from metquay_proxy.sandbox.server import Faults, Sandbox, load_seed  # noqa: PLC0415 - slow
 
     try:
         address, *more = parse_listen(values.pop("listen"))
@@ -343,7 +343,7 @@ async def _simulate(simulator: Sandbox, address: Address) -> None:
     )
     await simulator.start(address.host, address.port, listens)
     try:
-        from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY  # noqa: PLC0415 - slow
+        from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY  # noqa: PLC0415 - slow
 
         login = f'{{\\"accessKey\\":\\"{ACCESS_KEY}\\",\\"secretKey\\":\\"{SECRET_KEY}\\"}}'
         _print(
@@ -399,7 +399,7 @@ def _check(arguments: Sequence[str]) -> int:
 
 def _health(arguments: Sequence[str]) -> int:
     from metquay_proxy import health  # noqa: PLC0415 - the other commands can do without
-    from metquay_proxy.address import DEFAULT_LISTEN  # noqa: PLC0415 - the other commands can do without
+    from metquay_proxy.rules.address import DEFAULT_LISTEN  # noqa: PLC0415 - the other commands can do without
 
     parser = _Parser("health", "Ask the proxy whether it is alive: exit 0 if so, else 1.")
     parser.add_argument("--ready", action="store_true", help="ask whether it is ready: whether it has a usable token")

@@ -13,15 +13,15 @@ import socket
 import sys
 import time
 
-from metquay_proxy.address import parse_listen
 from metquay_proxy.environment import ENV_FILE, PREFIX, read_env_file, variables
+from metquay_proxy.rules.address import parse_listen
 
 TYPE_CHECKING = False  # to import `typing` costs 8 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Final
 
-    from metquay_proxy.address import Address
+    from metquay_proxy.rules.address import Address
 
 TIMEOUT: Final = 5.0
 """Seconds that one question may take."""

@@ -21,8 +21,8 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from metquay_proxy.address import Address, every
-from metquay_proxy.errors import shortage
+from metquay_proxy.rules.address import Address, every
+from metquay_proxy.rules.errors import shortage
 
 if TYPE_CHECKING:
     import ssl

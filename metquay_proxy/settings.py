@@ -24,15 +24,15 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, PlainValidator, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from metquay_proxy.address import DEFAULT_LISTEN, Address, parse_listen
-from metquay_proxy.auth import Credentials, oddities
 from metquay_proxy.environment import ENV_FILE, PREFIX, Line, read_env_file, variables
-from metquay_proxy.gate import ClientKey
-from metquay_proxy.quota import Rate, parse_rate
+from metquay_proxy.exchange.tokens import Credentials, oddities
 from metquay_proxy.reload import read_file, serving_context
-from metquay_proxy.rewrite import BaseURL, is_loopback
-from metquay_proxy.target import API_PREFIX, OWN_PREFIX
-from metquay_proxy.upstream import OutboundProxy
+from metquay_proxy.rules.address import DEFAULT_LISTEN, Address, parse_listen
+from metquay_proxy.rules.gate import ClientKey
+from metquay_proxy.rules.headers import BaseURL, is_loopback
+from metquay_proxy.rules.quota import Rate, parse_rate
+from metquay_proxy.rules.target import API_PREFIX, OWN_PREFIX
+from metquay_proxy.upstream.pool import OutboundProxy
 
 SECRETS_DIRECTORY: Final = Path("/run/secrets")
 MAX_REPLAY_LIMIT: Final = 64 * 1024 * 1024

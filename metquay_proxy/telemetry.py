@@ -34,8 +34,8 @@ import structlog
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
-    from metquay_proxy.auth import TokenEvent
-    from metquay_proxy.errors import Sent
+    from metquay_proxy.exchange.tokens import TokenEvent
+    from metquay_proxy.rules.errors import Sent
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("metquay_proxy")
 

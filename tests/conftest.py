@@ -23,10 +23,10 @@ MAY_BLOCK = {
     "app.py": {"stop"},  # nobody is served any more
     "listeners.py": {"bind"},  # nobody is served yet
     "reload.py": {"__post_init__", "serving_context"},  # nobody is served yet
-    "server.py": {"_as_error"},  # a traceback quotes the source
-    "shared.py": {"get_credentials"},  # one small file at each connection to Redis
+    "downstream/connection.py": {"_as_error"},  # a traceback quotes the source
+    "replicas/store.py": {"get_credentials"},  # one small file at each connection to Redis
     "settings.py": {"load", "validate"},  # done before there is a loop, but for tests
-    "upstream.py": {"tls_context"},  # the certificates at the start
+    "upstream/pool.py": {"tls_context"},  # the certificates at the start
 }
 """The functions of each module under which a call may block the event loop."""
 

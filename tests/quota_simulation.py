@@ -14,7 +14,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
-from metquay_proxy.quota import Quota, QuotaExceeded, Ticket
+from metquay_proxy.rules.quota import Quota, QuotaExceeded, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from metquay_proxy.app import Proxy
-from metquay_proxy.auth import Credentials
-from metquay_proxy.rewrite import BaseURL
-from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY
+from metquay_proxy.exchange.tokens import Credentials
+from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY
 from metquay_proxy.settings import Settings
 
 if TYPE_CHECKING:

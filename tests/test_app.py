@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trustme
 
-from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from tests import running as program
 from tests.running import Process, process
 from tests.wire import OK, Broken, Client, Upstream, answered, certified, eventually, get, head, post
@@ -648,7 +648,7 @@ class Finder:
 
 sys.meta_path.insert(0, Finder())
 """
-PARTS = ["metquay_proxy.settings", "metquay_proxy.app", "metquay_proxy.sandbox"]
+PARTS = ["metquay_proxy.settings", "metquay_proxy.app", "metquay_proxy.sandbox.server"]
 HARMLESS = () if sys.platform == "win32" else (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 

@@ -17,7 +17,7 @@ import trustme
 
 from metquay_proxy.check import Probe, probed, run
 from metquay_proxy.listeners import CannotListen
-from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from metquay_proxy.settings import Settings, load
 from tests.redis_server import needs_redis, redis_server
 from tests.running import running

@@ -517,7 +517,7 @@ class TestHealth:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - our words
         loaded = set(run.stdout.split())
         ours = {name for name in loaded if name.startswith("metquay_proxy.")}
-        assert {f"metquay_proxy.{name}" for name in ("address", "cli", "environment", "health")} == ours
+        assert {f"metquay_proxy.{name}" for name in ("cli", "environment", "health", "rules", "rules.address")} == ours
         slow = {
             "aiohttp",
             "asyncio",

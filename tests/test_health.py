@@ -13,7 +13,7 @@ import pytest
 import trustme
 
 from metquay_proxy import health, settings
-from metquay_proxy.address import DEFAULT_LISTEN
+from metquay_proxy.rules.address import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from metquay_proxy.address import Address, parse_listen
-from metquay_proxy.errors import ProxyError
 from metquay_proxy.listeners import CannotListen, bind, let_in, release
-from metquay_proxy.rewrite import BaseURL
+from metquay_proxy.rules.address import Address, parse_listen
+from metquay_proxy.rules.errors import ProxyError
+from metquay_proxy.rules.headers import BaseURL
 from metquay_proxy.settings import SettingsError, load
-from metquay_proxy.upstream import Transport
+from metquay_proxy.upstream.pool import Transport
 from tests.running import process
 from tests.wire import OK, Broken, Client, Upstream, answered, eventually, get, running
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
-from metquay_proxy.auth import Credentials
+from metquay_proxy.exchange.tokens import Credentials
 from metquay_proxy.reload import Reload, Source, read_file, serving_context
-from metquay_proxy.sandbox import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from metquay_proxy.threads import in_thread
 from tests import running as program
 from tests.running import Process, process
@@ -565,7 +565,7 @@ async def test_a_key_pair_that_is_gone(sandbox: Sandbox) -> None:
 
 async def test_a_key_pair_that_takes_for_ever(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that hangs at a login holds nobody else up, and the keys that were read before are used."""
-    monkeypatch.setattr("metquay_proxy.upstream.KEYS_TIMEOUT", 0.05)
+    monkeypatch.setattr("metquay_proxy.upstream.pool.KEYS_TIMEOUT", 0.05)
     sandbox.faults = Faults(token_lifetime=1.0)
     hanging = threading.Event()
     hanging.set()

@@ -11,11 +11,11 @@ import trustme
 from pydantic import ValidationError
 
 from metquay_proxy import settings as module
-from metquay_proxy.address import Address
-from metquay_proxy.auth import Credentials
-from metquay_proxy.gate import ClientKey
-from metquay_proxy.quota import Rate
-from metquay_proxy.rewrite import BaseURL
+from metquay_proxy.exchange.tokens import Credentials
+from metquay_proxy.rules.address import Address
+from metquay_proxy.rules.gate import ClientKey
+from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.rules.quota import Rate
 from metquay_proxy.settings import (
     DIRECT,
     VARIABLES,
@@ -30,7 +30,7 @@ from metquay_proxy.settings import (
     outbound_proxy,
     variable,
 )
-from metquay_proxy.upstream import OutboundProxy
+from metquay_proxy.upstream.pool import OutboundProxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

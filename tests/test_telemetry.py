@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from metquay_proxy.auth import TokenEvent
+from metquay_proxy.exchange.tokens import TokenEvent
 from metquay_proxy.telemetry import RECENT, Exchange, Telemetry, masked
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from metquay_proxy.errors import Sent
+    from metquay_proxy.rules.errors import Sent
 
 STATUS = {
     "ready": True,
@@ -313,7 +313,7 @@ def test_trouble_with_metquay() -> None:
 
 SCRIPT = """
 import asyncio, logging, sys, warnings
-from metquay_proxy.auth import TokenEvent
+from metquay_proxy.exchange.tokens import TokenEvent
 from metquay_proxy.telemetry import Exchange, Telemetry, configure_logging, log
 
 configure_logging({level!r}, {form!r})

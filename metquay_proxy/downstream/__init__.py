@@ -1,0 +1,1 @@
+"""The side of the tools: their connections, the handler of each request, the pages below ``/-/``."""

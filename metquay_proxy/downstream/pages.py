@@ -1,0 +1,281 @@
+"""The proxy's own endpoints: a table of paths, answered here and never forwarded.
+
+Owns part 7 of the contract, the sentence that says how things stand, and the status page with its live events. The gate
+has judged the request before it comes here. Must not know sockets: it returns answers as values.
+
+Facts: server-sent events are lines ``data: ...`` with an empty one after each (WHATWG HTML, section 9.2). A stream of
+them remembers only the number of the last exchange that it told of, so that nothing is queued for a slow reader: what
+it missed is lost and counted. The page's policy (CSP level 3) admits its own style and script by a nonce, nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from metquay_proxy.rules.errors import ProxyError
+from metquay_proxy.rules.target import OLDER_INTERFACE, OWN_PREFIX
+from metquay_proxy.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+
+    from metquay_proxy.telemetry import Exchange
+
+_PAGE: Final = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+_TEXT: Final = "text/plain; charset=utf-8"
+_JSON: Final = "application/json"
+_METRICS: Final = "text/plain; version=1.0.0; charset=utf-8"
+_BEATS: Final = 4
+"""Looks for new exchanges from one report of the state to the next."""
+_POLICY: Final = (
+    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
+_TROUBLE: Final = {
+    "upstream-unreachable": ("could not be reached", "Check the network: cable, VPN, firewall, company proxy."),
+    "upstream-tls": (
+        "could not be reached securely",
+        "Its certificate is not trusted here: see what `metquay-proxy check` says about it.",
+    ),
+    "upstream-timeout": ("did not answer in time", "It may have too much to do. Wait a few minutes."),
+    "upstream-closed": ("broke off its answer", "It may be restarting. Wait a few minutes."),
+    "upstream-protocol": ("gave an answer that makes no sense", "Check that METQUAY_HOST names the right server."),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer; ``quit``: the proxy ends once it was sent.
+
+    ``stream`` makes the body for a client (its key's name), piece by piece, in place of ``body``. It is not to be begun
+    for HEAD, and ends once ``Admin.close`` was called.
+    """
+
+    status: int
+    content_type: str
+    body: bytes = b""
+    quit: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
+    stream: Callable[[str | None], AsyncIterator[bytes]] | None = None
+
+
+_TO_THE_PAGE: Final = Answer(302, _TEXT, headers=(("Location", OWN_PREFIX),))
+
+
+class Admin:
+    """Answers the paths below ``/-/``, and what browsers ask for by themselves."""
+
+    def __init__(  # noqa: PLR0913 - what it asks, and the one setting
+        self,
+        *,
+        ready: Callable[[], bool],
+        status: Callable[[], Mapping[str, Any]],
+        allow_quit: bool,
+        telemetry: Telemetry | None = None,
+        test: Callable[[], Awaitable[Mapping[str, Any]]] | None = None,
+        tick: float = 0.5,
+    ) -> None:
+        """``ready`` tells whether a request would find a token now; ``status`` collects the figures.
+
+        ``test`` makes one request to Metquay and returns ``ok`` and a ``text``; ``tick`` is in seconds, from one look
+        for new exchanges to the next.
+        """
+        self._ready = ready
+        self._status = status
+        self._telemetry = telemetry or Telemetry()
+        self._test = test
+        self._tick = tick
+        self._closed = False
+        self._watching: dict[asyncio.Event, str | None] = {}
+        """What ends each open stream of live events, and whose it is."""
+        self._pages: dict[str, tuple[str, Callable[[], Answer]]] = {
+            "/": ("GET", lambda: _TO_THE_PAGE),
+            "/-": ("GET", lambda: _TO_THE_PAGE),
+            "/favicon.ico": ("GET", lambda: Answer(204, "image/x-icon")),
+            "/-/": ("GET", self._html),
+            "/-/events": ("GET", lambda: Answer(200, "text/event-stream", stream=self._events)),
+            "/-/live": ("GET", lambda: Answer(200, _TEXT, b"alive\n")),
+            "/-/metrics": ("GET", lambda: Answer(200, _METRICS, stream=self._metrics)),
+            "/-/ready": ("GET", self._readiness),
+            "/-/status": ("GET", lambda: Answer(200, _JSON, self._figures().encode())),
+        }
+        if test is not None:
+            self._pages["/-/test"] = ("POST", lambda: Answer(200, _JSON, stream=self._tested))
+        if allow_quit:
+            self._pages["/-/quit"] = ("POST", lambda: Answer(200, _TEXT, b"quitting\n", quit=True))
+
+    def close(self) -> None:
+        """End all live events, now and from now on: the proxy is being stopped."""
+        self._closed = True
+        self.turn_out(set(self._watching.values()))
+
+    def turn_out(self, clients: Collection[str | None]) -> None:
+        """End the live events of these clients: their keys have ended."""
+        for end, client in self._watching.items():
+            if client in clients:
+                end.set()
+
+    def answer(self, method: str, path: str) -> Answer:
+        """Return the answer; raise ``ProxyError`` no-such-page, pass-through-off or method-not-allowed."""
+        if path.startswith(OLDER_INTERFACE):
+            msg = (
+                f"Metquay's older interface below {OLDER_INTERFACE} is not passed through, so that nothing was sent: "
+                "METQUAY_PASS_THROUGH does not list this path. Set METQUAY_PASS_THROUGH=/FlexicalERP/ and start the "
+                "proxy again."
+            )
+            raise ProxyError("pass-through-off", msg)
+        page = self._pages.get(path)
+        if page is None:
+            known = ", ".join(sorted(path for path in self._pages if path.startswith(OWN_PREFIX)))
+            msg = f"There is no page {path} on this proxy; there are: {known}. None below /-/ is ever asked of Metquay."
+            raise ProxyError("no-such-page", msg)
+        allowed, make = page
+        if method != allowed and not (method == "HEAD" and allowed == "GET"):
+            raise wrong_method(method, path, "GET, HEAD" if allowed == "GET" else allowed)
+        return make()
+
+    def _readiness(self) -> Answer:
+        return Answer(200, _TEXT, b"ready\n") if self._ready() else Answer(503, _TEXT, b"not ready\n")
+
+    def _html(self) -> Answer:
+        nonce = secrets.token_urlsafe(16)
+        fields = (("Content-Security-Policy", _POLICY.format(nonce)), ("Referrer-Policy", "no-referrer"))
+        body = _PAGE.replace("{nonce}", nonce).encode()
+        return Answer(200, "text/html; charset=utf-8", body, headers=fields)
+
+    def _state(self) -> dict[str, Any]:
+        status = self._status()
+        told = dict(
+            zip(
+                ("level", "text", "cure"),
+                headline(status, self._telemetry.trouble, self._telemetry.refused(), time.time()),
+                strict=True,
+            )
+        )
+        return {"headline": told, **status, "hour": self._telemetry.hour()}
+
+    def _figures(self) -> str:
+        lines = ",\n    ".join(self._telemetry.since(0)[0])
+        return f'{json.dumps(self._state(), indent=2)[:-2]},\n  "recent": [\n    {lines}\n  ]\n}}\n'
+
+    async def _events(self, client: str | None) -> AsyncIterator[bytes]:
+        """Yield what is new, as one message for each look that found something, and the state at every fourth."""
+        number = beat = 0
+        end = asyncio.Event()
+        self._watching[end] = client
+        try:
+            while not (end.is_set() or self._closed):
+                lines, missed, number = self._telemetry.since(number)
+                state = None if beat % _BEATS else json.dumps(self._state())
+                if lines or state:
+                    lost = missed if beat else 0  # what came before the page was opened is no loss
+                    recent = ",".join(lines)
+                    yield f'data: {{"recent": [{recent}], "lost": {lost}, "state": {state or "null"}}}\n\n'.encode()
+                beat += 1
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(end.wait(), self._tick)
+        finally:
+            del self._watching[end]
+
+    async def _metrics(self, _client: str | None) -> AsyncIterator[bytes]:
+        yield await asyncio.to_thread(self._telemetry.exposition, self._status())
+
+    async def _tested(self, _client: str | None) -> AsyncIterator[bytes]:
+        yield json.dumps(self._test and await self._test()).encode()
+
+
+def wrong_method(method: str, path: str, allow: str) -> ProxyError:
+    """Return the refusal of a method that a path of the proxy's own does not take."""
+    msg = f"{path} of this proxy takes {allow}, not {method}."
+    return ProxyError("method-not-allowed", msg, headers=(("Allow", allow),))
+
+
+def headline(  # noqa: PLR0911 - each state has its sentence
+    status: Mapping[str, Any], trouble: Exchange | None, refused: int, now: float
+) -> tuple[str, str, str]:
+    """Return how things stand: a level (ok, slow, wait or bad), a sentence, and what to do about it.
+
+    ``status`` is what ``/-/status`` tells, ``trouble`` the last exchange with Metquay if it failed, ``refused`` how
+    many requests the quota refused in the last minute, ``now`` the wall clock in seconds. No sentence says more than
+    these figures do.
+    """
+    token, quota = status["token"], status["quota"]
+    host = status["upstream"].partition("://")[2].partition("/")[0]
+    if status.get("sandbox"):
+        host = "the built-in sandbox (made-up data)"
+    key = f"key {status['key']}" if status.get("key") not in {None, "***"} else ""
+    if status.get("draining"):
+        return "wait", "Stopping: no new requests are taken.", "Start the proxy again when you need it."
+    fails = f"{host} refuses the {key or 'key pair'}" if token["rejected"] else f"the login to {host} fails"
+    if not status["ready"]:
+        if token["failures_in_a_row"]:
+            return "bad", f"Not working: {fails}.", _login_cure(token)
+        what = "Logging in again" if token["renewals"] else "Starting: logging in"
+        return "wait", f"{what} to {host}.", "This usually takes a few seconds; requests wait for it."
+    if trouble is not None:
+        out_of_order = (f"was out of order (status {trouble.status})", "It may be restarting. Wait a few minutes.")
+        what, cure = _TROUBLE.get(trouble.error or "", out_of_order)
+        cure = f"That was {_span(now - trouble.ended)} ago. {cure} The button tests whether it works now."
+        return "bad", f"The last request failed: {host} {what}.", cure
+    if token["failures_in_a_row"]:
+        return "slow", f"Working for {_more(token['seconds_left'])}: {fails}.", _login_cure(token)
+    if refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
+        return "slow", *_slowed(quota, refused, host)
+    return "ok", f"Ready: connected to {host}{key and f' with {key}'}.", ""
+
+
+def _login_cure(token: Mapping[str, Any]) -> str:
+    if token["rejected"]:
+        doubts = (token["last_error"] or "").partition(". ")[2]
+        return (doubts and f"{doubts} Correct that, and start the proxy again.") or (
+            "Ask whoever looks after Metquay for a valid key pair, put it into METQUAY_ACCESS_KEY and "
+            "METQUAY_SECRET_KEY, and start the proxy again. (Keys in files are read anew every minute, without that.)"
+        )
+    wait = token["next_login_in"]
+    coming = f"Next attempt in {math.ceil(wait)} s." if wait else "The next attempt is under way."
+    return f"{token['last_error'] or ''} {coming}"
+
+
+def _slowed(quota: Mapping[str, Any] | None, refused: int, host: str) -> tuple[str, str]:
+    """Return why requests don't go at once, and what to do about it."""
+    faster = "It goes faster if tools ask for more records at once (limit=500), or if fewer run at the same time."
+    told = f"Too busy: {_count(refused, 'request was', 'requests were')} refused in the last minute (429)."
+    again = f"Tools that were refused must ask again, after the seconds that Retry-After told them. {faster}"
+    counted = f"{host} counted too many requests (429)"
+    if quota is None:
+        return told, f"{counted}, and METQUAY_RATE_LIMIT is off, so that none waits here. {again}"
+    waiting = quota["waiting"] and _count(
+        quota["waiting"], "request waits for its turn", "requests wait for their turn"
+    )
+    used = f"{quota['used']} of {quota['limit']} requests in {quota['window']:g} s are used."
+    if quota["closed_for"]:
+        used = f"{counted}. Something else may use the same keys, or METQUAY_RATE_LIMIT may be set too high."
+    if refused:
+        return told, f"{f'{waiting}. ' if waiting else ''}{used} {again}"
+    if quota["closed_for"]:
+        text = f"Slowed down: {host} takes no requests for {_span(quota['closed_for'])}"
+        return f"{text}; {waiting}." if waiting else f"{text}.", used
+    if waiting:
+        return f"Slowed down: {waiting}.", f"{used} None was refused in the last minute. {faster}"
+    text = f"Slowed down: a request that came now would wait {_span(quota['next_free_in'])}."
+    return text, f"{used} What is left is spread over the time. {faster}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
+def _span(seconds: float) -> str:
+    return f"{max(1, math.ceil(seconds))} s" if seconds < 100 else f"{round(seconds / 60)} min"  # noqa: PLR2004 - as the page has it
+
+
+def _more(seconds: float) -> str:
+    return f"{int(seconds // 60)} more minutes" if seconds >= 120 else f"{int(seconds)} more seconds"  # noqa: PLR2004 - two

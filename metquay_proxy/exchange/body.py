@@ -1,0 +1,165 @@
+"""The body of one request: streamed with back-pressure, and kept for a replay while it is small.
+
+Owns the two bounds on kept bytes (one body, all together) and the time a client may be silent in mid-body. Must not
+know where the bytes go.
+
+Facts: a source can be read once, so that a body can be sent again only while all that was read of it is kept; what a
+source holds unread, it bounds itself (aiohttp pauses the connection). RFC 9110 section 15.5.9: 408 is the answer to a
+client that falls silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from metquay_proxy.rules.errors import ProxyError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+
+class Source(Protocol):
+    """What is read from: aiohttp's ``StreamReader``, or anything like it."""
+
+    def is_eof(self) -> bool:
+        """Whether the last byte has arrived."""
+
+    def at_eof(self) -> bool:
+        """Whether the last byte was read."""
+
+    def read_nowait(self, n: int = -1, /) -> bytes:
+        """Return what has arrived, without waiting."""
+
+    async def readany(self) -> bytes:
+        """Wait for bytes; empty at the end."""
+
+
+class ReplayBudget:
+    """The bytes that all bodies together may keep."""
+
+    def __init__(self, total: int) -> None:
+        """``total`` is in bytes."""
+        self.left = total
+
+
+class RequestBody:
+    """One request's body.
+
+    ``ended``: the whole body was read. ``replayable``: another attempt can send it from the beginning. ``sent``: an
+    attempt has handed its last byte to the network (whoever sends sets it). ``chunked``: it came without a length.
+    """
+
+    __slots__ = ("_budget", "_kept", "_limit", "_size", "_source", "_timeout", "chunked", "ended", "replayable", "sent")
+
+    def __init__(  # noqa: PLR0913 - the request's two facts and the three bounds
+        self, source: Source, *, present: bool, chunked: bool, limit: int, budget: ReplayBudget, timeout: float
+    ) -> None:
+        """``limit`` is in bytes, ``timeout`` in seconds of silence; ``present``: the head announces a body."""
+        self._source = source
+        self._limit = limit
+        self._budget = budget
+        self._timeout = timeout
+        self._kept: list[bytes] = []
+        self._size = 0
+        self.ended = not present
+        self.replayable = True
+        self.chunked = chunked
+        self.sent = False
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the client has sent all of it, read or not."""
+        return self.ended or self._source.is_eof()
+
+    def whole(self) -> bytes | None:
+        """Return the complete body if it has arrived, for one attempt to send in one piece, else None; never waits.
+
+        Raises ``RuntimeError`` where it is not replayable any more.
+        """
+        if self.ended and self.replayable and not self._kept:
+            return b""
+        self._check_replayable()
+        if not self.ended:
+            if not self._source.is_eof():
+                return None
+            self._keep(self._source.read_nowait())
+            self.ended = True
+        data = self._joined()
+        self._bound()
+        return data
+
+    async def prefetch(self) -> None:
+        """Read ahead up to the replay limit while the request waits, so that a client that leaves is noticed."""
+        while self.replayable and not self.ended and self._size < self._limit and self._budget.left > 0:
+            self._keep(await self._read())
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """Yield the body from its beginning, in pieces that are never empty.
+
+        Raises ``ProxyError`` request-timeout where the client falls silent, ``RuntimeError`` where the body is not
+        replayable any more.
+        """
+        self._check_replayable()
+        for chunk in tuple(self._kept):
+            yield chunk
+        self._bound()
+        while not self.ended:
+            chunk = await self._read()
+            self._keep(chunk)
+            self._bound()
+            if chunk:
+                yield chunk
+
+    async def all(self, limit: int) -> bytes:
+        """Return the complete body, which can still be sent; ``limit`` (bytes) is the only bound on what is kept.
+
+        Raises ``ProxyError`` body-too-large where it is longer, and what ``chunks`` raises.
+        """
+        self._check_replayable()
+        while not self.ended and self._size <= limit:
+            self._keep(await self._read())
+        if self._size > limit:
+            msg = f"The body of this request is larger than the {limit} bytes that are accepted here. Nothing was sent."
+            raise ProxyError("body-too-large", msg)
+        return self._joined()
+
+    def close(self) -> None:
+        """Forget the kept bytes; from here on no other attempt can send them."""
+        self._budget.left += self._size
+        self._size = 0
+        self._kept = []
+        self.replayable = False
+
+    def _check_replayable(self) -> None:
+        if not self.replayable:
+            msg = "the body was not kept: another attempt would send only a part of it"
+            raise RuntimeError(msg)
+
+    async def _read(self) -> bytes:
+        try:
+            async with asyncio.timeout(self._timeout):
+                chunk = await self._source.readany()
+        except TimeoutError:
+            msg = (
+                f"The tool announced a body and then sent nothing for {self._timeout:g} seconds. "
+                "The request was dropped; send it again."
+            )
+            raise ProxyError("request-timeout", msg) from None
+        self.ended = self._source.at_eof()
+        return chunk
+
+    def _keep(self, chunk: bytes) -> None:
+        if chunk and self.replayable:
+            self._kept.append(chunk)
+            self._size += len(chunk)
+            self._budget.left -= len(chunk)
+
+    def _bound(self) -> None:
+        if self._size and (self._size > self._limit or self._budget.left < 0):
+            self.close()
+
+    def _joined(self) -> bytes:
+        if len(self._kept) > 1:
+            self._kept = [b"".join(self._kept)]
+        return self._kept[0] if self._kept else b""

@@ -1,0 +1,205 @@
+"""The canonical request target: the only form of a target that is judged, logged and sent.
+
+Owns part 3 of the contract as far as it speaks of targets. Must not know headers, HTTP libraries or sockets.
+
+Facts: RFC 9112 section 3.2 (the four forms of a target); RFC 3986 section 3.3 (segments), 5.2.4 (dot segments).
+A servlet container cuts ``;parameters`` off a segment before it resolves dot segments, and some decode twice, so
+``..;x`` and ``%252e`` are dot segments here too. The vendor's OpenAPI file ends its server address in a slash, so that
+generated clients ask for ``/api/v1//customers``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import quote, unquote
+
+from metquay_proxy.rules.errors import ProxyError
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+API_PREFIX: Final = "/api/v1"
+OWN_PREFIX: Final = "/-/"
+LOGIN_PATH: Final = "/authenticate"
+OLDER_INTERFACE: Final = "/FlexicalERP/"
+
+_FORBIDDEN: Final = re.compile(r"[^\x21-\x7e]|[\\#]")
+_ABSOLUTE: Final = re.compile(r"(https?)://([^/?]*)(.*)", re.IGNORECASE)
+_NAMES: Final = {"\\": "a backslash", "#": "a number sign (#)", " ": "a space", "\t": "a tab"}
+_BY_ITSELF: Final = re.compile(r"/-?|/favicon\.ico|/robots\.txt|/apple-touch-icon.*|/\.well-known/.*")
+_SEPARATORS: Final = re.compile(r"[/\\]")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
+_MAX_PORT: Final = 65535
+_DEFAULT_PORT: Final = {"http": 80, "https": 443}
+_DECODINGS: Final = 4
+_REMEMBERED: Final = 256
+_LONGEST_REMEMBERED: Final = 1024
+
+
+class Target(NamedTuple):
+    """One canonical target.
+
+    ``sent`` is what goes upstream, byte for byte (ASCII); ``local`` is the path below the API's prefix, or below the
+    server's root for a pass-through, without query; ``query`` is what follows the question mark, None where there is
+    none. ``own``: the proxy answers it itself and never forwards it; ``unasked``: so it does because browsers ask for
+    it by themselves.
+    """
+
+    sent: str
+    local: str
+    query: str | None
+    absolute: bool = False
+    pass_through: bool = False
+    own: bool = False
+    unasked: bool = False
+
+
+def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
+    """Return (lower-case host without brackets, port) of ``host[:port]``; None where that is malformed or has userinfo.
+
+    ``scheme`` says which port is meant where there is none. A final dot is left off: it is the same host.
+    """
+    host, colon, port = authority.rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = authority, ""
+    if port and not (_PORT.fullmatch(port) and int(port) <= _MAX_PORT):
+        return None
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return None
+    else:
+        host = host.removesuffix(".")
+    if not host or "@" in host:
+        return None
+    return host.lower(), int(port) if port else _DEFAULT_PORT[scheme]
+
+
+class TargetRules:
+    """Turns the target of a request line into a ``Target``, or refuses it."""
+
+    def __init__(
+        self,
+        prefix: str,
+        authorities: Container[tuple[str, int] | None],
+        *,
+        pass_through: tuple[str, ...] = (),
+    ) -> None:
+        """Take the upstream's path prefix and what counts as our own authority in absolute-form.
+
+        ``authorities`` are (lower-case host, port) pairs: the upstream's and our listeners', which may be added later.
+        ``pass_through`` holds path prefixes, each beginning and ending in a slash.
+        """
+        self._prefix = prefix
+        self._prefixes = tuple(sorted({prefix, API_PREFIX}, key=len, reverse=True))
+        self._authorities = authorities
+        self._pass_through = pass_through
+        self._remembered: dict[str, Target] = {}
+
+    def parse(self, method: str, raw: str) -> Target:
+        """Return the canonical target; raise ``ProxyError`` bad-target where nothing may be sent.
+
+        Tools ask for the same again and again: of a path, the result depends on nothing else, and is remembered.
+        """
+        target = self._remembered.get(raw)
+        if target is None:
+            target = self._parse(method, raw)
+            if raw.startswith("/") and len(raw) <= _LONGEST_REMEMBERED:
+                if len(self._remembered) >= _REMEMBERED:
+                    self._remembered.clear()
+                self._remembered[raw] = target
+        return target
+
+    def _parse(self, method: str, raw: str) -> Target:
+        if (fault := forbidden(raw)) is not None:
+            raise fault
+        absolute = not raw.startswith("/")
+        if absolute:
+            if raw == "*" and method == "OPTIONS":
+                return Target("*", "*", None)
+            raw = self._origin_form(method, raw)
+            if raw == "*":
+                return Target("*", "*", None, absolute=True)
+        path, mark, query = raw.partition("?")
+        if ("." in path or "%" in path) and _has_dot_segment(path):
+            raise bad_target("it holds a dot segment (. or ..), which could leave the API's path")
+        if path.startswith("//"):
+            path = "/" + path.lstrip("/")
+        for prefix in self._pass_through:
+            if path.startswith(prefix):
+                return Target(path + mark + query, path, query if mark else None, absolute, pass_through=True)
+        below = self._below_prefix(path)
+        local = _as_a_server_reads(below or "/")
+        unasked = _BY_ITSELF.fullmatch(local) is not None
+        return Target(
+            self._prefix + below + mark + query,
+            local,
+            query if mark else None,
+            absolute,
+            own=unasked or local == LOGIN_PATH or local.startswith((OWN_PREFIX, OLDER_INTERFACE)),
+            unasked=unasked,
+        )
+
+    def _origin_form(self, method: str, raw: str) -> str:
+        match = _ABSOLUTE.fullmatch(raw)
+        if match is None:
+            raise bad_target("it must begin with a slash")
+        scheme, authority, rest = match.groups()
+        if split_authority(authority, scheme.lower()) not in self._authorities:
+            raise bad_target("it names another server; this proxy forwards to Metquay only")
+        if not rest and method == "OPTIONS":
+            return "*"
+        return rest if rest.startswith("/") else "/" + rest
+
+    def _below_prefix(self, path: str) -> str:
+        while True:
+            for prefix in self._prefixes:
+                if path.startswith(prefix) and (len(path) == len(prefix) or path[len(prefix)] == "/"):
+                    path = path[len(prefix) :]
+                    if path.startswith("//"):
+                        path = "/" + path.lstrip("/")
+                    break
+            else:
+                return path
+
+
+def _as_a_server_reads(local: str) -> str:
+    """Return a path, in its own spelling where others may lead a server to the login or to the older interface too."""
+    plain = unquote(local, "latin-1").partition(";")[0].rstrip("/. \0").lower()
+    if plain == LOGIN_PATH:
+        return LOGIN_PATH
+    return OLDER_INTERFACE if f"{plain}/".startswith(OLDER_INTERFACE.lower()) else local
+
+
+def _has_dot_segment(path: str) -> bool:
+    for _ in range(_DECODINGS):
+        if any(segment.partition(";")[0] in {".", ".."} for segment in _SEPARATORS.split(path)):
+            return True
+        decoded = unquote(path, "latin-1")
+        if decoded == path:
+            return False
+        path = decoded
+    return True
+
+
+def forbidden(raw: str) -> ProxyError | None:
+    """Return the refusal of a target for its first character that can't stand in one; it says how to write that.
+
+    Bytes that are no UTF-8 are to be given as surrogates (PEP 383).
+    """
+    found = _FORBIDDEN.search(raw)
+    if found is None:
+        return None
+    character = found.group()
+    if "\ud800" <= character <= "\udfff":
+        return bad_target(
+            "it holds a byte beyond ASCII; write such characters in UTF-8 and percent-encoded (%C3%A9 for \xe9)"
+        )
+    name = _NAMES.get(character, character if character.isprintable() else "a control character")
+    return bad_target(f"it holds {name}, which must be written {quote(character, safe='')}")
+
+
+def bad_target(why: str) -> ProxyError:
+    """Return the refusal of a target; ``why`` goes on after a colon."""
+    return ProxyError("bad-target", f"The address of this request was refused: {why}. Correct the address in the tool.")

@@ -1,0 +1,1 @@
+"""The simulator of Metquay: imports nothing of ours."""

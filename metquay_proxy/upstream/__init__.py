@@ -1,0 +1,1 @@
+"""The side of Metquay: connections, their pool, TLS, the corporate proxy, the login."""

@@ -1,0 +1,518 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from metquay_proxy.downstream.pages import Admin, headline
+from metquay_proxy.exchange.tokens import Credentials
+from metquay_proxy.rules.errors import ProxyError
+from metquay_proxy.sandbox.server import Faults, Sandbox
+from metquay_proxy.telemetry import Exchange, Telemetry
+from tests.running import FastTime, running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+TOKEN = {
+    "rejected": False,
+    "failures_in_a_row": 0,
+    "failures": 0,
+    "renewals": 1,
+    "last_error": None,
+    "next_login_in": 700.0,
+    "seconds_left": 880.0,
+    "last_renewal_age": 20.0,
+}
+QUOTA = {"limit": 100, "window": 60.0, "used": 3, "waiting": 0, "closed_for": 0.0, "next_free_in": 0.0}
+STATUS: dict[str, Any] = {
+    "version": "1",
+    "upstream": "https://lab.metquay.co/api/v1",
+    "key": "...4F2A",
+    "ready": True,
+    "draining": False,
+    "sandbox": False,
+    "token": TOKEN,
+    "quota": QUOTA,
+    "connections": {"busy": 0, "idle": 1},
+    "requests": {"active": 0, "finished": 9},
+}
+FAILING = {**TOKEN, "failures_in_a_row": 2, "last_error": "lab.metquay.co cannot be found.", "next_login_in": 3.2}
+DOUBT = "METQUAY_ACCESS_KEY is a placeholder: put the key in its place."
+REJECTED = {**FAILING, "rejected": True, "last_error": "Metquay refused the key pair (status 401)."}
+NEVER = {"renewals": 0, "seconds_left": 0.0}
+NOW = 1_700_000_000.0
+LAB = "lab.metquay.co"
+SANDBOX = {"sandbox": True, "key": None}
+FASTER = "more records at once (limit=500)"
+
+
+def trouble(error: str | None, status: int, ago: float = 5.0) -> Exchange:
+    """Make an exchange with Metquay that went wrong so many seconds ago."""
+    exchange = Exchange("GET", "/api/v1/customers")
+    exchange.error, exchange.status, exchange.ended = error, status, NOW - ago
+    return exchange
+
+
+UNREACHABLE = trouble("upstream-unreachable", 502)
+STATES: list[tuple[str, str, str, dict[str, Any], Exchange | None, int]] = [
+    # nothing is the matter
+    ("ok", f"Ready: connected to {LAB} with key ...4F2A.", "", {}, None, 0),
+    ("ok", f"Ready: connected to {LAB}.", "", {"key": None}, None, 0),
+    ("ok", "Ready: connected to the built-in sandbox (made-up data).", "", SANDBOX, None, 0),
+    ("ok", "Ready: connected to", "", {"read_only": True}, None, 0),
+    ("ok", "Ready: connected to", "", {"quota": None}, None, 0),
+    ("ok", "Ready: connected to", "", {"quota": {**QUOTA, "used": 69}}, None, 0),
+    ("ok", "Ready: connected to", "", {"redis": {"shared": False, "alone_for": 3.0, "share": 50}}, None, 0),
+    # no token
+    ("wait", f"Starting: logging in to {LAB}.", "a few seconds", {"ready": False, "token": TOKEN | NEVER}, None, 0),
+    ("wait", f"Logging in again to {LAB}.", "wait for it", {"ready": False}, None, 0),
+    (
+        "bad",
+        f"Not working: the login to {LAB} fails.",
+        "lab.metquay.co cannot be found. Next attempt in 4 s.",
+        {"ready": False, "token": FAILING},
+        None,
+        0,
+    ),
+    (
+        "bad",
+        f"Not working: the login to {LAB} fails.",
+        "cannot be found. The next attempt is under way.",
+        {"ready": False, "token": {**FAILING, "next_login_in": 0.0}},
+        UNREACHABLE,
+        0,
+    ),
+    (
+        "bad",
+        f"Not working: {LAB} refuses the key ...4F2A.",
+        "METQUAY_SECRET_KEY",
+        {"ready": False, "token": REJECTED},
+        None,
+        0,
+    ),
+    # the token of before still serves
+    ("slow", f"Working for 14 more minutes: the login to {LAB} fails.", "attempt in 4 s.", {"token": FAILING}, None, 0),
+    (
+        "slow",
+        f"Working for 59 more seconds: the login to {LAB} fails.",
+        "Next attempt",
+        {"token": {**FAILING, "seconds_left": 59.9}},
+        None,
+        0,
+    ),
+    ("slow", f"Working for 14 more minutes: {LAB} refuses the key", "valid key pair", {"token": REJECTED}, None, 0),
+    (
+        "bad",
+        f"Not working: {LAB} refuses the key pair.",
+        "METQUAY_ACCESS_KEY is a placeholder: put the key in its place. Correct that, and start the proxy again.",
+        {"ready": False, "key": "***", "token": {**REJECTED, "last_error": f"{REJECTED['last_error']} {DOUBT}"}},
+        None,
+        0,
+    ),
+    # Metquay is out of order
+    ("bad", f"The last request failed: {LAB} could not be reached.", "5 s ago. Check the network", {}, UNREACHABLE, 0),
+    ("bad", "The last request failed: lab", "Check the network", {"token": FAILING}, UNREACHABLE, 9),
+    (
+        "bad",
+        f"The last request failed: {LAB} was out of order (status 503).",
+        "That was 12 min ago.",
+        {},
+        trouble(None, 503, 720.0),
+        0,
+    ),
+    ("bad", "could not be reached securely.", "certificate", {}, trouble("upstream-tls", 502), 0),
+    ("bad", "did not answer in time.", "Wait", {}, trouble("upstream-timeout", 504), 0),
+    ("bad", "broke off its answer.", "Wait", {}, trouble("upstream-closed", 502), 0),
+    ("bad", "gave an answer that makes no sense.", "METQUAY_HOST", {}, trouble("upstream-protocol", 502), 0),
+    # the quota
+    (
+        "slow",
+        "Slowed down: 7 requests wait for their turn.",
+        "73 of 100 requests in 60 s are used. None was refused in the last minute. It goes faster",
+        {"quota": {**QUOTA, "used": 73, "waiting": 7, "next_free_in": 24.0}},
+        None,
+        0,
+    ),
+    ("slow", "Slowed down: 1 request waits for its turn.", FASTER, {"quota": {**QUOTA, "waiting": 1}}, None, 0),
+    (
+        "slow",
+        "Slowed down: a request that came now would wait 2 s.",
+        "73 of 100 requests in 60 s are used. What is left is spread over the time.",
+        {"quota": {**QUOTA, "used": 73, "next_free_in": 1.9}},
+        None,
+        0,
+    ),
+    (
+        "slow",
+        f"Slowed down: {LAB} takes no requests for 12 s.",
+        "counted too many requests (429). Something else may use the same keys",
+        {"quota": {**QUOTA, "closed_for": 12.0, "next_free_in": 12.0}},
+        None,
+        0,
+    ),
+    (
+        "slow",
+        f"Slowed down: {LAB} takes no requests for 12 s; 3 requests wait for their turn.",
+        "Something else may use the same keys",
+        {"quota": {**QUOTA, "closed_for": 12.0, "waiting": 3, "next_free_in": 14.0}},
+        None,
+        0,
+    ),
+    (
+        "slow",
+        "Too busy: 31 requests were refused in the last minute (429).",
+        "7 requests wait for their turn. 100 of 100 requests in 60 s are used. Tools that were refused must",
+        {"quota": {**QUOTA, "used": 100, "waiting": 7, "next_free_in": 24.0}},
+        None,
+        31,
+    ),
+    (
+        "slow",
+        "Too busy: 1 request was refused",
+        "counted too many requests (429). Something else may use the same keys",
+        {"quota": {**QUOTA, "closed_for": 12.0, "next_free_in": 12.0}},
+        None,
+        1,
+    ),
+    ("slow", "Too busy: 2 requests were refused in the last minute (429).", "is off", {"quota": None}, None, 2),
+    # the end
+    (
+        "wait",
+        "Stopping: no new requests are taken.",
+        "Start the proxy again",
+        {"draining": True, "ready": False},
+        None,
+        0,
+    ),
+]
+
+
+@pytest.mark.parametrize(("level", "text", "cure", "change", "last", "refused"), STATES)
+def test_the_sentence(  # noqa: PLR0913 - the columns
+    level: str, text: str, cure: str, change: dict[str, Any], last: Exchange | None, refused: int
+) -> None:
+    """Each state has one sentence that says how things stand, and one that says what to do; each is true in it."""
+    found = headline({**STATUS, **change}, last, refused, NOW)
+    assert level == found[0]
+    assert text in found[1]
+    assert cure in found[2]
+    assert bool(cure) == bool(found[2])
+    assert "  " not in " ".join(found)
+
+
+def admin(telemetry: Telemetry | None = None, *, allow_quit: bool = False, tick: float = 0.01) -> Admin:
+    """Make one that is ready and has nothing behind it."""
+
+    async def test() -> Mapping[str, Any]:
+        return {"ok": True, "text": "fine"}
+
+    return Admin(
+        ready=lambda: True,
+        status=lambda: STATUS,
+        allow_quit=allow_quit,
+        telemetry=telemetry,
+        test=test,
+        tick=tick,
+    )
+
+
+@pytest.mark.parametrize(
+    ("allow", "method", "path"),
+    [("GET, HEAD", "POST", "/-/status"), ("GET, HEAD", "DELETE", "/-/"), ("POST", "GET", "/-/test")],
+)
+def test_wrong_methods(allow: str, method: str, path: str) -> None:
+    """A page that is asked by a method that it does not take says which ones it takes."""
+    with pytest.raises(ProxyError) as refusal:
+        admin().answer(method, path)
+    assert "method-not-allowed" == refusal.value.slug
+    assert (("Allow", allow),) == refusal.value.headers
+
+
+@pytest.mark.parametrize(
+    ("status", "path"),
+    [(302, "/"), (302, "/-"), (204, "/favicon.ico"), (404, "/robots.txt"), (404, "/apple-touch-icon.png")],
+)
+def test_what_browsers_ask_for_by_themselves(status: int, path: str) -> None:
+    """The root leads to the status page; there is no picture, and nothing else; other methods are refused."""
+    if status == 404:
+        for method in ("GET", "POST"):
+            with pytest.raises(ProxyError, match=r"no page .*/-/status") as refusal:
+                admin().answer(method, path)
+            assert "no-such-page" == refusal.value.slug
+        return
+    for method in ("GET", "HEAD"):
+        answer = admin().answer(method, path)
+        assert (status, b"") == (answer.status, answer.body)
+        assert (status == 302) == (("Location", "/-/") in answer.headers)
+    with pytest.raises(ProxyError) as refusal:
+        admin().answer("POST", path)
+    assert ("method-not-allowed", (("Allow", "GET, HEAD"),)) == (refusal.value.slug, refusal.value.headers)
+
+
+def test_the_older_interface_where_it_is_off() -> None:
+    """Whatever is asked of it, the answer names the setting that is missing."""
+    for method in ("GET", "POST"):
+        with pytest.raises(ProxyError, match=r"METQUAY_PASS_THROUGH=/FlexicalERP/") as refusal:
+            admin().answer(method, "/FlexicalERP/rest/customer")
+        assert "pass-through-off" == refusal.value.slug
+
+
+def test_unknown_pages() -> None:
+    """What is no page of the proxy is not forwarded, but answered with the pages that there are; quit is off."""
+    for path in ("/-/nothing", "/-/quit", "/-/page.html"):
+        with pytest.raises(ProxyError, match="/-/status") as refusal:
+            admin().answer("GET", path)
+        assert "no-such-page" == refusal.value.slug
+
+
+def test_quit() -> None:
+    """Where it is allowed, a POST ends the proxy."""
+    assert admin(allow_quit=True).answer("POST", "/-/quit").quit
+
+
+def test_the_page_has_a_policy_and_no_outside() -> None:
+    """One file: each load has a nonce of its own, and neither the page nor its policy names another origin."""
+    first, second = admin().answer("GET", "/-/"), admin().answer("GET", "/-/")
+    policy = dict(first.headers)["Content-Security-Policy"]
+    nonces = set(re.findall(rb'nonce="([^"]+)"', first.body))
+    assert 1 == len(nonces)
+    assert nonces.isdisjoint(re.findall(rb'nonce="([^"]+)"', second.body))
+    assert f"script-src 'nonce-{nonces.pop().decode()}'" in policy
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    assert b"style=" not in first.body
+    assert not re.search(rb"\bon[a-z]+=\"|innerHTML|@import|url\(", first.body)
+    outside = [url for url in re.findall(rb"https?://[^'\"\s)]+", first.body) if b"www.w3.org" not in url]
+    assert [] == outside
+    assert len(first.body.splitlines()) < 500
+
+
+async def events(made: Admin) -> AsyncIterator[dict[str, Any]]:
+    """Yield the messages of the live events."""
+    stream = made.answer("GET", "/-/events").stream
+    assert stream is not None
+    async for piece in stream(None):
+        assert piece.startswith(b"data: ")
+        assert piece.endswith(b"\n\n")
+        assert 2 == piece.count(b"\n")
+        yield json.loads(piece[6:])
+
+
+async def test_events() -> None:
+    """First the state and the last exchanges, then what is new, with how many were missed; they end at the drain."""
+    telemetry = Telemetry()
+    made = admin(telemetry)
+    for _ in range(150):
+        telemetry.closed(Exchange("GET", "/api/v1/works"))
+    stream = events(made)
+    first = await anext(stream)
+    assert (100, 0) == (len(first["recent"]), first["lost"])
+    assert "ok" == first["state"]["headline"]["level"]
+    for _ in range(130):
+        telemetry.closed(Exchange("GET", "/api/v1/customers"))
+    message = await anext(stream)
+    assert (100, 30) == (len(message["recent"]), message["lost"])
+    assert "/api/v1/customers" == message["recent"][0]["path"]
+    assert "ok" == (await anext(stream))["state"]["headline"]["level"]
+    made.close()
+    assert [] == [message async for message in stream]
+
+
+async def test_a_reader_that_leaves_leaves_nothing_behind() -> None:
+    """When the stream is given up, its task ends too."""
+    before = asyncio.all_tasks()
+    stream = admin().answer("GET", "/-/events").stream
+    assert stream is not None
+    pieces = stream(None)
+    await anext(pieces)
+    await pieces.aclose()  # type: ignore[attr-defined] # it is a generator
+    await asyncio.sleep(0)
+    assert before == asyncio.all_tasks()
+
+
+async def test_a_client_whose_key_has_ended() -> None:
+    """Its streams end at once, though nothing is new; those of the others go on."""
+    made = admin(tick=60.0)
+    stream = made.answer("GET", "/-/events").stream
+    assert stream is not None
+    gone, kept, nameless = (stream(name) for name in ("gone", "kept", None))
+    for pieces in (gone, kept, nameless):
+        await anext(pieces)
+    made.turn_out({"gone"})
+    assert [] == await asyncio.wait_for(_rest(gone), 5)
+    waiting = [asyncio.ensure_future(_rest(pieces)) for pieces in (kept, nameless)]
+    await asyncio.sleep(0)
+    assert not any(task.done() for task in waiting)
+    made.close()
+    assert [[], []] == await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    assert [] == await _rest(stream("late"))
+
+
+async def _rest(pieces: AsyncIterator[bytes]) -> list[bytes]:
+    return [piece async for piece in pieces]
+
+
+@pytest.fixture
+async def sandbox() -> AsyncIterator[Sandbox]:
+    """Run a Metquay."""
+    sandbox = Sandbox(rate_limit=None)
+    await sandbox.start()
+    yield sandbox
+    await sandbox.stop()
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """Open a client."""
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def test_status_is_the_single_source(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """The JSON has all that the page shows: the sentence, token, quota, the last hour, settings, the last requests."""
+    async with running(sandbox.url, read_only="true") as (_, url):
+        await (await session.get(f"{url}/customers?limit=1&name=ACME", headers={"User-Agent": "Excel"})).read()
+        await (await session.delete(f"{url}/customers/1")).read()
+        async with session.get(f"{url}/-/status") as response:
+            assert "application/json" == response.content_type
+            status = await response.json()
+    assert f"Ready: connected to 127.0.0.1:{sandbox.port}" in status["headline"]["text"]
+    assert (True, False, False) == (status["read_only"], status["sandbox"], status["draining"])
+    assert 1 == status["quota"]["used"]
+    assert [1, 1, 0] == status["hour"][-1][1:4]
+    read, write = status["recent"]
+    assert ("Excel", 200, "metquay") == (read["client"], read["status"], read["answered_by"])
+    assert "/api/v1/customers?limit=*&name=*" == read["path"]
+    assert (403, "proxy", "read-only") == (write["status"], write["answered_by"], write["error"])
+    assert isinstance(status["settings"], list)
+
+
+async def test_refusals_are_told(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """Where the quota refuses requests, the sentence says how many, and no longer once a minute has passed."""
+    async with running(sandbox.url, rate_limit="4/minute", max_wait="0.1") as (proxy, url):
+        statuses = []
+        for _ in range(6):
+            async with session.get(f"{url}/customers?limit=1") as response:
+                statuses.append(response.status)
+        async with session.get(f"{url}/-/status") as response:
+            text = (await response.json())["headline"]["text"]
+        refused = statuses.count(429)
+        assert refused == proxy.telemetry.refused() > 1
+        assert f"Too busy: {refused} requests were refused in the last minute (429)." in text
+
+
+async def test_metrics_over_http(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """Prometheus gets its text, with the time that Metquay took apart from the proxy's own."""
+    async with running(sandbox.url) as (_, url):
+        sandbox.faults = Faults(latency=0.05)
+        await (await session.get(f"{url}/customers")).read()
+        async with session.get(f"{url}/-/metrics") as response:
+            assert "text/plain; version=1.0.0; charset=utf-8" == response.headers["Content-Type"]
+            text = await response.text()
+        async with session.head(f"{url}/-/metrics") as response:
+            assert 200 == response.status
+    samples = {
+        sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples
+    }
+    assert samples["metquay_proxy_upstream_seconds_sum"] >= 0.05
+    assert samples["metquay_proxy_own_seconds_sum"] < samples["metquay_proxy_upstream_seconds_sum"]
+
+
+async def test_live_events_over_http(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """A request is told within a second of being made, and the stream ends cleanly when the proxy is stopped."""
+    async with running(sandbox.url) as (proxy, url), session.get(f"{url}/-/events") as response:
+        assert "text/event-stream" == response.content_type
+        assert "no-store" == response.headers["Cache-Control"]
+        assert (await response.content.readline()).startswith(b'data: {"recent": []')
+        await (await session.get(f"{url}/works")).read()
+        async with asyncio.timeout(1):
+            while b"/api/v1/works" not in await response.content.readline():
+                pass
+        stopping = asyncio.ensure_future(proxy.stop(5))
+        async with asyncio.timeout(2):
+            await response.content.read()
+        await stopping
+
+
+async def test_the_connection_is_tested(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """The page's button makes one read through the proxy, and tells in a sentence what came of it."""
+    async with running(sandbox.url) as (_, url):
+
+        async def result() -> dict[str, Any]:
+            async with session.post(f"{url}/-/test") as response:
+                assert 200 == response.status
+                return dict(await response.json())
+
+        good = await result()
+        assert good["ok"]
+        assert re.fullmatch(r"Metquay answered in \d+ ms\.", good["text"])
+        sandbox.faults = Faults(fail={403: 1.0})
+        refused = await result()
+        assert not refused["ok"]
+        assert "status 403" in refused["text"]
+        await sandbox.stop()
+        down = await result()
+        assert not down["ok"]
+        assert "could not be reached" in down["text"]
+        async with session.get(f"{url}/-/status") as response:
+            status = await response.json()
+        assert "could not be reached" in status["headline"]["text"]
+        assert "test of the connection" == status["recent"][-1]["client"]
+
+
+async def test_waiting_is_not_metquays_time(sandbox: Sandbox) -> None:
+    """What the request waited for the proxy is told apart from the time in which Metquay answered."""
+    async with running(sandbox.url, time_=FastTime(20)) as (proxy, _):
+        await proxy.test()
+        sandbox.faults = Faults(expire_tokens=True)
+        told = re.fullmatch(
+            r"Metquay answered in (\d+) ms, after (\d\.\d) s in which .* waited\.", (await proxy.test())["text"]
+        )
+        assert told is not None
+        assert int(told[1]) < 1000 * float(told[2])
+
+
+async def test_a_reading_key_may_test_and_no_web_page_may(sandbox: Sandbox, session: aiohttp.ClientSession) -> None:
+    """The button works with a read-only key; a page of another origin can't press it."""
+    key = {"X-Proxy-Key": "reading-key-0123456789"}
+    async with running(sandbox.url, client_keys="reading:reading-key-0123456789:read-only") as (_, url):
+        for status, headers in ((403, {}), (200, key), (403, {**key, "Origin": "https://evil.example"})):
+            async with session.post(f"{url}/-/test", headers=headers) as response:
+                assert status == response.status, headers
+
+
+async def test_no_secret_on_the_pages(session: aiohttp.ClientSession) -> None:
+    """Page, events, metrics and status hold neither a key nor a token, nor what a query said, in good times and bad."""
+    keys = ("an-access-key-of-the-laboratory", "the-secret-key-of-the-laboratory")
+    client_key = "workbook-key-0123456789"
+    sandbox = Sandbox(rate_limit=None, access_key=keys[0], secret_key=keys[1])
+    await sandbox.start()
+    settings = {
+        "access_key": keys[0],
+        "secret_key": keys[1],
+        "client_keys": f"workbook:{client_key}",
+        "max_wait": "0.2",
+    }
+    async with running(sandbox.url, credentials=lambda: Credentials(*keys), **settings) as (_, url):
+        session.headers["X-Proxy-Key"] = client_key
+        seen = []
+        for outage in (False, True):
+            sandbox.faults = Faults(login_outage=outage, expire_tokens=outage, fail={500: 0.5})
+            for path in (f"/customers?limit=1&key={keys[1]}", f"/works?{keys[1]}", "/-/", "/-/status", "/-/metrics"):
+                async with session.get(url + path) as response:
+                    seen.append(await response.text() if "/-/" in path else "")
+            async with session.post(f"{url}/-/test") as response:
+                seen.append(await response.text())
+            async with session.get(f"{url}/-/events") as response:
+                seen.append((await response.content.readline()).decode())
+        tokens = list(sandbox._tokens)
+    await sandbox.stop()
+    assert all(seen[place] for place in (2, 3, 4, 5, 6))
+    for secret in (*keys, client_key, *tokens):
+        assert secret not in "\n".join(seen)

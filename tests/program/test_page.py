@@ -1,0 +1,304 @@
+"""The status page in a real browser: Debian's chromium, driven by Playwright. Pictures are kept in ``.artefacts``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from metquay_proxy.exchange.tokens import Credentials
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Sandbox
+from tests.redis_server import needs_redis, redis_server
+from tests.running import process, running
+
+async_api = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
+expect = async_api.expect
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from playwright.async_api import Browser, Page
+
+    from tests.redis_server import RedisServer
+
+CHROMIUM = shutil.which("chromium")
+ARTEFACTS = Path(__file__).parent.parent.parent / ".artefacts"
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    """Start a browser."""
+    async with async_api.async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """Open the client of a tool."""
+    async with aiohttp.ClientSession(headers={"User-Agent": "Excel"}) as session:
+        yield session
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """Start a Redis."""
+    with redis_server(tmp_path / "redis") as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def opened(browser: Browser, url: str, *, strict: bool = True, **options: Any) -> AsyncIterator[Page]:  # noqa: ANN401 - Playwright's own
+    """Open the page. At the end its console must be empty and every request must have gone to the proxy itself."""
+    context = await browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+    page = await context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    await page.goto(f"{url}/-/")
+    yield page
+    await context.close()
+    assert [] == [address for address in asked if not address.startswith((f"{url}/-/", "data:"))]
+    if strict:
+        assert [] == said
+
+
+async def get(session: aiohttp.ClientSession, address: str, **options: Any) -> None:  # noqa: ANN401 - aiohttp's own
+    """Make a request as a tool would."""
+    async with session.get(address, **options) as response:
+        await response.read()
+
+
+async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession, tmp_path: Path) -> None:
+    """It opens, shows a request within a second, filters, pauses, and has the settings, the badge and the plots."""
+    with process(tmp_path, "serve", "--sandbox", METQUAY_LISTEN="127.0.0.1:0") as proxy:
+        async with opened(browser, proxy.url) as page:
+            await expect(page.locator("#sentence")).to_have_text(
+                "Ready: connected to the built-in sandbox (made-up data)."
+            )
+            await expect(page.locator("#sandbox")).to_be_visible()
+            await expect(page.locator("#read-only")).to_be_hidden()
+            await expect(page.locator("#live")).to_have_text("live")
+            rows = page.locator("#requests tbody tr")
+            await get(session, f"{proxy.url}/customers?limit=1&name=ACME")
+            await expect(rows).to_have_count(1, timeout=1000)
+            await expect(rows).to_contain_text("/api/v1/customers?limit=*&name=*")
+            await expect(rows).to_contain_text("Excel")
+            await get(session, f"{proxy.url}/nothing")
+            await expect(rows.first).to_contain_text("! 404")
+
+            reader, writer = await asyncio.open_connection(*proxy.url.removeprefix("http://").split(":"))
+            writer.write(b"\x16\x03\x01\x02\x00\x01")
+            await reader.read()
+            writer.close()
+            await expect(rows.first).to_contain_text("the tool speaks https where http is expected")
+            await page.fill("#filter", "excel 404")
+            await expect(rows).to_have_count(1)
+            await page.fill("#filter", "")
+            await expect(rows).to_have_count(3)
+
+            await page.click("#pause")
+            await get(session, f"{proxy.url}/works")
+            await expect(page.locator("#shown")).to_have_text("Paused; 1 new")
+            assert 3 == await rows.count()
+            await page.click("#pause")
+            await expect(rows).to_have_count(4)
+
+            await expect(page.locator("#used")).to_have_text("3 of 100 requests in 60 s used", timeout=5000)
+            await expect(page.locator("#callers")).to_contain_text("Excel")
+            await expect(page.locator("#answers")).to_contain_text("2 good, 2 refused (4xx), 0 failed")
+            assert await page.locator("#statuses rect").count() > 0
+            await expect(page.locator("#token")).to_contain_text("1 login, no failure")
+            await page.click("summary")
+            await expect(page.locator("#settings")).to_contain_text("METQUAY_LISTEN127.0.0.1:0environment")
+            await page.click("summary")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+async def test_screenshots(browser: Browser, session: aiohttp.ClientSession, scheme: str, width: int) -> None:
+    """Wide and narrow, light and dark: nothing sticks out of the page; a picture of each is kept."""
+    ARTEFACTS.mkdir(exist_ok=True)
+    sandbox = Sandbox(rate_limit=None)
+    await sandbox.start()
+    async with running(sandbox.url) as (_, url):
+        for path in ("/customers?limit=5", "/works", "/nothing", "/customer-instrument-details?first=50&limit=50"):
+            for agent in ("Excel", "python-requests/2.32", "PowerShell/7.4"):
+                await get(session, url + path, headers={"User-Agent": agent})
+        size = {"width": width, "height": 900}
+        async with opened(browser, url, viewport=size, color_scheme=scheme) as page:
+            await expect(page.locator("#requests tbody tr")).to_have_count(12)
+            await page.screenshot(path=ARTEFACTS / f"page-{width}-{scheme}.png", full_page=True)
+            assert width >= await page.evaluate("document.documentElement.scrollWidth")
+    await sandbox.stop()
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence", "cure"),
+    [
+        (
+            "refused",
+            "Not working: 127.0.0.1:{port} refuses the key ...4F2A.",
+            "METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY",
+        ),
+        ("down", "The last request failed: 127.0.0.1:{port} could not be reached.", "Check the network"),
+        ("quota", "Slowed down: 1 request waits for its turn.", "7 of 10 requests in 60 s are used. None was refused"),
+    ],
+)
+async def test_what_is_wrong(
+    browser: Browser, session: aiohttp.ClientSession, state: str, sentence: str, cure: str
+) -> None:
+    """Keys refused, Metquay away, quota used up: the first sentence says so, and the second what to do."""
+    ARTEFACTS.mkdir(exist_ok=True)
+    keys = ("the-access-key-of-4F2A", "the-secret-key")
+    sandbox = Sandbox(
+        rate_limit=(10, 60.0), access_key=keys[0], secret_key="another" if state == "refused" else keys[1]
+    )
+    await sandbox.start()
+    async with running(
+        sandbox.url, credentials=lambda: Credentials(*keys), access_key=keys[0], rate_limit="10/minute"
+    ) as (_, url):
+        waiting = []
+        if state == "quota":
+            waiting = [asyncio.ensure_future(get(session, f"{url}/customers")) for _ in range(8)]
+        if state == "down":
+            await get(session, f"{url}/customers")
+            await sandbox.stop()
+            await get(session, f"{url}/customers")
+        async with opened(browser, url) as page:
+            await expect(page.locator("#sentence")).to_have_text(sentence.format(port=sandbox.port))
+            await expect(page.locator("#cure")).to_contain_text(cure)
+            mark = "!" if state == "quota" else "\u2715"
+            await expect(page).to_have_title(f"{mark} {sentence.partition(':')[0]} \u2013 metquay-proxy")
+            await page.screenshot(path=ARTEFACTS / f"page-{state}.png")
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    await sandbox.stop()
+
+
+@needs_redis
+async def test_with_whom_the_quota_is_shared(browser: Browser, redis: RedisServer, tmp_path: Path) -> None:
+    """With a Redis the page says how many replicas share; without it, for how long and why this one goes on alone."""
+    ARTEFACTS.mkdir(exist_ok=True)
+    environment = {"METQUAY_ACCESS_KEY": ACCESS_KEY, "METQUAY_SECRET_KEY": SECRET_KEY, "METQUAY_LISTEN": "127.0.0.1:0"}
+    with contextlib.ExitStack() as stack:
+
+        def begin(name: str, *words: str, **more: str) -> str:
+            (tmp_path / name).mkdir()
+            return stack.enter_context(process(tmp_path / name, *words, **environment, **more)).url
+
+        environment["METQUAY_HOST"] = begin("upstream", "sandbox", "--listen", "127.0.0.1:0")
+        async with opened(browser, begin("one", "serve", METQUAY_REDIS_URL=redis.url)) as page:
+            sharing = page.locator("#sharing")
+            await expect(sharing).to_have_text("Shared through Redis with no other replica.")
+            begin("two", "serve", METQUAY_REDIS_URL=redis.url)
+            await expect(sharing).to_have_text("Shared through Redis with 1 other replica.")
+            redis.kill()
+            alone = r"! Alone for \d+ s, with its part of 50 requests\. Redis: it cannot be reached\."
+            await expect(sharing).to_have_text(re.compile(alone))
+            await page.screenshot(path=ARTEFACTS / "page-alone.png")
+        async with opened(browser, begin("three", "serve")) as page:
+            await expect(page.locator("#used")).to_contain_text("of 100")
+            await expect(page.locator("#sharing")).to_be_hidden()
+
+
+async def test_by_keyboard_with_a_client_key(browser: Browser) -> None:
+    """A browser logs in with a read-only key; Tab, Enter and arrows are enough; examples carry the key's header."""
+    key = "reading-key-0123456789"
+    sandbox = Sandbox(rate_limit=None)
+    await sandbox.start()
+    login = {"username": "anyone", "password": key}
+    async with (
+        running(sandbox.url, client_keys=f"reading:{key}:read-only", read_only="true") as (_, url),
+        opened(browser, url, http_credentials=login) as page,
+    ):
+        await expect(page.locator("#read-only")).to_be_visible()
+        await page.keyboard.press("Tab")
+        await expect(page.locator("#test")).to_be_focused()
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#tested")).to_contain_text("\u2713 Metquay answered in")
+        await page.locator("#tools :checked").focus()
+        await page.keyboard.press("ArrowRight")
+        await expect(page.locator("#snippet")).to_contain_text("WinHttp.WinHttpRequest")
+        await page.keyboard.press("Tab")
+        await expect(page.locator("#snippet")).to_be_focused()
+    await sandbox.stop()
+
+
+async def test_polling_and_a_proxy_that_ends(browser: Browser, session: aiohttp.ClientSession) -> None:
+    """Where events don't get through, the page asks; when the proxy has ended, it says so and what to do."""
+    sandbox = Sandbox(rate_limit=None)
+    await sandbox.start()
+    async with running(sandbox.url) as (proxy, url), opened(browser, url, strict=False) as page:
+        await expect(page.locator("#live")).to_have_text("live")
+        await page.route("**/-/events", lambda route: route.abort())
+        await page.reload()
+        await expect(page.locator("#live")).to_have_text("asking every 2 s")
+        await get(session, f"{url}/works")
+        await expect(page.locator("#requests tbody tr")).to_have_count(1)
+        await proxy.stop(1)
+        await expect(page.locator("#sentence")).to_have_text("No answer: this page does not reach the proxy.")
+        await expect(page.locator("#cure")).to_contain_text("Start metquay-proxy again")
+        await expect(page.locator("#live")).to_have_text("no contact")
+        left = await page.locator("#left").text_content()
+        await asyncio.sleep(1.2)
+        assert left == await page.locator("#left").text_content(), "figures that nobody brings do not tick on"
+        assert "no contact" == await page.locator("main").get_attribute("data-stale")
+    await sandbox.stop()
+
+
+@pytest.mark.parametrize(
+    ("status", "slug", "body", "sentence", "cure"),
+    [
+        (403, "client-key-required", '{"code": 403, "message": "x"}', "Locked: the proxy runs", "Load this page again"),
+        (403, "host-not-allowed", '{"code": 403, "message": "told"}', "Refused: the proxy runs", "told"),
+        (503, "shutting-down", '{"code": 503, "message": "told"}', "Stopping: no new", "told"),
+        (200, None, "<html>", "Not the proxy: another program answers", "status 200"),
+        (404, None, '{"error": "none"}', "Not the proxy: another program answers", "status 404"),
+    ],
+)
+async def test_what_the_page_says_when_it_gets_no_figures(  # noqa: PLR0913 - the columns
+    browser: Browser, status: int, slug: str | None, body: str, sentence: str, cure: str
+) -> None:
+    """It tells a proxy that refuses it from one that is gone, and from another program; old figures are marked."""
+    sandbox = Sandbox(rate_limit=None)
+    await sandbox.start()
+    async with running(sandbox.url) as (_, url), opened(browser, url, strict=False) as page:
+        await expect(page.locator("#live")).to_have_text("live")
+        headers = {} if slug is None else {"X-Metquay-Proxy-Error": slug}
+
+        async def answer(route: Any) -> None:  # noqa: ANN401 - Playwright's own
+            await route.fulfill(status=status, body=body, headers=headers)
+
+        await page.route("**/-/events", answer)
+        await page.route("**/-/status", answer)
+        await page.reload()
+        await expect(page.locator("#sentence")).to_contain_text(sentence)
+        await expect(page.locator("#cure")).to_contain_text(cure)
+        await expect(page.locator("#live")).to_have_text("old figures")
+        await page.unroute_all()
+        await expect(page.locator("#sentence")).to_contain_text("Ready", timeout=10_000)
+        assert await page.locator("main").get_attribute("data-stale") is None
+    await sandbox.stop()

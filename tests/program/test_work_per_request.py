@@ -1,0 +1,24 @@
+"""The work of one request, counted in byte code and never in seconds: a change that doubles it is seen at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOM = 1.5
+TODAY = {"GET": 2500, "GET with a client key": 3000, "PUT": 4830}
+"""Instructions for one request of each kind, on Python 3.11; ``python -m benchmarks.work`` prints them by module."""
+
+
+@pytest.mark.parametrize("kind", TODAY)
+def test_bounded(kind: str) -> None:
+    """One request through the running proxy takes at most 1.5 times the instructions that it once took."""
+    words = [sys.executable, "-m", "benchmarks.work", "--json", kind]
+    root = Path(__file__).parent.parent.parent
+    output = subprocess.run(words, cwd=root, check=True, capture_output=True, text=True).stdout  # noqa: S603 - our own
+    counts = json.loads(output)[kind]
+    assert 0 < sum(counts.values()) <= ROOM * TODAY[kind], counts

@@ -1,0 +1,825 @@
+from __future__ import annotations
+
+import contextlib
+import copy
+import gzip
+import math
+import random
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import limits.storage.memory
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from limits import RateLimitItemPerSecond
+from limits.strategies import MovingWindowRateLimiter
+
+from metquay_proxy.rules.quota import SAFETY, Quota, QuotaExceeded, Rate, Ticket, parse_rate, retry_after_seconds
+from tests.quota_simulation import Record, Simulation, Tool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACE = 60.06 / 31
+"""The slowest pace at 100/minute: a burst of 70, then 30 slots that must last until the first comes back."""
+
+
+def spend(quota: Quota, now: float, number: int, caller: str = "tool") -> list[Ticket]:
+    """Send so many requests at ``now``, each answered at once."""
+    tickets = [quota.ask(now, caller, 0) for _ in range(number)]
+    for ticket in tickets:
+        quota.sent(ticket)
+        quota.answered(ticket, now)
+    return tickets
+
+
+def follow(quota: Quota, now: float, until: float = math.inf) -> Iterator[float]:
+    """Poll as the driver does, and yield each moment at which it did."""
+    again: float | None = now
+    while again is not None and again <= until:
+        now = again
+        again = quota.poll(now)
+        assert again is None or again > now
+        yield now
+
+
+def grants(quota: Quota, now: float, tickets: list[Ticket], until: float = math.inf) -> dict[int, float]:
+    """Follow the quota, and return when the n-th ticket was granted; each is answered at once."""
+    granted: dict[int, float] = {}
+    for moment in follow(quota, now, until):
+        for number, ticket in enumerate(tickets):
+            if ticket.granted:
+                granted[number] = moment
+                quota.sent(ticket)
+                quota.answered(ticket, moment)
+    return granted
+
+
+class TestParseRate:
+    @pytest.mark.parametrize(
+        ("text", "rate"),
+        [
+            ("100/minute", Rate(100, 60)),
+            ("1/second", Rate(1, 1)),
+            ("9999999/hour", Rate(9999999, 3600)),
+            (" 20 / Sec ", Rate(20, 1)),
+            ("5/min", Rate(5, 60)),
+            ("5/s", Rate(5, 1)),
+            ("5/m", Rate(5, 60)),
+            ("5/H", Rate(5, 3600)),
+            ("off", None),
+            (" OFF ", None),
+        ],
+    )
+    def test_reads_rates(self, text: str, rate: Rate | None) -> None:
+        """Limit and unit, in full or abbreviated, in any case; off is no quota."""
+        assert rate == parse_rate(text)
+
+    @pytest.mark.parametrize(
+        "text", ["", "100", "0/minute", "-1/s", "1.5/s", "10000000/s", "5/day", "5/minutes!", "5/sek", "٣/s", "none"]
+    )
+    def test_refuses_anything_else(self, text: str) -> None:
+        """The error shows what was written and what can be written."""
+        with pytest.raises(
+            ValueError, match=r"is not a rate: write N/second, N/minute or N/hour .* or \"off\""
+        ) as error:
+            parse_rate(text)
+        assert repr(text) in str(error.value)
+
+
+class TestRetryAfterSeconds:
+    NOW = 784_111_777.0
+    """Sun, 06 Nov 1994 08:49:37 GMT."""
+    VENDOR = "API rate limit of 100 requests per minute exceeded. Please try again in 30 seconds."
+
+    @pytest.mark.parametrize(
+        ("header", "text", "seconds"),
+        [
+            ("120", "", 120),
+            (" 1.5 ", "", 1.5),
+            ("0", "", 1),
+            ("999999999", "", 3600),
+            ("Sun, 06 Nov 1994 08:50:07 GMT", "", 30),
+            ("Sunday, 06-Nov-94 08:50:07 GMT", "", 30),
+            ("Sun Nov  6 08:50:07 1994", "", 30),
+            ("Sun, 06 Nov 1994 08:49:07 GMT", "", 1),
+            ("Sun, 06 Nov 2094 08:49:07 GMT", "", 3600),
+            ("7", VENDOR, 7),
+            (None, VENDOR, 30),
+            (None, VENDOR.encode(), 30),
+            (None, b'{"code": 429, "message": "Wait 1 second"}', 1),
+            (None, "retry in 12s", 12),
+            (None, gzip.compress(VENDOR.encode()), 30),
+            (None, gzip.compress(VENDOR.encode())[:-8], 30),
+            (None, gzip.compress(b"-" * 99_999 + VENDOR.encode()), None),
+            (None, b"\x1f\x8b, in 5 seconds", 5),
+            (None, b"\xff\xfe 45 sec", 45),
+            ("soon", VENDOR, 30),
+            ("-5", VENDOR, 30),
+            ("Mon, 1 Jan 99999999999 00:00:00 GMT", VENDOR, 30),
+            ("soon", "", None),
+            (None, "API rate limit of 100 requests per minute exceeded.", None),
+            (None, b"", None),
+        ],
+    )
+    def test_reads_what_the_429_says(self, header: str | None, text: str | bytes, seconds: float | None) -> None:
+        """Retry-After in seconds or as a date counts first, then the text; both within one second and one hour."""
+        fields = [] if header is None else [(b"Retry-After", header.encode())]
+        text = text if isinstance(text, bytes) else text.encode()
+        assert seconds == retry_after_seconds(fields, text, self.NOW)
+
+    @pytest.mark.parametrize(
+        ("date", "seconds"),
+        [("Sun, 06 Nov 1994 08:10:04 GMT", 3), ("Sun, 06 Nov 1994 08:10:10 GMT", 1), ("yesterday", 30), (None, 30)],
+    )
+    def test_a_date_is_held_against_the_answers_own(self, date: str | None, seconds: float) -> None:
+        """The server's clock may be 40 minutes behind ours; only where it tells no date, ours counts."""
+        until = b"Sun, 06 Nov 1994 08:10:07 GMT"
+        ours = self.NOW if date in {None, "yesterday"} else self.NOW + 2400
+        if date in {None, "yesterday"}:
+            until = b"Sun, 06 Nov 1994 08:50:07 GMT"
+        fields = [(b"retry-after", until), (b"Retry-After", b"900")] + ([(b"DATE", date.encode())] if date else [])
+        assert seconds == retry_after_seconds(fields, b"", ours)
+
+    @settings(max_examples=50)
+    @given(st.none() | st.text() | st.from_regex(r"[A-Z][a-z]{2}, \d+ Jan \d+ \d+:\d+:\d+ [-+A-Z0-9]+"), st.binary())
+    def test_survives_anything(self, header: str | None, text: bytes) -> None:
+        """No answer of an upstream makes it raise or leave its bounds."""
+        value = (header or "").encode("utf-8", "replace")
+        seconds = retry_after_seconds([(b"Retry-After", value), (b"Date", value)], text, self.NOW)
+        assert seconds is None or 1 <= seconds <= 3600
+
+
+class TestPacing:
+    def test_seventy_at_once_then_the_reserve_lasts_until_the_first_slot_returns(self) -> None:
+        """At 100/minute 70 go at once, 30 within the window, and the 101st with the first slot that returns."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        tickets = [quota.ask(0, "tool", 100) for _ in range(31)]
+        assert {n: pytest.approx((n + 1) * PACE) for n in range(31)} == grants(quota, 0, tickets)
+
+    def test_a_clump_that_returns_is_spread(self) -> None:
+        """A queue that never empties gets the 70 slots that return together at the pace of the limit, not at once."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        tickets = [quota.ask(0, "tool", 200) for _ in range(130)]
+        times = list(grants(quota, 0, tickets).values())
+        assert pytest.approx(60.06) == times[30]
+        assert [pytest.approx(60.06 / 100)] * 99 == [late - early for early, late in pairwise(times[30:])]
+
+    def test_the_burst_is_back_after_an_idle_window(self) -> None:
+        """Who was idle for a window may send 70 at once again."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        spend(quota, 60.07, 70)
+        assert not quota.ask(60.07, "tool", 20).granted
+
+    def test_a_slower_tool_never_waits(self) -> None:
+        """Over the burst, a request that comes later than its turn by the pace goes at once."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        for n in range(1, 500):
+            spend(quota, n * 2, 1)
+
+    @pytest.mark.parametrize(
+        ("limit", "window", "burst", "wait"),
+        [(1, 1, 1, 1.001), (2, 1, 1, 0.5005), (5, 60, 3, 20.02), (20, 1, 14, 1.001 / 7)],
+    )
+    def test_small_limits(self, limit: int, window: float, burst: int, wait: float) -> None:
+        """One always goes at once, and the next one's wait is never longer than a window."""
+        quota = Quota(limit, window)
+        spend(quota, 0, burst)
+        assert [pytest.approx(wait)] == list(grants(quota, 0, [quota.ask(0, "tool", 100)]).values())
+
+    def test_burst_one_means_no_pacing(self) -> None:
+        """A burst of 1.0 gives the whole limit at once, and then nothing for a window."""
+        quota = Quota(100, 60, burst=1.0)
+        spend(quota, 0, 100)
+        with pytest.raises(QuotaExceeded) as refusal:
+            quota.ask(0, "tool", 20)
+        assert pytest.approx(60.06) == refusal.value.retry_after
+
+    def test_requests_in_flight_keep_their_slots(self) -> None:
+        """While nothing is answered nothing more goes than the limit, and the next poll never lies in the past."""
+        quota = Quota(10, 60)
+        for n in range(10):
+            quota.sent(quota.ask(n * 90, "tool", 0))
+        waiting = quota.ask(810, "tool", 1000)
+        assert [810, 870.06, 930.12] == pytest.approx(list(follow(quota, 810, 950)))
+        assert 10 == quota.snapshot(950).in_flight
+        assert not waiting.granted
+
+    def test_slow_answers_are_reckoned_with(self) -> None:
+        """Slots return one window after the answer: of late answers took 5 s, so a turn comes that much later."""
+        quota = Quota(1, 10)
+        for n in range(50):
+            ticket = quota.ask(n * 20.0, "tool", 0)
+            quota.sent(ticket)
+            quota.answered(ticket, n * 20.0 + 5)
+        quota.ask(1000, "tool", 0)
+        with pytest.raises(QuotaExceeded) as refusal:
+            quota.ask(1000, "tool", 14)
+        assert pytest.approx(15.01, abs=0.01) == refusal.value.retry_after
+        quota.ask(1000, "tool", 16)
+        with pytest.raises(QuotaExceeded) as refusal:
+            quota.ask(1000, "tool", 29)
+        assert pytest.approx(30.02, abs=0.02) == refusal.value.retry_after
+
+    def test_rounding_releases_nothing_early(self) -> None:
+        """Whatever the moment's last bits: the slot that returns is back before the next one goes."""
+        for n in range(200):
+            quota = Quota(2, 60, burst=1.0)
+            spend(quota, n / 7, 1)
+            spend(quota, n / 7 + 0.1, 1)
+            quota.ask(n / 7 + 0.2, "tool", 60)
+            for moment in follow(quota, n / 7 + 0.2):
+                assert 2 == quota.snapshot(moment).used
+
+    def test_a_driver_that_wakes_late_makes_up_for_it(self) -> None:
+        """Lateness below 1/20 of the window does not add up: the pace counts from when a release was due."""
+        quota = Quota(20, 1)
+        spend(quota, 0, 14)
+        tickets = [quota.ask(0, "tool", 20) for _ in range(5)]
+        due = quota.poll(0) or 0
+        assert pytest.approx(1.001 / 7) == due
+        assert pytest.approx(2 * 1.001 / 7) == quota.poll(due + 0.04)
+        assert [True, False, False, False, False] == [ticket.granted for ticket in tickets]
+
+    def test_a_driver_that_slept_does_not_release_all_at_once(self) -> None:
+        """What was missed by more than 1/20 of the window is not made up for."""
+        quota = Quota(20, 1)
+        spend(quota, 0, 14)
+        tickets = [quota.ask(0, "tool", 20) for _ in range(20)]
+        quota.poll(0)
+        quota.poll(15)
+        assert 1 == sum(ticket.granted for ticket in tickets)
+
+    def test_large_limits_need_little_memory(self) -> None:
+        """Above 128 slots those answered within 1/128 window return together."""
+        quota = Quota(100_000, 60)
+        for n in range(30_000):
+            spend(quota, n / 200, 1)
+        assert 130 >= len(quota._cells)
+        shot = quota.snapshot(150)
+        assert 12_012 <= shot.used <= 12_012 * 129 / 128
+        assert {"tool": shot.used} == shot.used_by_caller
+
+
+class TestFairness:
+    @pytest.mark.parametrize(
+        ("asked", "order"),
+        [
+            ("aaaabb", "ababaa"),
+            ("aabbcc", "abcabc"),
+            ("abcba", "abcab"),
+            ("aaabcbb", "abcabab"),
+        ],
+    )
+    def test_round_robin(self, asked: str, order: str) -> None:
+        """Callers take turns; within one the first to come goes first."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        tickets = [quota.ask(0, caller, 100) for caller in asked]
+        granted = list(grants(quota, 0, tickets))
+        assert order == "".join(asked[n] for n in granted)
+        assert granted == sorted(granted, key=lambda n: (asked[:n].count(asked[n]), granted.index(n)))
+
+    def test_one_who_was_served_goes_to_the_end(self) -> None:
+        """A caller that comes back at once finds itself behind all those that wait."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        first, second = quota.ask(0, "a", 20), quota.ask(0, "b", 20)
+        assert quota.poll(2) is not None
+        again = quota.ask(2, "a", 20)
+        quota.poll(4)
+        assert [True, True, False] == [first.granted, second.granted, again.granted]
+
+    def test_the_projection_knows_whose_turn_it_is(self) -> None:
+        """With eight of a greedy caller waiting the ninth is refused, and another caller's first is not."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        for _ in range(8):
+            quota.ask(0, "greedy", 20)
+        with pytest.raises(QuotaExceeded):
+            quota.ask(0, "greedy", 9 * PACE - 0.1)
+        slow = quota.ask(0, "slow", 2 * PACE + 0.1)
+        assert {0: pytest.approx(2 * PACE)} == grants(quota, 0, [slow])
+
+    @settings(max_examples=30)
+    @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=20))
+    def test_the_projected_place_is_the_real_one(self, asked: list[str]) -> None:
+        """Who asks last gets the place that it was promised."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        tickets = [quota.ask(0, caller, 1000) for caller in asked[:-1]]
+        place = quota._place(asked[-1])
+        tickets.append(quota.ask(0, asked[-1], 1000))
+        assert tickets[-1] is list(quota._in_turn())[place - 1]
+        assert len(tickets) - 1 == list(grants(quota, 0, tickets))[place - 1]
+
+
+class TestRefusals:
+    def test_a_wait_beyond_the_budget_is_refused_at_once(self) -> None:
+        """Ten are served within 20 s, the eleventh would not be; its Retry-After is its turn."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        tickets = [quota.ask(0, "tool", 20) for _ in range(10)]
+        with pytest.raises(QuotaExceeded, match=r"no slot in time; the next free one comes in 21\.3 s") as refusal:
+            quota.ask(0, "tool", 20)
+        assert pytest.approx(11 * PACE) == refusal.value.retry_after
+        assert 10 == len(grants(quota, 0, tickets))
+        assert quota.ask(refusal.value.retry_after + 1e-9, "tool", 0).granted
+
+    def test_at_most_max_waiting_wait(self) -> None:
+        """One more than ``max_waiting`` is refused whatever its patience."""
+        quota = Quota(1, 1, max_waiting=2)
+        spend(quota, 0, 1)
+        quota.ask(0, "a", 100)
+        quota.ask(0, "b", 100)
+        with pytest.raises(QuotaExceeded) as refusal:
+            quota.ask(0, "c", 100)
+        assert pytest.approx(3.003) == refusal.value.retry_after
+
+    def test_one_who_is_overtaken_is_refused_at_its_deadline(self) -> None:
+        """Newcomers whose turn comes first push it back: it is told so at its deadline, with a true Retry-After."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        tickets = [quota.ask(0, "greedy", 2 * PACE + 0.1) for _ in range(2)]
+        settled: list[Ticket] = []
+        tickets[1].on_settled = lambda: settled.append(tickets[1])
+        other = quota.ask(0, "other", 30)
+        moments = list(follow(quota, 0))
+        assert [0, PACE, 2 * PACE, 2 * PACE + 0.1] == pytest.approx(moments)
+        assert (True, True, False) == (tickets[0].granted, other.granted, tickets[1].granted)
+        assert [tickets[1]] == settled
+        assert tickets[1].refused is not None
+        assert pytest.approx(PACE - 0.1) == tickets[1].refused.retry_after
+        assert quota.ask(moments[-1] + tickets[1].refused.retry_after + 1e-9, "greedy", 0).granted
+
+    def test_deadlines_of_those_that_went_already_do_no_harm(self) -> None:
+        """A poll at a deadline that is no longer anybody's refuses nobody."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        quota.ask(0, "a", 3)
+        patient = [quota.ask(0, "b", 30), quota.ask(0, "b", 30)]
+        assert [0, PACE, 3, 2 * PACE, 3 * PACE] == pytest.approx(list(follow(quota, 0)))
+        assert [True, True] == [ticket.granted for ticket in patient]
+
+
+class TestCancel:
+    def test_a_place_is_given_back(self) -> None:
+        """Those behind a waiting client that left move up."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        left, stays = quota.ask(0, "tool", 20), quota.ask(0, "tool", 20)
+        quota.cancel(left, 0)
+        assert {1: pytest.approx(PACE)} == grants(quota, 0, [left, stays])
+        assert left.refused is None
+
+    def test_a_slot_that_was_never_sent_is_given_back(self) -> None:
+        """It counts as never taken, for window and pace alike."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        ticket = quota.ask(30, "tool", 0)
+        quota.cancel(ticket, 30)
+        assert (70, {"tool": 70}) == (quota.snapshot(30).used, quota.snapshot(30).used_by_caller)
+        assert quota.ask(30, "tool", 0).granted
+
+    def test_the_pace_counts_from_the_latest_release(self) -> None:
+        """An earlier slot given back leaves the pace alone."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        early = quota.ask(10, "tool", 0)
+        assert quota.ask(20, "tool", 0).granted
+        quota.cancel(early, 20)
+        assert not quota.ask(20, "tool", 20).granted
+
+    def test_a_slot_given_back_goes_to_who_waits(self) -> None:
+        """Seventy that could not be sent after all pass theirs on at once, one by one, and nobody waits for a pace."""
+        quota = Quota(100, 60)
+        held = [quota.ask(0, "tool", 0) for _ in range(70)]
+        waiting = [quota.ask(0, "tool", 60) for _ in range(25)]
+        quota.poll(0)
+        for number, ticket in enumerate(held, 1):
+            quota.cancel(ticket, 1)
+            quota.poll(1)
+            assert min(number, 25) == sum(ticket.granted for ticket in waiting)
+        assert (25, 25, 0) == (quota.snapshot(1).used, quota.snapshot(1).in_flight, quota.snapshot(1).waiting)
+
+    def test_a_closed_window_keeps_a_slot_given_back(self) -> None:
+        """Metquay's 429 holds for what others did not send, too."""
+        quota = Quota(100, 60)
+        held = [quota.ask(0, "tool", 0) for _ in range(70)]
+        ticket = quota.ask(0, "tool", 60)
+        quota.close(0, 5)
+        quota.cancel(held[0], 1)
+        assert 5 == quota.poll(1)
+        assert not ticket.granted
+
+    def test_who_comes_after_a_slot_given_back(self) -> None:
+        """Whose turn comes behind the one that gets that slot is told its true time, in a closed window too."""
+        quota = Quota(1, 10.0)
+        given_up = quota.ask(0, "a", 0)
+        quota.close(0, 5)
+        first = quota.ask(0, "a", 20)
+        quota.cancel(given_up, 0)
+        with pytest.raises(QuotaExceeded) as refusal:
+            quota.ask(0, "b", 0)
+        assert pytest.approx(5 + 10 * SAFETY) == refusal.value.retry_after
+        quota.poll(5)
+        assert first.granted
+
+    def test_the_very_first_slot_given_back(self) -> None:
+        """Nothing was taken then."""
+        quota = Quota(1, 60)
+        quota.cancel(quota.ask(0, "tool", 0), 0)
+        assert quota.ask(0, "tool", 0).granted
+
+    def test_what_was_sent_counts_as_answered(self) -> None:
+        """An attempt given up after sending keeps its slot for a window."""
+        quota = Quota(1, 60)
+        ticket = quota.ask(0, "tool", 0)
+        quota.sent(ticket)
+        quota.cancel(ticket, 10)
+        assert (1, 0) == (quota.snapshot(70).used, quota.snapshot(70).in_flight)
+        assert 0 == quota.snapshot(70.07).used
+
+    def test_the_end_is_the_end(self) -> None:
+        """Cancelled or answered twice, or cancelled after the answer: counted once."""
+        quota = Quota(10, 60)
+        (ticket,) = spend(quota, 0, 1)
+        quota.cancel(ticket, 1)
+        quota.answered(ticket, 1)
+        given_back = quota.ask(1, "tool", 0)
+        quota.cancel(given_back, 1)
+        quota.cancel(given_back, 1)
+        assert (1, 0) == (quota.snapshot(1).used, quota.snapshot(1).in_flight)
+
+    def test_only_what_is_granted_may_be_sent(self) -> None:
+        """Sending twice, or without a grant, is a mistake of the caller's that must not pass."""
+        quota = Quota(1, 60)
+        ticket = quota.ask(0, "tool", 0)
+        quota.sent(ticket)
+        with pytest.raises(ValueError, match="a ticket that is sent must not be sent"):
+            quota.sent(ticket)
+        with pytest.raises(ValueError, match="waiting"):
+            quota.sent(quota.ask(0, "tool", 100))
+
+
+class TestClose:
+    def test_nothing_goes_while_closed(self) -> None:
+        """Waiting requests and new ones go when the 429's time is over, at the pace of the limit."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 1)
+        quota.close(0, 10)
+        tickets = [quota.ask(1, "tool", 20) for _ in range(3)]
+        assert [10, 10.6006, 11.2012] == pytest.approx(list(grants(quota, 1, tickets).values()))
+
+    def test_those_that_cannot_wait_so_long_are_refused_at_once(self) -> None:
+        """The others move up; the Retry-After of those refused is true."""
+        quota = Quota(100, 60)
+        spend(quota, 0, 70)
+        tickets = [quota.ask(0, "tool", wait) for wait in (5, 40, 10, 36)]
+        quota.close(0, 35)
+        assert [True, False, True, False] == [ticket.refused is not None for ticket in tickets]
+        assert tickets[0].refused is not None
+        retry_after = tickets[0].refused.retry_after
+        assert [(1, 35), (3, pytest.approx(35.835, abs=0.001))] == list(grants(quota, 0, tickets).items())
+        assert quota.ask(retry_after + 1e-9, "tool", 0).granted
+
+    def test_new_ones_that_cannot_wait_are_refused(self) -> None:
+        """An idle quota that is closed says for how long."""
+        quota = Quota(100, 60)
+        quota.close(0, 30)
+        with pytest.raises(QuotaExceeded) as refusal:
+            quota.ask(10, "tool", 19)
+        assert 20 == refusal.value.retry_after
+        assert quota.ask(10, "tool", 20).state == "waiting"
+        assert quota.ask(10, "other", 21).state == "waiting"
+
+    def test_a_shorter_time_opens_nothing(self) -> None:
+        """Of several 429 the longest time counts."""
+        quota = Quota(100, 60)
+        quota.close(0, 30)
+        quota.close(1, 5)
+        assert 29 == quota.snapshot(1).closed_for
+
+    @pytest.mark.parametrize(("first", "seconds"), [(None, 60.06), (5.0, 55.06)])
+    def test_without_a_time_until_the_first_slot_returns(self, first: float | None, seconds: float) -> None:
+        """Where the 429 does not say, our own oldest slot decides, and a whole window if we have none."""
+        quota = Quota(100, 60)
+        if first is not None:
+            spend(quota, first, 2)
+            spend(quota, 10, 1)
+        quota.close(10, None)
+        assert pytest.approx(seconds) == quota.snapshot(10).closed_for
+
+
+class TestSnapshot:
+    def test_figures(self) -> None:
+        """Everything that status page and metrics show."""
+        quota = Quota(10, 60)
+        spend(quota, 0, 5, "a")
+        quota.sent(quota.ask(0, "b", 0))
+        quota.ask(0, "b", 0)
+        for caller in "abb":
+            quota.ask(1, caller, 60)
+        shot = quota.snapshot(1)
+        assert (10, 60, 7, 2, 3, 0) == (*shot[:5], shot.closed_for)
+        assert {"a": 1, "b": 2} == shot.waiting_by_caller
+        assert {"a": 5, "b": 2} == shot.used_by_caller
+        assert pytest.approx(59.06) == shot.next_free_in
+
+    def test_idle(self) -> None:
+        """An idle quota has a slot at once, and closed ones count down."""
+        quota = Quota(10, 60)
+        assert (0, 0) == (quota.snapshot(0).next_free_in, quota.snapshot(0).closed_for)
+        quota.close(0, 3)
+        assert (2, 2) == (quota.snapshot(1).next_free_in, quota.snapshot(1).closed_for)
+
+    def test_a_clock_that_jumps_back(self) -> None:
+        """Time stands still until the clock has caught up; nothing raises and nothing is released sooner."""
+        quota = Quota(1, 60)
+        spend(quota, 100, 1)
+        ticket = quota.ask(99.9, "tool", 70)
+        assert 170 == ticket.deadline
+        assert pytest.approx(160.06) == quota.poll(98)
+        quota.cancel(ticket, 97)
+        quota.close(96, 1)
+        assert (1, 1) == (quota.snapshot(95).used, quota.snapshot(95).closed_for)
+
+
+WINDOW = 10.0
+LIMIT = 8
+
+
+class Server(RuleBasedStateMachine):
+    """The quota against a server that counts each request anywhere between its release and its answer."""
+
+    @initialize(limit=st.sampled_from([1, 2, 3, LIMIT, 200]), burst=st.sampled_from([0.0, 0.5, 0.7, 1.0]))
+    def start(self, limit: int, burst: float) -> None:
+        """Begin with an idle quota; the cells of large limits are tried on a small one."""
+        self.limit = min(limit, LIMIT)
+        self.quota = Quota(self.limit, WINDOW, burst=burst, max_waiting=20)
+        if limit > LIMIT:
+            self.quota._grain = WINDOW / 5
+            self.quota._hold += WINDOW / 5
+        self.now = 0.0
+        self.arrivals: list[float] = []
+        self.tickets: list[Ticket] = []
+        self.released: dict[Ticket, float] = {}
+        self.sent_out: set[Ticket] = set()
+
+    @rule(seconds=st.floats(0, 3) | st.sampled_from([0.0, WINDOW, 60.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        """The driver polls whenever it was told to."""
+        end = self.now + seconds
+        for moment in follow(self.quota, self.now, end):
+            self.now = moment
+            self._note_grants()
+        self.now = end
+
+    @rule(
+        caller=st.sampled_from("abc"),
+        max_wait=st.sampled_from([0.0, 1.0, 5.0, 20.0, 100.0]),
+        number=st.sampled_from([1, 1, 1, 3, 15]),
+    )
+    def ask(self, caller: str, max_wait: float, number: int) -> None:
+        """Who is refused comes back in time and gets through, if nobody else came; who is not gets its slot in time."""
+        for _ in range(number):
+            try:
+                ticket = self.quota.ask(self.now, caller, max_wait)
+            except QuotaExceeded as refusal:
+                self._comes_back(caller, refusal.retry_after)
+                return
+            self.tickets.append(ticket)
+            self._note_grants()
+            if not ticket.granted:
+                self._play_on(self.now + max_wait + 1e-6, ticket)
+
+    @rule(pick=st.randoms(use_true_random=False), number=st.sampled_from([1, 5]))
+    def send(self, pick: random.Random, number: int) -> None:
+        """Some of those granted go out."""
+        ready = [ticket for ticket in self.tickets if ticket.state == "granted"]
+        for ticket in pick.sample(ready, min(number, len(ready))):
+            self.quota.sent(ticket)
+            self.sent_out.add(ticket)
+
+    @rule(pick=st.randoms(use_true_random=False), number=st.sampled_from([1, 5]), give_up=st.booleans())
+    def answer(self, pick: random.Random, number: int, *, give_up: bool) -> None:
+        """Some of those in flight are answered, or fail: the server counted them somewhere on the way."""
+        flying = [ticket for ticket in self.tickets if ticket.state == "sent"]
+        for ticket in pick.sample(flying, min(number, len(flying))):
+            (self.quota.cancel if give_up else self.quota.answered)(ticket, self.now)
+            released = self.released[ticket]
+            self.arrivals.append(pick.choice([released, self.now, pick.uniform(released, self.now)]))
+
+    @rule(pick=st.randoms(use_true_random=False))
+    def leave(self, pick: random.Random) -> None:
+        """A client goes while it waits, or before its request was sent."""
+        here = [ticket for ticket in self.tickets if ticket.state in {"waiting", "granted"}]
+        if here:
+            self.quota.cancel(pick.choice(here), self.now)
+
+    @rule(seconds=st.sampled_from([None, 0.5, 5.0, 30.0]))
+    def refuse(self, seconds: float | None) -> None:
+        """The server answers 429."""
+        self.quota.close(self.now, seconds)
+
+    @rule(back=st.floats(0, 2))
+    def jump_back(self, back: float) -> None:
+        """The clock shows an earlier time once."""
+        self.quota.poll(self.now - back)
+        self._note_grants()
+        self.quota.snapshot(self.now - back)
+
+    @invariant()
+    def no_window_holds_more_than_the_limit(self) -> None:
+        """Counted by force: any limit + 1 arrivals in a row span more than a window."""
+        arrivals = sorted(self.arrivals)
+        assert all(late - early > WINDOW for early, late in zip(arrivals, arrivals[self.limit :], strict=False))
+
+    @invariant()
+    def figures_agree(self) -> None:
+        """What the quota counts is what there is."""
+        shot = self.quota.snapshot(self.now)
+        states = [ticket.state for ticket in self.tickets]
+        assert shot.waiting == states.count("waiting") == sum(shot.waiting_by_caller.values())
+        assert shot.in_flight == states.count("granted") + states.count("sent")
+        assert shot.in_flight <= shot.used == sum(shot.used_by_caller.values()) <= self.limit
+        assert all(ticket.deadline >= self.now for ticket in self.tickets if ticket.state == "waiting")
+
+    def teardown(self) -> None:
+        """Answer the rest, and count once more."""
+        if hasattr(self, "quota"):
+            self.answer(random.Random(0), len(self.tickets), give_up=False)  # noqa: S311 - a choice, not a secret
+            self.no_window_holds_more_than_the_limit()
+
+    def _note_grants(self) -> None:
+        for ticket in self.tickets:
+            if ticket.granted:
+                self.released.setdefault(ticket, self.now)
+
+    def _comes_back(self, caller: str, seconds: float) -> None:
+        later = self._play_on(self.now + seconds)
+        assert later.ask(self.now + seconds + 1e-6, caller, 0).granted
+
+    def _play_on(self, until: float, promised: Ticket | None = None) -> Quota:
+        """Return a copy in which nobody else came until then and answers were no slower than of late."""
+        quota, tickets, mine = copy.deepcopy((self.quota, self.tickets, promised))
+        moments = follow(quota, self.now, until)
+        now = self.now
+        while True:
+            for ticket in tickets:
+                if ticket.state == "granted":
+                    quota.sent(ticket)
+                quota.answered(ticket, now)
+            quota._latency = self.quota._latency
+            if mine is not None and mine.state == "over":
+                assert mine.refused is None
+                return quota
+            try:
+                now = next(moments)
+            except StopIteration:
+                assert mine is None
+                return quota
+
+
+TestServer = Server.TestCase
+TestServer.settings = settings(
+    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+def served(records: list[Record]) -> list[Record]:
+    """Return those that were released."""
+    return [record for record in records if record.retry_after is None]
+
+
+def longest_wait(records: list[Record], caller: str = "") -> float:
+    """Return the longest wait of those that were released."""
+    return max(record.waited for record in served(records) if record.caller.startswith(caller))
+
+
+class TestSimulations:
+    @pytest.fixture(autouse=True)
+    def _oracle(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = 0.0
+        monkeypatch.setattr(limits.storage.memory, "time", SimpleNamespace(time=lambda: self.clock))
+
+    def run(self, quota: Quota, *tools: Tool, late: float = 0.0) -> list[Record]:
+        """Simulate, and let an independent moving window judge what arrived at the server."""
+        records = Simulation(quota, tools, late).run()
+        storage = limits.storage.memory.MemoryStorage()
+        limiter = MovingWindowRateLimiter(storage)
+        shot = quota.snapshot(0)
+        item = RateLimitItemPerSecond(shot.limit, int(shot.window))
+        for self.clock in sorted(record.arrived for record in served(records)):
+            assert limiter.hit(item)
+        storage.timer.join()
+        return records
+
+    @pytest.mark.parametrize("number", [250, 1000])
+    @pytest.mark.parametrize("answer", [0.05, 0.3, 2.0])
+    def test_a_sequential_tool_is_slowed_and_never_refused(self, number: int, answer: float) -> None:
+        """At 100/minute it never waits 3 s, is never refused, and gets its 100 a minute."""
+        records = self.run(Quota(100, 60), Tool("tool", number, answer))
+        assert [] == [record for record in records if record.retry_after is not None]
+        assert 2 > longest_wait(records)
+        assert max(60 / 100 * number, answer * number) * 1.01 + 1 > records[-1].released
+
+    @pytest.mark.parametrize("late", [0.001, 0.016, 0.2])
+    def test_a_late_driver_costs_no_throughput(self, late: float) -> None:
+        """Timers that fire late delay single requests, not the job."""
+        records = self.run(Quota(100, 60), Tool("tool", 500), late=late)
+        assert 2 + late > longest_wait(records)
+        assert 301 + 4 * late > records[-1].released
+
+    @pytest.mark.parametrize("answer", [0.05, 0.3, 2.0])
+    def test_eight_sequential_tools_at_once_are_never_refused(self, answer: float) -> None:
+        """Each waits less than 20 s, and all get the same."""
+        records = self.run(Quota(100, 60), *(Tool(f"tool-{n}", 50, answer) for n in range(8)))
+        assert [] == [record for record in records if record.retry_after is not None]
+        assert 16 > longest_wait(records)
+        done = [max(r.released for r in records if r.caller == f"tool-{n}") for n in range(8)]
+        assert 16 > max(done) - min(done)
+
+    @pytest.mark.parametrize("number", [1, 4, 8])
+    def test_random_tools_keep_the_bounds(self, number: int) -> None:
+        """Jobs of any size with pauses between them: a tool waits for those beside it, 2 s for each."""
+        chance = random.Random(number)  # noqa: S311 - a reproducible simulation
+        starts = [0.0] * number
+        tools = []
+        for step in range(24):
+            requests, answer = chance.randint(1, 100), chance.choice([0.02, 0.05, 0.3, 1.0])
+            tools.append(Tool(f"tool-{step % number}", requests, answer, start=starts[step % number]))
+            starts[step % number] += 130 + 70 * number + chance.choice([0, 10, 40, 90])
+        records = self.run(Quota(100, 60), *tools)
+        assert [] == [record for record in records if record.retry_after is not None]
+        assert 2 * number > longest_wait(records)
+
+    def test_three_hundred_at_once_at_twenty_a_second(self) -> None:
+        """None of three callers' requests is refused, and the last goes within 10 % of the quota's own bound."""
+        records = self.run(Quota(20, 1), *(Tool(caller, 100, 0.05, workers=100) for caller in "abc"))
+        assert [] == [record for record in records if record.retry_after is not None]
+        bound = (300 - 20) / 20 * (1 + 0.05)
+        assert bound * 1.1 > longest_wait(records)
+
+    def test_more_than_fit_are_told_when_to_come_back(self) -> None:
+        """Of 300 at once at 100/minute 80 go within 20 s; 220 are refused at once, with a Retry-After that is true."""
+        quota = Quota(100, 60)
+        records = self.run(quota, Tool("tool", 300, 0.05, workers=300))
+        refused = [record for record in records if record.retry_after is not None]
+        assert (80, 220) == (len(served(records)), len(refused))
+        assert 20 > longest_wait(records)
+        assert {0.0} == {record.asked for record in refused}
+        assert [pytest.approx(11 * PACE)] * 220 == [record.retry_after for record in refused]
+        assert quota.ask(math.ceil(11 * PACE), "tool", 0).granted
+
+    def test_refused_tools_that_come_back_get_through_in_the_end(self) -> None:
+        """Twenty tools that honour Retry-After share the limit, and none is refused twice in a row for ever."""
+        records = self.run(Quota(100, 60), *(Tool(f"tool-{n}", 25, 0.05) for n in range(20)))
+        per_tool = [sum(r.caller == f"tool-{n}" for r in served(records)) for n in range(20)]
+        assert 20 <= min(per_tool)
+        assert 20 > longest_wait(records)
+
+    def test_a_slow_tool_beside_a_greedy_one(self) -> None:
+        """However many the greedy one asks for, every second turn is the slow one's."""
+        records = self.run(
+            Quota(100, 60),
+            Tool("greedy", 400, 0.05, workers=20, max_wait=100),
+            Tool("slow", 40, 0.3, think=5, start=1),
+        )
+        assert 2 * PACE + 0.1 > longest_wait(records, "slow")
+        assert 20 < longest_wait(records, "greedy")
+
+
+@given(st.lists(st.tuples(st.sampled_from(["take", "ask", "close", "poll"]), st.floats(0, 3)), max_size=60))
+def test_taken_is_what_would_be_granted_at_once(steps: list[tuple[str, float]]) -> None:
+    """A slot is taken exactly where asking for one would grant it at once, and nothing changes where it is not."""
+    quota, now = Quota(10, 10.0), 100.0
+    for step, seconds in steps:
+        now += seconds
+        if step == "close":
+            quota.close(now, seconds)
+        elif step == "poll":
+            quota.poll(now)
+        elif step == "ask":
+            with contextlib.suppress(QuotaExceeded):
+                quota.ask(now, "other", 5)
+        else:
+            other = copy.deepcopy(quota)
+            try:
+                granted = other.ask(now, "tool", 0).granted
+            except QuotaExceeded:
+                granted = False
+            before = quota.snapshot(now)
+            ticket = quota.take(now, "tool")
+            assert granted == (ticket is not None)
+            assert (other if granted else quota).snapshot(now) == (quota.snapshot(now) if granted else before)
+            if ticket is not None:
+                quota.sent(ticket)
+                quota.answered(ticket, now)
