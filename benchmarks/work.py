@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.app import Proxy
 from metquay_proxy.exchange.tokens import Credentials
-from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.settings import Settings
 from metquay_proxy.telemetry import configure_logging
 

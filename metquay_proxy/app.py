@@ -29,9 +29,8 @@ from metquay_proxy.exchange.tokens import Credentials, TokenCache, suspend_aware
 from metquay_proxy.listeners import bind, let_in, listen
 from metquay_proxy.reload import Reload, Serving, Source, serving_context
 from metquay_proxy.rules.gate import Gate
-from metquay_proxy.rules.headers import BaseURL
 from metquay_proxy.rules.quota import Quota
-from metquay_proxy.rules.target import TargetRules
+from metquay_proxy.rules.target import BaseURL, TargetRules
 from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
 from metquay_proxy.telemetry import Telemetry, configure_logging
 from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context

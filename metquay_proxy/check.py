@@ -26,7 +26,7 @@ from metquay_proxy.exchange.body import ReplayBudget, RequestBody
 from metquay_proxy.exchange.tokens import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.listeners import CannotListen, bind, release
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.sandbox import server as simulator
 from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
 from metquay_proxy.upstream.pool import Login, Transport, tls_context

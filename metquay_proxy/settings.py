@@ -29,9 +29,8 @@ from metquay_proxy.exchange.tokens import Credentials, oddities
 from metquay_proxy.reload import read_file, serving_context
 from metquay_proxy.rules.address import DEFAULT_LISTEN, Address, parse_listen
 from metquay_proxy.rules.gate import ClientKey
-from metquay_proxy.rules.headers import BaseURL, is_loopback
 from metquay_proxy.rules.quota import Rate, parse_rate
-from metquay_proxy.rules.target import API_PREFIX, OWN_PREFIX
+from metquay_proxy.rules.target import API_PREFIX, OWN_PREFIX, BaseURL, is_loopback
 from metquay_proxy.upstream.pool import OutboundProxy
 
 SECRETS_DIRECTORY: Final = Path("/run/secrets")

@@ -1,6 +1,6 @@
 """What is told about exchanges: a log line each, figures for Prometheus, the last ones and the last hour for the page.
 
-Owns ``Exchange``, the books of what happened, the logging set-up and the masking of targets. Must not decide anything
+Owns the books of what happened, the logging set-up and the masking of targets. Must not decide anything
 about a request, and must cost it next to nothing: an exchange is counted in plain dictionaries and lists, and turned
 into text only for a log or a reader that there is.
 
@@ -25,17 +25,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import accumulate, count, islice
+from itertools import accumulate, islice
 from json.encoder import encode_basestring_ascii as quoted
-from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import structlog
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
+    from metquay_proxy.exchange.exchange import Exchange
     from metquay_proxy.exchange.tokens import TokenEvent
-    from metquay_proxy.rules.errors import Sent
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("metquay_proxy")
 
@@ -49,103 +49,49 @@ _WORTH_TELLING: Final = 0.001
 """Seconds of waiting that the console's line tells of."""
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _SILENT: Final = 100
-_CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
 _RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
 _OUTAGE: Final = frozenset({502, 503, 504})
-_RUN: Final = os.urandom(4).hex()
-_NUMBERS: Final = count(1)
 
 
-class Exchange:
-    """One request and its answer, from the parsed head to the last byte. Durations are in seconds."""
+def level(exchange: Exchange) -> str:
+    """How loud the log tells of it: what somebody may have to look after is at least a warning."""
+    error = exchange.error
+    if exchange.quiet:
+        return "debug"
+    if (error is None and exchange.status < 500) or (error == "client-left" and exchange.sent != "unknown"):  # noqa: PLR2004 - RFC 9110 section 15.6
+        return "info"
+    return "error" if error == "credentials-rejected" else "warning"
 
-    client: str | None = None
-    """The name of its client key."""
-    caller: str = ""
-    """Whom it waits in line with: the name of the key, else the User-Agent."""
-    agent: str = ""
-    """Its User-Agent."""
-    address: str | None = None
-    """Where it came from, if from another machine."""
-    status: int = 0
-    answered_by: Literal["metquay", "proxy"] = "proxy"
-    replayed: bool = False
-    """Answered from the record of an earlier request with the same Idempotency-Key: this one was not sent."""
-    error: str | None = None
-    reason: str | None = None
-    """What was wrong with a request that could not be read: whoever sent that may not read the answer either."""
-    attempts: int = 0
-    head_at: float = 0.0
-    """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
-    waited: float = 0.0
-    """For token and quota, and backing off."""
-    upstream: float = 0.0
-    """From sending to the answer's head, over all attempts."""
-    seconds: float = 0.0
-    """In all."""
-    ended: float = 0.0
-    """Wall clock."""
-    sent: Sent = "no"
-    """Whether an earlier attempt could have been executed."""
-    note: str | None = None
-    cors: tuple[tuple[str, str], ...] = ()
-    hide_challenge: bool = False
-    head_sent: bool = False
-    client_left: bool = False
-    audited: bool = False
-    quiet: bool = False
-    """Asked for all the time by machines, or by a browser by itself."""
 
-    def __init__(self, method: str, path: str) -> None:
-        """Begin; ``path`` is a dash until the canonical target is known: a refused one may hold anything."""
-        self.method = method
-        self.path = path
-        self.id = f"{_RUN}{next(_NUMBERS):08x}"
-        self.began = time.perf_counter()
+def line(it: Exchange) -> str:
+    """Return the JSON object that the log and the status page tell of it, without a line's end."""
+    second = int(it.ended)
+    stamp = f"{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z"
+    return (
+        f'{{"event": "request", "level": "{level(it)}", "timestamp": "{stamp}", "id": "{it.id}", '
+        f'{_whom((it.client or it.caller)[:80], it.agent[:200], it.address)}, "method": "{it.method}", '
+        f'"path": {_shown(it.path)}, "status": {it.status}, "answered_by": "{it.answered_by}", '
+        f'"ms": {it.seconds * 1000:.1f}, "waited_ms": {it.waited * 1000:.1f}, "attempts": {it.attempts}'
+        + (', "replayed": true' if it.replayed else "")
+        + (f', "error": "{it.error}"' if it.error else "")
+        + (f', "reason": {quoted(it.reason)}}}' if it.reason else "}")
+    )
 
-    def note_sent(self, sent: Sent) -> None:
-        """Remember the worst that an attempt may have done."""
-        if _CERTAINTY[sent] > _CERTAINTY[self.sent]:
-            self.sent = sent
 
-    @property
-    def level(self) -> str:
-        """How loud the log tells of it: what somebody may have to look after is at least a warning."""
-        error = self.error
-        if self.quiet:
-            return "debug"
-        if (error is None and self.status < 500) or (error == "client-left" and self.sent != "unknown"):  # noqa: PLR2004 - RFC 9110 section 15.6
-            return "info"
-        return "error" if error == "credentials-rejected" else "warning"
-
-    def line(self) -> str:
-        """Return the JSON object that the log and the status page tell of it, without a line's end."""
-        second = int(self.ended)
-        stamp = f"{_to_second(second)}.{int((self.ended - second) * 1e6):06d}Z"
-        return (
-            f'{{"event": "request", "level": "{self.level}", "timestamp": "{stamp}", "id": "{self.id}", '
-            f'{_whom((self.client or self.caller)[:80], self.agent[:200], self.address)}, "method": "{self.method}", '
-            f'"path": {_shown(self.path)}, "status": {self.status}, "answered_by": "{self.answered_by}", '
-            f'"ms": {self.seconds * 1000:.1f}, "waited_ms": {self.waited * 1000:.1f}, "attempts": {self.attempts}'
-            + (', "replayed": true' if self.replayed else "")
-            + (f', "error": "{self.error}"' if self.error else "")
-            + (f', "reason": {quoted(self.reason)}}}' if self.reason else "}")
-        )
-
-    def told(self) -> tuple[str, dict[str, Any]]:
-        """Return the same for eyes: what every line tells, in order, and by name what is out of the ordinary."""
-        path, who = masked(self.path), self.client or self.caller[:80] or "-"
-        unusual = {
-            "error": self.error,
-            "reason": self.reason,
-            "replayed": self.replayed or None,
-            "waited_ms": round(self.waited * 1000, 1) if self.waited >= _WORTH_TELLING else None,
-            "attempts": self.attempts if self.attempts > 1 else None,
-            "address": self.address,
-        }
-        text = f"{self.method} {path} {self.status or '-'} {self.seconds * 1000:.1f} ms {who}"
-        return text, {name: value for name, value in unusual.items() if value is not None}
+def told(exchange: Exchange) -> tuple[str, dict[str, Any]]:
+    """Return the same for eyes: what every line tells, in order, and by name what is out of the ordinary."""
+    path, who = masked(exchange.path), exchange.client or exchange.caller[:80] or "-"
+    unusual = {
+        "error": exchange.error,
+        "reason": exchange.reason,
+        "replayed": exchange.replayed or None,
+        "waited_ms": round(exchange.waited * 1000, 1) if exchange.waited >= _WORTH_TELLING else None,
+        "attempts": exchange.attempts if exchange.attempts > 1 else None,
+        "address": exchange.address,
+    }
+    text = f"{exchange.method} {path} {exchange.status or '-'} {exchange.seconds * 1000:.1f} ms {who}"
+    return text, {name: value for name, value in unusual.items() if value is not None}
 
 
 @lru_cache(maxsize=256)
@@ -218,7 +164,7 @@ class Telemetry:
         self._requests[key] = self._requests.get(key, 0) + 1
         if not (exchange.quiet or exchange.path.startswith("/-/")):
             self._remember(exchange, now)
-        if _LEVELS[exchange.level] >= _output.threshold:
+        if _LEVELS[level(exchange)] >= _output.threshold:
             _output.request(exchange)
 
     def _remember(self, exchange: Exchange, now: float) -> None:
@@ -257,7 +203,7 @@ class Telemetry:
         new = self._remembered - number
         kept = min(new, len(self._recent))
         exchanges = islice(self._recent, len(self._recent) - kept, None)
-        return [exchange.line() for exchange in exchanges], new - kept, self._remembered
+        return [line(exchange) for exchange in exchanges], new - kept, self._remembered
 
     def refused(self) -> int:
         """Return how many requests the quota refused in the last minute."""
@@ -360,10 +306,10 @@ class _Output:
         if self.as_json:
             if not self._held:
                 asyncio.get_running_loop().call_later(_HELD, self.flush)
-            self._held.append(f"{exchange.line()}\n")
+            self._held.append(f"{line(exchange)}\n")
         else:
-            text, unusual = exchange.told()
-            log.log(_LEVELS[exchange.level], text, **unusual)
+            text, unusual = told(exchange)
+            log.log(_LEVELS[level(exchange)], text, **unusual)
 
     def write(self, text: str) -> None:
         """Write what was held, then ``text``."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from metquay_proxy.app import Proxy
 from metquay_proxy.exchange.tokens import Credentials
-from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY
 from metquay_proxy.settings import Settings
 

@@ -21,7 +21,7 @@ import pytest
 from metquay_proxy.listeners import CannotListen, bind, let_in, release
 from metquay_proxy.rules.address import Address, parse_listen
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.settings import SettingsError, load
 from metquay_proxy.upstream.pool import Transport
 from tests.running import process

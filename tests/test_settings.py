@@ -14,8 +14,8 @@ from metquay_proxy import settings as module
 from metquay_proxy.exchange.tokens import Credentials
 from metquay_proxy.rules.address import Address
 from metquay_proxy.rules.gate import ClientKey
-from metquay_proxy.rules.headers import BaseURL
 from metquay_proxy.rules.quota import Rate
+from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.settings import (
     DIRECT,
     VARIABLES,

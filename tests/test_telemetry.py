@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.exchange.tokens import TokenEvent
-from metquay_proxy.telemetry import RECENT, Exchange, Telemetry, masked
+from metquay_proxy.telemetry import RECENT, Telemetry, line, masked
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,9 +73,9 @@ def test_a_line_is_json_whatever_it_tells(target: str, agent: str) -> None:
     """The line is written by hand, and still valid JSON in ASCII, event first, with the value of no query."""
     made = exchange("/api/v1/" + target)
     made.caller = agent
-    line = made.line()
-    assert line.isascii()
-    fields = json.loads(line)
+    text = line(made)
+    assert text.isascii()
+    fields = json.loads(text)
     assert ["event", "level", "timestamp", "id"] == list(fields)[:4]
     assert (agent[:80] or None) == fields["client"]
     assert masked("/api/v1/" + target) == fields["path"]
@@ -102,12 +103,12 @@ def test_a_line_tells_the_contract() -> None:
         "attempts": 2,
         "replayed": True,
         "error": "quota-exceeded",
-    } == json.loads(made.line())
+    } == json.loads(line(made))
 
 
 def test_a_line_leaves_out_what_is_not_known() -> None:
     """Neither address nor User-Agent nor reason, where there is none; nobody is null."""
-    fields = json.loads(exchange().line())
+    fields = json.loads(line(exchange()))
     assert fields["client"] is None
     assert {"user_agent", "address", "replayed", "error", "reason"}.isdisjoint(fields)
 
@@ -138,7 +139,7 @@ def test_how_loud_a_line_is(level: str, status: int, error: str | None, sent: Se
     """Made by the proxy or broken: a warning; keys refused: an error; what machines ask all the time: debug."""
     made = exchange(status=status, error=error)
     made.sent, made.quiet = sent, quiet
-    assert level == json.loads(made.line())["level"]
+    assert level == json.loads(line(made))["level"]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,8 @@ def test_trouble_with_metquay() -> None:
 SCRIPT = """
 import asyncio, logging, sys, warnings
 from metquay_proxy.exchange.tokens import TokenEvent
-from metquay_proxy.telemetry import Exchange, Telemetry, configure_logging, log
+from metquay_proxy.exchange.exchange import Exchange
+from metquay_proxy.telemetry import Telemetry, configure_logging, log
 
 configure_logging({level!r}, {form!r})
 telemetry = Telemetry()

@@ -26,7 +26,7 @@ import trustme
 from metquay_proxy.app import Proxy
 from metquay_proxy.downstream.connection import Bounds
 from metquay_proxy.exchange.tokens import Credentials
-from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.settings import Settings
 from tests.naive import Naive
 

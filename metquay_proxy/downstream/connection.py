@@ -37,10 +37,11 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from metquay_proxy.downstream.pages import Admin, Answer, wrong_method
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody
+from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.exchange.forwarder import READING, Forwarder, Request
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.gate import PLACEHOLDER_LIFETIME, PROBES, Admission, Gate
-from metquay_proxy.rules.headers import BaseURL, RequestHead, inbound
+from metquay_proxy.rules.headers import RequestHead, inbound
 from metquay_proxy.rules.http1 import (
     MAX_FIELDS,
     MAX_HEAD,
@@ -52,8 +53,8 @@ from metquay_proxy.rules.http1 import (
     read_plain,
     request_fault,
 )
-from metquay_proxy.rules.target import LOGIN_PATH
-from metquay_proxy.telemetry import Exchange, Telemetry, masked
+from metquay_proxy.rules.target import LOGIN_PATH, BaseURL
+from metquay_proxy.telemetry import Telemetry, masked
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator

@@ -27,7 +27,7 @@ from metquay_proxy.telemetry import Telemetry
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 
-    from metquay_proxy.telemetry import Exchange
+    from metquay_proxy.exchange.exchange import Exchange
 
 _PAGE: Final = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _TEXT: Final = "text/plain; charset=utf-8"

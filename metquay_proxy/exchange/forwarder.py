@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from metquay_proxy.rules.errors import ProxyError, Sent
+from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
 from metquay_proxy.rules.http1 import ResponseHead
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Answer, Records, proves_nothing_was_executed, record_name
 from metquay_proxy.rules.quota import QuotaExceeded, retry_after_seconds
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from metquay_proxy.exchange.body import RequestBody
+    from metquay_proxy.exchange.exchange import Exchange
     from metquay_proxy.exchange.line import Line
     from metquay_proxy.exchange.tokens import AccessToken, TokenCache
-    from metquay_proxy.rules.headers import BaseURL, RequestHead
+    from metquay_proxy.rules.headers import RequestHead
     from metquay_proxy.rules.quota import Ticket
-    from metquay_proxy.rules.target import Target
-    from metquay_proxy.telemetry import Exchange
+    from metquay_proxy.rules.target import BaseURL, Target
 
 T = TypeVar("T")
 
@@ -397,12 +397,12 @@ class Forwarder:
         """Decide whether a request that got no answer is sent again, and prepare for it."""
         attempts.fresh = True
         attempts.exchange.note_sent(failure.sent)
-        if not getattr(failure, "repeatable", False):
+        if not (isinstance(failure, UpstreamFailure) and failure.repeatable):
             return False
         if attempts.request.method not in _IDEMPOTENT and failure.slug not in _NEVER_CONNECTED:
             return False
         # that the upstream closed an idle connection says nothing against it
-        return self._back_off(attempts, failure, at_once=getattr(failure, "stale", False))
+        return self._back_off(attempts, failure, at_once=failure.stale)
 
     async def _repeats_after_answer(self, attempts: _Attempts, response: Response, token: AccessToken) -> bool:
         """Decide whether a request is sent again that was answered with an error, and prepare for it."""

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.headers import is_loopback
+from metquay_proxy.rules.target import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine

@@ -103,3 +103,18 @@ class ProxyError(Exception):
     def body(self) -> bytes:
         """The answer's JSON body, in ASCII: whatever charset a tool assumes, it reads the same."""
         return json.dumps({"code": self.status, "message": self.message}).encode("ascii")
+
+
+class UpstreamFailure(ProxyError):
+    """An exchange that broke. ``repeatable``: a request whose method allows it may be sent again.
+
+    ``connected``: a connection was there, so that the request may have been executed. ``stale``: it broke on a
+    reused connection before any byte of an answer, as happens when the server closes an idle one.
+    """
+
+    def __init__(
+        self, slug: str, message: str, *, sent: Sent = "no", repeatable: bool = False, stale: bool = False
+    ) -> None:
+        super().__init__(slug, message, sent=sent)
+        self.repeatable = repeatable
+        self.stale = stale

@@ -1,6 +1,7 @@
-"""The canonical request target: the only form of a target that is judged, logged and sent.
+"""The canonical request target: the only form of a target that is judged, logged and sent; and what it is sent to.
 
-Owns part 3 of the contract as far as it speaks of targets. Must not know headers, HTTP libraries or sockets.
+Owns part 3 of the contract as far as it speaks of targets, and ``BaseURL``. Must not know headers, HTTP libraries or
+sockets.
 
 Facts: RFC 9112 section 3.2 (the four forms of a target); RFC 3986 section 3.3 (segments), 5.2.4 (dot segments).
 A servlet container cuts ``;parameters`` off a segment before it resolves dot segments, and some decode twice, so
@@ -10,9 +11,11 @@ generated clients ask for ``/api/v1//customers``.
 
 from __future__ import annotations
 
+import ipaddress
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from metquay_proxy.rules.errors import ProxyError
 
@@ -24,6 +27,8 @@ OWN_PREFIX: Final = "/-/"
 LOGIN_PATH: Final = "/authenticate"
 OLDER_INTERFACE: Final = "/FlexicalERP/"
 
+_HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
+_PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
 _FORBIDDEN: Final = re.compile(r"[^\x21-\x7e]|[\\#]")
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?]*)(.*)", re.IGNORECASE)
 _NAMES: Final = {"\\": "a backslash", "#": "a number sign (#)", " ": "a space", "\t": "a tab"}
@@ -74,6 +79,112 @@ def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
     if not host or "@" in host:
         return None
     return host.lower(), int(port) if port else _DEFAULT_PORT[scheme]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseURL:
+    """Where the API lives: scheme, lower-case ASCII host (no brackets), port, path prefix without a final slash."""
+
+    scheme: str
+    host: str
+    port: int
+    prefix: str
+    rooted: bool = False
+    """Whether it was written with a final dot, which is for the look-up alone: no search list is tried (ndots)."""
+
+    @classmethod
+    def parse(cls, text: str) -> BaseURL:
+        """Read ``lab.metquay.co`` or ``https://lab.metquay.co/api/v1``; raise ``ValueError`` with a text for people.
+
+        No path, or ``/``, means ``/api/v1``. Clear text is accepted to a loopback address only.
+        """
+        url = text.strip()
+        if "://" not in url:
+            url = "https://" + url
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            msg = "it is no valid address; write it like lab.metquay.co"
+            raise ValueError(msg) from None
+        scheme = parts.scheme
+        if scheme not in {"http", "https"}:
+            msg = "it must be a host name, or an address that begins with https://"
+            raise ValueError(msg)
+        if "@" in parts.netloc:
+            msg = "it must not hold a user name or password; the keys have settings of their own"
+            raise ValueError(msg)
+        if "?" in url or "#" in url:
+            msg = "it must not hold a question mark or a number sign"
+            raise ValueError(msg)
+        authority = split_authority(parts.netloc, scheme)
+        if authority is None or authority[1] == 0 or parts.netloc.endswith(":"):
+            msg = "it needs a host name and, if any, a port from 1 to 65535"
+            raise ValueError(msg)
+        host = _ascii_host(authority[0])
+        prefix = re.sub("/+", "/", parts.path).rstrip("/") or API_PREFIX
+        if not _PREFIX.fullmatch(prefix) or any(segment in {".", ".."} for segment in prefix.split("/")):
+            msg = "its path may hold only plain path segments, like /api/v1"
+            raise ValueError(msg)
+        if scheme == "http" and not is_loopback(host):
+            msg = "http:// would show the keys to the network and is accepted for this machine only; use https://"
+            raise ValueError(msg)
+        rooted = (parts.hostname or "").endswith(".") and _is_name(host)
+        return cls(scheme, host, authority[1], prefix, rooted)
+
+    @property
+    def name(self) -> str:
+        """What is looked up; everywhere else ``host`` stands."""
+        return self.host + "." if self.rooted else self.host
+
+    @property
+    def authority(self) -> str:
+        """The value of Host: the port only where it is not the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
+
+    @property
+    def authorities(self) -> frozenset[tuple[str, int]]:
+        """What counts as the upstream in an absolute-form target.
+
+        A tool that uses us as its HTTP proxy speaks clear text to us, so it names port 80 where Metquay has 443.
+        """
+        plain = {(self.host, 80)} if self.port == 443 else set()  # noqa: PLR2004 - https's own port
+        return frozenset({(self.host, self.port)} | plain)
+
+    def __str__(self) -> str:
+        """Return the URL as people write it."""
+        return f"{self.scheme}://{self.authority}{self.prefix}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host (no brackets) means this machine, whatever a name server says."""
+    return host == "localhost" or (not _is_name(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_name(host: str) -> bool:
+    """Whether a host has to be looked up: it is no address, and not this machine."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host != "localhost"
+    return False
+
+
+def _ascii_host(host: str) -> str:
+    if ":" in host:
+        try:
+            return ipaddress.IPv6Address(host).compressed
+        except ValueError:
+            msg = "the address in brackets is no IPv6 address"
+            raise ValueError(msg) from None
+    try:
+        ascii_host = host.encode("idna").decode("ascii")
+    except UnicodeError:
+        ascii_host = ""
+    if not _HOST_NAME.fullmatch(ascii_host):
+        msg = "its host name holds characters that host names can't have"
+        raise ValueError(msg)
+    return ascii_host
 
 
 class TargetRules:

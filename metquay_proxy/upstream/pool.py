@@ -47,7 +47,7 @@ from metquay_proxy.exchange.tokens import (
     UpstreamDistrusted,
     parse_login,
 )
-from metquay_proxy.rules.errors import ProxyError, Sent, shortage
+from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure, shortage
 from metquay_proxy.rules.http1 import ProtocolError, ResponseHead, ResponseReader
 from metquay_proxy.rules.quota import retry_after_seconds
 from metquay_proxy.threads import in_thread
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
     from aiohappyeyeballs import AddrInfoType
 
-    from metquay_proxy.rules.headers import BaseURL
+    from metquay_proxy.rules.target import BaseURL
 
 MAX_IDLE: Final = 4.0
 """Seconds that a connection may have idled before it is reused; below Prism's 5."""
@@ -134,21 +134,6 @@ class OutboundProxy:
     def __repr__(self) -> str:
         """Leave out the password."""
         return f"OutboundProxy({self.host}:{self.port})"
-
-
-class UpstreamFailure(ProxyError):
-    """An exchange that broke. ``repeatable``: a request whose method allows it may be sent again.
-
-    ``connected``: a connection was there, so that the request may have been executed. ``stale``: it broke on a
-    reused connection before any byte of an answer, as happens when the server closes an idle one.
-    """
-
-    def __init__(
-        self, slug: str, message: str, *, sent: Sent = "no", repeatable: bool = False, stale: bool = False
-    ) -> None:
-        super().__init__(slug, message, sent=sent)
-        self.repeatable = repeatable
-        self.stale = stale
 
 
 class Response:

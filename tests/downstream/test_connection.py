@@ -13,12 +13,13 @@ from aiohttp import web
 from metquay_proxy.downstream.connection import Bounds, remote
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.gate import ClientKey
+from metquay_proxy.telemetry import level
 from tests.wire import BLANK, OK, Broken, Client, Peer, answered, chunked, eventually, get, head, post, rule, running
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from metquay_proxy.telemetry import Exchange
+    from metquay_proxy.exchange.exchange import Exchange
     from tests.wire import Bench
 
 
@@ -587,7 +588,7 @@ class TestLog:
         stream.close()
         await eventually(lambda: 0 == bench.proxy.telemetry.active)
         assert ["debug", "warning"] * 6 + ["info", "warning"] + ["warning"] * 2 + ["debug"] == [
-            each.level for each in told
+            level(each) for each in told
         ]
 
     async def test_a_replayed_answer(self, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from metquay_proxy.downstream.pages import Admin, headline
+from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.exchange.tokens import Credentials
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.sandbox.server import Faults, Sandbox
-from metquay_proxy.telemetry import Exchange, Telemetry
+from metquay_proxy.telemetry import Telemetry
 from tests.running import FastTime, running
 
 if TYPE_CHECKING:

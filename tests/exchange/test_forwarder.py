@@ -16,18 +16,17 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.streams import StreamReader
 
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody
+from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.exchange.forwarder import Forwarder, Request
 from metquay_proxy.exchange.line import Line
 from metquay_proxy.exchange.tokens import AccessToken, LoginFailed, TokenCache
-from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.headers import BaseURL, RequestHead
+from metquay_proxy.rules.errors import ProxyError, UpstreamFailure
+from metquay_proxy.rules.headers import RequestHead
 from metquay_proxy.rules.http1 import ResponseHead
 from metquay_proxy.rules.idempotency import MAX_ANSWER
 from metquay_proxy.rules.quota import Quota
-from metquay_proxy.rules.target import Target
+from metquay_proxy.rules.target import BaseURL, Target
 from metquay_proxy.sandbox.server import Faults, Sandbox
-from metquay_proxy.telemetry import Exchange
-from metquay_proxy.upstream.pool import UpstreamFailure
 from tests.fake_time import FakeTime
 from tests.running import FastTime, running
 

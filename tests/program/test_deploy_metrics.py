@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from metquay_proxy.telemetry import Exchange, Telemetry
+from metquay_proxy.exchange.exchange import Exchange
+from metquay_proxy.telemetry import Telemetry
 from tests.test_telemetry import STATUS
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"

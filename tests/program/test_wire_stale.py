@@ -11,7 +11,7 @@ from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE
 from tests.wire import OK, Peer, chunked, get, head, post, rule
 
 if TYPE_CHECKING:
-    from metquay_proxy.telemetry import Exchange
+    from metquay_proxy.exchange.exchange import Exchange
     from tests.wire import Bench, Client
 
 

@@ -9,15 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from metquay_proxy.rules.headers import (
-    BaseURL,
-    RequestHead,
-    connection_options,
-    inbound,
-    is_loopback,
-    rewrite_location,
-)
+from metquay_proxy.rules.headers import RequestHead, connection_options, inbound, rewrite_location
 from metquay_proxy.rules.http1 import ResponseHead, ResponseReader
+from metquay_proxy.rules.target import BaseURL, is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

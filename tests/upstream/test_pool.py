@@ -14,10 +14,10 @@ import trustme
 
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody
 from metquay_proxy.exchange.tokens import Credentials, LoginFailed
-from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.headers import BaseURL
+from metquay_proxy.rules.errors import ProxyError, UpstreamFailure
+from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.upstream import pool as upstream
-from metquay_proxy.upstream.pool import Login, OutboundProxy, Transport, UpstreamFailure
+from metquay_proxy.upstream.pool import Login, OutboundProxy, Transport
 from tests.wire import OK, Upstream, answered, eventually
 
 if TYPE_CHECKING:

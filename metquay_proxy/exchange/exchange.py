@@ -1,0 +1,72 @@
+"""One request and its answer, as they are carried through the house.
+
+Owns what is known of an exchange, from its judged head to the last byte of its answer. Must not decide anything about
+it: whoever decides notes it here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from itertools import count
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from metquay_proxy.rules.errors import Sent
+
+_CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
+_RUN: Final = os.urandom(4).hex()
+_NUMBERS: Final = count(1)
+
+
+class Exchange:
+    """One request and its answer, from the parsed head to the last byte. Durations are in seconds."""
+
+    client: str | None = None
+    """The name of its client key."""
+    caller: str = ""
+    """Whom it waits in line with: the name of the key, else the User-Agent."""
+    agent: str = ""
+    """Its User-Agent."""
+    address: str | None = None
+    """Where it came from, if from another machine."""
+    status: int = 0
+    answered_by: Literal["metquay", "proxy"] = "proxy"
+    replayed: bool = False
+    """Answered from the record of an earlier request with the same Idempotency-Key: this one was not sent."""
+    error: str | None = None
+    reason: str | None = None
+    """What was wrong with a request that could not be read: whoever sent that may not read the answer either."""
+    attempts: int = 0
+    head_at: float = 0.0
+    """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
+    waited: float = 0.0
+    """For token and quota, and backing off."""
+    upstream: float = 0.0
+    """From sending to the answer's head, over all attempts."""
+    seconds: float = 0.0
+    """In all."""
+    ended: float = 0.0
+    """Wall clock."""
+    sent: Sent = "no"
+    """Whether an earlier attempt could have been executed."""
+    note: str | None = None
+    cors: tuple[tuple[str, str], ...] = ()
+    hide_challenge: bool = False
+    head_sent: bool = False
+    client_left: bool = False
+    audited: bool = False
+    quiet: bool = False
+    """Asked for all the time by machines, or by a browser by itself."""
+
+    def __init__(self, method: str, path: str) -> None:
+        """Begin; ``path`` is a dash until the canonical target is known: a refused one may hold anything."""
+        self.method = method
+        self.path = path
+        self.id = f"{_RUN}{next(_NUMBERS):08x}"
+        self.began = time.perf_counter()
+
+    def note_sent(self, sent: Sent) -> None:
+        """Remember the worst that an attempt may have done."""
+        if _CERTAINTY[sent] > _CERTAINTY[self.sent]:
+            self.sent = sent

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from metquay_proxy.exchange.exchange import Exchange
+
+if TYPE_CHECKING:
+    from metquay_proxy.rules.errors import Sent
+
+
+@pytest.mark.parametrize(
+    ("worst", "attempts"),
+    [
+        ("no", ["no"]),
+        ("unknown", ["no", "unknown", "no"]),
+        ("yes", ["unknown", "yes", "no", "unknown"]),
+    ],
+)
+def test_the_worst_that_an_attempt_may_have_done_is_kept(worst: Sent, attempts: list[Sent]) -> None:
+    """An attempt that was certainly not executed does not excuse one before it."""
+    exchange = Exchange("PUT", "/api/v1/customers/1")
+    for sent in attempts:
+        exchange.note_sent(sent)
+    assert worst == exchange.sent
+
+
+def test_no_two_exchanges_share_an_id() -> None:
+    """A log line and an answer of the same id belong together."""
+    assert 100 == len({Exchange("GET", "-").id for _ in range(100)})
