@@ -11,12 +11,13 @@ client that falls silent.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol
 
 from metquay_proxy.rules.errors import ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
 
 class Source(Protocol):
@@ -33,6 +34,100 @@ class Source(Protocol):
 
     async def readany(self) -> bytes:
         """Wait for bytes; empty at the end."""
+
+
+HIGH_WATER: Final = 128 * 1024
+"""Bytes that may wait for their reader before the sender is held up."""
+
+
+class Stream:
+    """A body that arrives piece by piece from one of the two sides, for one reader, with back-pressure.
+
+    ``arrived``: its last byte has come, read or not. ``held_up``: the sender was told to wait for the reader.
+    """
+
+    __slots__ = ("_error", "_hold_up", "_pieces", "_size", "_waiter", "arrived", "held_up")
+
+    def __init__(self, hold_up: Callable[[bool], object] = bool) -> None:
+        """``hold_up`` is called with True where the sender is to stop sending, and with False where it may go on."""
+        self.arrived = False
+        self.held_up = False
+        self._hold_up = hold_up
+        self._pieces: deque[bytes] = deque()
+        self._size = 0
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @classmethod
+    def of(cls, data: bytes = b"") -> Stream:
+        """Make one that has arrived whole; without ``data`` it is no body at all."""
+        stream = cls()
+        if data:
+            stream.feed(data)
+        stream.arrived = True
+        return stream
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last byte was read."""
+        return self.arrived and not self._pieces
+
+    def feed(self, piece: bytes) -> None:
+        """Take a piece, which is not empty."""
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > HIGH_WATER and not self.held_up:
+            self.held_up = True
+            self._hold_up(True)  # noqa: FBT003 - its one argument
+        self._wake()
+
+    def unread(self, data: bytes) -> None:
+        """Put back what was read, in front of all else."""
+        if data:
+            self._pieces.appendleft(data)
+            self._size += len(data)
+
+    def end(self) -> None:
+        """Note that all of it has come."""
+        self.arrived = True
+        self._go_on()
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Note that no more will come; the first error counts, and none does once all has come."""
+        if self._error is None and not self.arrived:
+            self._error = error
+        self._wake()
+
+    def read_nowait(self) -> bytes:
+        """Return what has come, maybe nothing."""
+        pieces = self._pieces
+        if not pieces:
+            return b""
+        data = pieces.popleft() if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self._size = 0
+        self._go_on()
+        return data
+
+    async def read(self) -> bytes:
+        """Wait for what comes, and return it; empty at the end. Raises what ``fail`` was given."""
+        while not self._pieces and not self.arrived:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self.read_nowait()
+
+    def _go_on(self) -> None:
+        if self.held_up:
+            self.held_up = False
+            self._hold_up(False)  # noqa: FBT003 - its one argument
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
 
 class ReplayBudget:

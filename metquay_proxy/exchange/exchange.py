@@ -12,7 +12,11 @@ from itertools import count
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from metquay_proxy.exchange.body import Stream
     from metquay_proxy.rules.errors import Sent
+    from metquay_proxy.rules.http1 import ResponseHead
 
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _RUN: Final = os.urandom(4).hex()
@@ -70,3 +74,15 @@ class Exchange:
         """Remember the worst that an attempt may have done."""
         if _CERTAINTY[sent] > _CERTAINTY[self.sent]:
             self.sent = sent
+
+
+class Response:
+    """An answer whose head has arrived; its body is read piece by piece."""
+
+    __slots__ = ("body", "close", "head")
+
+    def __init__(self, head: ResponseHead, body: Stream, close: Callable[[], object] = bool) -> None:
+        """``close`` gives up what has not arrived, and may be called again."""
+        self.head = head
+        self.body = body
+        self.close = close

@@ -11,7 +11,7 @@ from aiohttp.base_protocol import BaseProtocol
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metquay_proxy.exchange.body import ReplayBudget, RequestBody
+from metquay_proxy.exchange.body import HIGH_WATER, ReplayBudget, RequestBody, Stream
 from metquay_proxy.rules.errors import ProxyError
 
 if TYPE_CHECKING:
@@ -464,3 +464,85 @@ async def test_on_a_real_connection() -> None:
         writer.close()
     finally:
         await runner.cleanup()
+
+
+class TestStream:
+    def test_pieces_come_out_as_they_came(self) -> None:
+        """Whoever reads late gets all that waits at once; the end is what says that no more comes."""
+        stream = Stream()
+        assert b"" == stream.read_nowait()
+        stream.feed(b"ab")
+        stream.feed(b"cd")
+        assert b"abcd" == stream.read_nowait()
+        assert not stream.ended
+        stream.feed(b"e")
+        stream.end()
+        assert (True, False) == (stream.arrived, stream.ended)
+        assert b"e" == stream.read_nowait()
+        assert stream.ended
+
+    async def test_a_reader_is_woken_by_each_kind_of_news(self) -> None:
+        """A piece, the end and a failure end its waiting."""
+        stream = Stream()
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        stream.feed(b"a")
+        assert b"a" == await reading
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        stream.end()
+        assert b"" == await reading
+
+    async def test_what_came_before_a_failure_is_read_first(self) -> None:
+        """The first failure counts; one after the end is none."""
+        stream = Stream()
+        stream.feed(b"a")
+        stream.fail(ConnectionResetError("first"))
+        stream.fail(ConnectionResetError("second"))
+        assert b"a" == await stream.read()
+        with pytest.raises(ConnectionResetError, match="first"):
+            await stream.read()
+        whole = Stream.of(b"b")
+        whole.fail(ConnectionResetError())
+        assert b"b" == await whole.read()
+        assert b"" == await whole.read()
+
+    async def test_a_reader_that_left_is_not_woken(self) -> None:
+        """Its future was cancelled, and news of the stream do it no harm."""
+        stream = Stream()
+        reading = asyncio.ensure_future(stream.read())
+        await asyncio.sleep(0)
+        reading.cancel()
+        stream.feed(b"a")
+        await asyncio.gather(reading, return_exceptions=True)
+        assert b"a" == await stream.read()
+
+    def test_the_sender_is_held_up_while_too_much_waits(self) -> None:
+        """It is told once, and told again when the reader has taken it, or nothing more will come."""
+        told: list[bool] = []
+        stream = Stream(told.append)
+        stream.feed(bytes(HIGH_WATER))
+        assert [] == told
+        stream.feed(b"a")
+        stream.feed(b"a")
+        assert [True] == told
+        stream.read_nowait()
+        assert [True, False] == told
+        stream.feed(bytes(HIGH_WATER + 1))
+        stream.end()
+        assert [True, False, True, False] == told
+
+    def test_what_was_read_can_be_put_back(self) -> None:
+        """It comes first again, even after the end."""
+        stream = Stream.of(b"cd")
+        stream.read_nowait()
+        stream.unread(b"")
+        assert stream.ended
+        stream.unread(b"cd")
+        stream.unread(b"ab")
+        assert not stream.ended
+        assert b"abcd" == stream.read_nowait()
+
+    def test_no_body(self) -> None:
+        """It has arrived and ended."""
+        assert Stream.of().ended
