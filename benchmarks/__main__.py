@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 began = time.monotonic()
                 try:
                     results |= _rounded(_measured(part, options, cache, wrk, folder / part))
-                except (Missing, *FAILURES) as error:
+                except (Missing, ImportError, *FAILURES) as error:
                     say(f"{part} is left out: {error}")
                 else:
                     say(f"{part} took {time.monotonic() - began:.0f} s")

@@ -1,8 +1,8 @@
-"""A thousand replicas that share a quota, in invented time: ``python -m benchmarks replicas``; half a minute.
+"""A thousand replicas that share a quota, in invented time: ``python -m benchmarks replicas``; a minute.
 
-What runs is the proxy's own ``Share`` in each replica, and the likeness of the script in Redis; only the network, the
-tools and Metquay are invented. Every replica serves one tool that never stops asking: it sends its next request when
-it was answered, and comes back when a refusal told it to.
+What runs is the proxy's own ``Share`` in each replica, and the script that runs in Redis (this needs lupa, of the extra
+``test``); only the network, the tools, Redis's commands and Metquay are invented. Every replica serves one tool that
+never stops asking: it sends its next request when it was answered, and comes back when a refusal told it to.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from benchmarks.window import Window
-from metquay_proxy.replicas.share import Share
+from benchmarks.script import Script
+from metquay_proxy.replicas.share import Reply, Share
 from metquay_proxy.rules.quota import QuotaExceeded, Rate, Ticket
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Simulation:
     def run(self) -> Outcome:
         """Run it."""
         dice = random.Random(self.seed)  # noqa: S311 - invented events
-        self.window = Window()
+        self.window = Script()
         self.outcome = Outcome(self.replicas, self.seconds, [0] * self.replicas, [], [], 0, 0, *self.rate)
         for number in range(self.replicas):
             replica = _Replica(self, number, dice)
@@ -165,7 +165,7 @@ class _Replica:
 
     def _send(self, ticket: Ticket, asked: float) -> None:
         simulation = self._simulation
-        self._share.sent(ticket)
+        ticket.send()
         simulation.outcome.sent.append(simulation.now)
         simulation.outcome.waits.append(simulation.now - asked)
         simulation.outcome.served[self._number] += 1
@@ -187,11 +187,11 @@ class _Replica:
             self.look()
 
         def arrives() -> None:
-            answer = simulation.window.call(simulation.now, call)
+            reply = Reply.model_validate_json(simulation.window.call(simulation.now, call))
 
             def back() -> None:
                 self._calling = False
-                self._share.replied(simulation.now, call, answer)
+                self._share.replied(simulation.now, call, reply)
                 self.look()
 
             simulation.at(simulation.now + HALF_WAY, back)

@@ -21,10 +21,10 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.app import Proxy
-from metquay_proxy.exchange.tokens import Credentials
+from metquay_proxy.log import configure_logging
+from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.settings import Settings
-from metquay_proxy.telemetry import configure_logging
 
 if TYPE_CHECKING:
     from collections.abc import Callable

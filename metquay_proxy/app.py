@@ -9,77 +9,61 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import json
-import pathlib
-import shlex
 import signal
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
-
-import aiohttp.http_parser
-import structlog
 
 from metquay_proxy import __version__
 from metquay_proxy.audit import AuditLog, why_not
-from metquay_proxy.downstream.connection import Bounds, Server
-from metquay_proxy.downstream.pages import Admin
+from metquay_proxy.downstream.connection import Bounds
+from metquay_proxy.downstream.handler import Handler
+from metquay_proxy.downstream.pages import Pages
+from metquay_proxy.downstream.server import Server
 from metquay_proxy.exchange.forwarder import Forwarder
 from metquay_proxy.exchange.line import Line
-from metquay_proxy.exchange.tokens import Credentials, TokenCache, suspend_aware_clock
-from metquay_proxy.listeners import bind, let_in, listen
-from metquay_proxy.reload import Reload, Serving, Source, serving_context
+from metquay_proxy.exchange.tokens import TokenCache, suspend_aware_clock
+from metquay_proxy.listeners import Serving, bind, let_in, listen, own_names, serving_context
+from metquay_proxy.log import configure_logging, log, output, reporter
+from metquay_proxy.reload import Reload, Source
+from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.rules.gate import Gate
 from metquay_proxy.rules.quota import Quota
 from metquay_proxy.rules.target import BaseURL, TargetRules
-from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
-from metquay_proxy.telemetry import Telemetry, configure_logging
-from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE, Login, Transport, tls_context
+from metquay_proxy.settings import SettingsError, last_four, outbound_proxy, shown_keys
+from metquay_proxy.telemetry import Telemetry
+from metquay_proxy.upstream.dial import tls_context
+from metquay_proxy.upstream.login import Login
+from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE, Pool
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from pathlib import Path
 
     from metquay_proxy.listeners import Door
-    from metquay_proxy.replicas.store import Shared
+    from metquay_proxy.replicas.store import Replica
     from metquay_proxy.rules.address import Address
     from metquay_proxy.rules.gate import ClientKey
     from metquay_proxy.settings import RedisAddress, Settings
 
+_FLUSH: Final = 1.0
+"""Seconds for the last lines of the audit log to be written."""
 _TURN: Final = 0.02
 """Seconds from one look at what a drain waits for to the next."""
 _BRIEFLY: Final = 0.001
 """Seconds in which a request that was just accepted, or was in a lane, reaches its handler, even without a drain."""
+_SHORTAGE: Final = reporter(
+    "no new clients are let in: who is connected is served, and it is tried again", "new clients are let in again"
+)
 
-log = structlog.get_logger("metquay_proxy")
 
-
-def _audit(settings: Settings) -> AuditLog | None:
+def _audit(path: Path) -> AuditLog:
     """Open the audit log; raise ``SettingsError`` where it can't be written."""
-    path, loop = settings.audit_log, asyncio.get_running_loop()
-    if path is None:
-        return None
-
-    def report(why: str | None) -> None:
-        if why is None:
-            log.info("audit log is written again")
-        else:
-            log.error("audit log can't be written", reason=why)
-
-    def from_thread(why: str | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(report, why)
-
     try:
-        return AuditLog(path, from_thread)
+        return AuditLog(path)
     except OSError as error:
         raise SettingsError([f"METQUAY_AUDIT_LOG (--audit-log): {why_not(path, error)}"], (), ()) from None
-
-
-def _report_shortage(why: str | None) -> None:
-    if why is None:
-        log.info("new clients are let in again")
-    else:
-        log.error("no new clients are let in: who is connected is served, and it is tried again", reason=why)
 
 
 class Proxy:
@@ -105,11 +89,11 @@ class Proxy:
         """
         self.base = base
         self._settings = settings
-        self._audit = _audit(settings)
+        self._audit = None if settings.audit_log is None else _audit(settings.audit_log)
         clock = clock or suspend_aware_clock()
         self.telemetry = Telemetry(base.prefix)
         scheme = "https" if settings.tls_cert else "http"
-        self._transport = Transport(
+        self.pool = Pool(
             base,
             ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
             connect_timeout=settings.connect_timeout,
@@ -119,7 +103,7 @@ class Proxy:
             clock=clock,
         )
         self.tokens = TokenCache(
-            Login(self._transport, base, credentials, clock),
+            Login(self.pool, base, credentials, clock),
             clock=clock,
             sleep=sleep,
             observer=self.telemetry.token_event,
@@ -129,14 +113,14 @@ class Proxy:
         self._shared = None if settings.redis_url is None else _shared(settings, base, clock, call_later)
         if self._shared is not None:
             self._line = self._shared.line
-        self._admin = Admin(
+        self._pages = Pages(
             ready=self.ready,
             status=self.status,
             allow_quit=settings.allow_quit,
             telemetry=self.telemetry,
             test=self.test,
         )
-        self._own_authorities: set[tuple[str, int]] = set()
+        self._own_authorities = set(base.authorities)
         self._gate = Gate(
             upstream_host=base.host,
             keys=settings.keys,
@@ -144,12 +128,13 @@ class Proxy:
             allowed_hosts=settings.allowed_hosts,
             allowed_origins=settings.allowed_origins,
             scheme=scheme,
+            own_names=own_names(settings.listen),
         )
-        self.server = Server(
+        self._handler = Handler(
             rules=TargetRules(base.prefix, self._own_authorities, pass_through=settings.pass_through),
             gate=self._gate,
             forwarder=Forwarder(
-                self._transport,
+                self.pool,
                 self.tokens,
                 self._line,
                 base,
@@ -160,45 +145,50 @@ class Proxy:
                 replay_limit=settings.replay_limit,
                 sleep=sleep,
             ),
-            admin=self._admin,
+            pages=self._pages,
             audit=self._audit,
             telemetry=self.telemetry,
             base=base,
             scheme=scheme,
             replay_limit=settings.replay_limit,
             read_timeout=settings.read_timeout,
-            bounds=bounds or Bounds(),
         )
+        bounds = bounds or Bounds(silence=settings.read_timeout)
+        self.server = Server(self._handler, self._pages.respond, bounds)
+        self.quit = self._pages.quit
         self.scheme = scheme
         self._serving: Serving | None = None
         if settings.tls_cert and settings.tls_key:
-            self._serving = Serving(serving_context(settings.tls_cert, settings.tls_key))
-        self._key = None if settings.sandbox or settings.access_key is None else settings.access_key.get_secret_value()
+            self._serving = Serving(settings.tls_cert, settings.tls_key)
+        self.key: str | None = None
+        """What may be shown of the access key in use."""
+        if settings.access_key is not None and not settings.sandbox:
+            self.key = last_four(settings.access_key.get_secret_value())
         self._shown: dict[str, str | None] = {}
         """What is shown of settings that have changed since the start."""
         self._files = Reload(list(self._sources(credentials)), sleep=sleep)
         self._listeners: Sequence[asyncio.AbstractServer | Door] = ()
-        self._unix_paths: list[str] = []
-        self._hurried = False
+        self.hurry = asyncio.Event()
+        """Set where a drain is to end now, as at its deadline."""
         self.listening: list[Address] = []
         self.addresses: list[str] = []
 
     def ready(self) -> bool:
         """Whether a request would find a token now."""
-        return self.tokens.state.ready and not self.server.draining
+        return self.tokens.state.ready and not self._handler.draining
 
     def status(self) -> dict[str, Any]:
         """Return the figures for ``/-/status``; nothing secret among them."""
         token = self.tokens.state
-        busy, idle = self._transport.connections
+        busy, idle = self.pool.connections
         return {
             "version": __version__,
             "upstream": str(self.base),
             "ready": self.ready(),
-            "draining": self.server.draining,
+            "draining": self._handler.draining,
             "sandbox": self._settings.sandbox,
             "read_only": self._settings.read_only,
-            "key": None if self._key is None else last_four(self._key),
+            "key": self.key,
             "token": dataclasses.asdict(token),
             "quota": None if self._line is None else self._line.snapshot()._asdict(),
             "redis": None if self._shared is None else self._shared.status(),
@@ -213,27 +203,26 @@ class Proxy:
 
     async def test(self) -> dict[str, Any]:
         """Read one customer as a tool would; return whether that went well (``ok``) and a ``text`` for people."""
-        return await self.server.test()
+        return await self._handler.test()
 
     async def start(self) -> None:
         """Listen, then log in; raise ``OSError`` where an address can't be had."""
         tls = None if self._serving is None else self._serving.context
         if self._shared is not None:
             await self._shared.start()
-        self._own_authorities |= self.base.authorities
         bound = bind(self._settings.listen, self._settings.socket_mode)
-        for address, _ in bound:
-            self.listening.append(address)
-            if address.path:
-                self._unix_paths.append(address.path)
-            else:
-                hosts = ("localhost", "127.0.0.1", "::1", address.host)
-                self._own_authorities |= {(host, address.port) for host in hosts}
+        self.listening = [address for address, _ in bound]
+        for address in self.listening:
+            hosts = () if address.path else ("localhost", "127.0.0.1", "::1", address.host)
+            self._own_authorities |= {(host, address.port) for host in hosts}
         self.addresses = [str(each) if each.path else f"{self.scheme}://{each}" for each in self.listening]
         sockets = [sock for _, some in bound for sock in some]
-        self._listeners = await let_in(self.server, sockets, tls, _report_shortage, handshake=self.server.bounds.head)
+        bounds = self.server.bounds
+        self._listeners = await let_in(
+            self.server.accept, sockets, tls, _SHORTAGE, handshake=bounds.head, shutdown=bounds.silence
+        )
         self.tokens.start()
-        self._transport.keep_warm()
+        self.pool.keep_warm()
         self._files.start()
 
     def reload(self) -> asyncio.Task[None]:
@@ -247,32 +236,25 @@ class Proxy:
         """Yield what can be read again, and who is told of it."""
         settings = self._settings
 
-        def serve(context: ssl.SSLContext) -> str:
-            cast("Serving", self._serving).use(context)
-            return "METQUAY_TLS_CERT, METQUAY_TLS_KEY"
-
-        def trust(context: ssl.SSLContext) -> str:
-            self._transport.trust(context)
+        def trust(context: ssl.SSLContext) -> None:
+            self.pool.trust(context)
             self.tokens.hasten()
-            return "METQUAY_CA_BUNDLE"
 
-        def log_in(keys: Credentials) -> str:
-            self._key = keys.access_key
-            self._shown["METQUAY_ACCESS_KEY"] = last_four(self._key)
+        def log_in(keys: Credentials) -> None:
+            self.key = self._shown["METQUAY_ACCESS_KEY"] = last_four(keys.access_key)
             self.tokens.hasten()
-            return "METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY"
 
         def admit(keys: tuple[ClientKey, ...]) -> str:
             ended = self._gate.replace_keys(keys)
-            self._admin.turn_out(ended)
-            named = [f"{key.name}:***" + ":read-only" * key.read_only for key in keys if key.name != "default"]
-            self._shown["METQUAY_CLIENT_KEYS"] = ",".join(named) or None
+            self._pages.turn_out(ended)
+            self._shown["METQUAY_CLIENT_KEYS"] = shown_keys(key for key in keys if key.name != "default") or None
             names = ", ".join(key.name for key in keys)
             return f"client keys ({names}" + (f"; ended: {', '.join(sorted(ended))})" if ended else ")")
 
-        if settings.tls_cert and settings.tls_key:
-            served = [settings.tls_cert, settings.tls_key]
-            yield Source("METQUAY_TLS_CERT, METQUAY_TLS_KEY", served, lambda: serving_context(*served), serve)
+        if self._serving is not None:
+            served = [cast("Path", path) for path in (settings.tls_cert, settings.tls_key)]
+            make, use = partial(serving_context, *served), self._serving.use
+            yield Source("METQUAY_TLS_CERT, METQUAY_TLS_KEY", served, make, use)
         if settings.ca_bundle and self.base.scheme == "https":
             bundle = [settings.ca_bundle]
             yield Source("METQUAY_CA_BUNDLE", bundle, lambda: tls_context(settings.current_ca_bundle()), trust)
@@ -286,27 +268,23 @@ class Proxy:
         """Drain and end: requests in flight have ``timeout`` seconds in all, uploads and detached writes included."""
         server, loop = self.server, asyncio.get_running_loop()
         deadline = loop.time() + timeout
-        server.drain()
+        self._handler.drain()
         self._files.close()
-        self._transport.let_cool()
-        self._admin.close()
+        self.pool.let_cool()
+        self._pages.close()
         await asyncio.sleep(min(_TURN, timeout + _BRIEFLY))  # who came before is let in, and told
         for listener in self._listeners:
             listener.close()
-        while self._unix_paths:  # now, since another proxy may take the path while this one drains
-            with contextlib.suppress(FileNotFoundError):
-                pathlib.Path(self._unix_paths.pop()).unlink()  # noqa: ASYNC240 - one call, and nobody new is served
-        while server.busy() and not self._hurried and loop.time() < deadline:  # noqa: ASYNC110 - three ends, once
+        while (server.busy() or self.telemetry.active) and not self.hurry.is_set() and loop.time() < deadline:  # noqa: ASYNC110 - three ends, once
             await asyncio.sleep(_TURN)
+        self._handler.stop()
         await server.end()
+        if self._audit is not None:
+            await asyncio.to_thread(self._audit.close, _FLUSH)
         await self.tokens.close()
         if self._shared is not None:
             await self._shared.stop()
-        self._transport.close()
-
-    def hurry(self) -> None:
-        """End a drain now, as at its deadline."""
-        self._hurried = True
+        self.pool.close()
 
 
 def _shared(
@@ -314,7 +292,7 @@ def _shared(
     base: BaseURL,
     clock: Callable[[], float],
     call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None,
-) -> Shared:
+) -> Replica:
     from metquay_proxy.replicas import store as shared  # noqa: PLC0415 - only who shares pays for loading it
 
     address = cast("RedisAddress", settings.redis_url)
@@ -322,141 +300,90 @@ def _shared(
     key = "" if settings.access_key is None else settings.access_key.get_secret_value()
     prefix = shared.namespace(base.authority, key)
     store = shared.Store(address, settings.redis_secret, tls)
-    return shared.Shared(store, prefix, settings.rate_limit, clock, call_later)
+    return shared.Replica(store, prefix, settings.rate_limit, clock, call_later)
 
 
-def run(settings: Settings, *, sandbox: bool, warnings: Sequence[str] = ()) -> int:
-    """Run the proxy until it is told to stop; return the exit code. ``sandbox``: the simulator is the upstream.
+def run(settings: Settings, welcome: Callable[[Proxy], None], *, warnings: Sequence[str] = ()) -> int:
+    """Run the proxy until it is told to stop; return the exit code.
 
-    ``warnings`` are told once it listens.
+    Once it listens, ``welcome`` tells of it, and the ``warnings`` are logged.
     """
-    as_json = configure_logging(settings.log_level, settings.log_format)
+    configure_logging(settings.log_level, settings.log_format)
     for warning in settings.warnings:
         log.warning(warning)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_run(settings, sandbox=sandbox, as_json=as_json, warnings=warnings))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    with contextlib.suppress(ImportError):
         import uvloop  # noqa: PLC0415 - an optional extra
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
-
-async def _run(settings: Settings, *, sandbox: bool, as_json: bool, warnings: Sequence[str]) -> int:
-    if not aiohttp.http_parser.HttpRequestParser.__module__.endswith("_http_parser"):
-        log.warning(
-            "aiohttp's compiled parser is missing: its slower one in pure Python has had holes. Reinstall aiohttp."
-        )
-    simulator = None
-    if sandbox:
-        from metquay_proxy.sandbox import server as sandbox_module  # noqa: PLC0415 - of no use otherwise
-
-        simulator = sandbox_module.Sandbox(rate_limit=settings.rate_limit)
-        await simulator.start(listen=listen(lambda _: None, 0))  # it gets its descriptors from the reserve
-        base = BaseURL.parse(simulator.url)
-        proxy = Proxy(settings, base, lambda: Credentials(sandbox_module.ACCESS_KEY, sandbox_module.SECRET_KEY))
-    else:
-        proxy = Proxy(settings, cast("BaseURL", settings.host), settings.credentials)
-    signals = _Signals(proxy.hurry, proxy.reload)
+        loop_factory = uvloop.new_event_loop
     try:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(_run(settings, welcome, warnings))
+    finally:
+        output.writer.flush(_FLUSH)  # before whoever called writes, too
+
+
+async def _run(settings: Settings, welcome: Callable[[Proxy], None], warnings: Sequence[str]) -> int:
+    async with contextlib.AsyncExitStack() as undo:
+        if settings.sandbox:
+            from metquay_proxy.sandbox import server as sandbox  # noqa: PLC0415 - of no use otherwise
+
+            simulator = sandbox.Sandbox(rate_limit=settings.rate_limit)
+            undo.push_async_callback(simulator.stop)
+            await simulator.start(listen=listen(lambda _: None))  # it gets its descriptors from the reserve
+            base = BaseURL.parse(simulator.url)
+            proxy = Proxy(settings, base, lambda: Credentials(sandbox.ACCESS_KEY, sandbox.SECRET_KEY))
+        else:
+            proxy = Proxy(settings, cast("BaseURL", settings.host), settings.credentials)
+        undo.enter_context(_signals(proxy))
         try:
             await proxy.start()
         except OSError as error:
-            log.error("cannot start", reason=str(error))  # noqa: TRY400 - a person can put it right: no traceback
+            log.error("cannot start", reason=str(error))
             await proxy.stop(0.0)
             return 1
-        print(_welcome(proxy, settings, sandbox=sandbox, as_json=as_json), flush=True)  # noqa: T201 - it is for eyes
+        output.writer.flush(_FLUSH)  # what was found odd comes before
+        welcome(proxy)
         log.info("listening", addresses=proxy.addresses, upstream=str(proxy.base))
         for warning in warnings:
             log.warning(warning)
         gc.freeze()  # what the program consists of never becomes garbage: collections need not look at it again
         gc.enable()
-        await signals.wait(proxy.server.quit)
+        await proxy.quit.wait()
         log.info("stopping", requests_in_flight=proxy.telemetry.active)
         await proxy.stop(settings.drain_timeout)
         log.info("stopped")
-    finally:
-        if simulator is not None:
-            await simulator.stop()
-        signals.close()
     return 0
 
 
-class _Signals:
+@contextlib.contextmanager
+def _signals(proxy: Proxy) -> Iterator[None]:
     """SIGTERM and SIGINT (Windows: Ctrl-C and Ctrl-Break): the first ends the program in order, the second at once.
 
     What SIGHUP means was decided before: it ends, reads files again, or is ignored (``cli``). None is registered with
-    the loop, which would let it kill as soon as the loop closes.
+    the loop, which would let it kill as soon as the loop closes; and at the end they are ignored, since Python gives
+    the power to kill back to all others.
     """
+    loop = asyncio.get_running_loop()
 
-    def __init__(self, again: Callable[[], None], reload: Callable[[], object]) -> None:
-        """``again`` is called for each signal after the first that ends."""
-        self._stop = asyncio.Event()
-        self._again = again
-        loop = asyncio.get_running_loop()
-        self._calls: dict[int, Callable[[], object]] = {signal.SIGINT: self._received}
-        if sys.platform == "win32":
-            self._calls[signal.SIGBREAK] = self._received
-        else:
-            self._calls[signal.SIGTERM] = self._received
-            hangup = signal.getsignal(signal.SIGHUP)
-            if hangup is not signal.SIG_IGN:
-                self._calls[signal.SIGHUP] = self._received if hangup is signal.default_int_handler else reload
-            loop.add_signal_handler(signal.SIGWINCH, int)  # from now on the loop wakes for every signal
-        for number in self._calls:
-            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(self._calls[number]))
+    def end() -> None:
+        if proxy.quit.is_set():
+            proxy.hurry.set()
+        proxy.quit.set()
 
-    def _received(self) -> None:
-        if self._stop.is_set():
-            self._again()
-        self._stop.set()
-
-    def close(self) -> None:
-        """Ignore them: Python, as it ends, gives the power to kill back to all that are not ignored."""
-        for number in self._calls:
+    calls: dict[int, Callable[[], object]] = {signal.SIGINT: end}
+    if sys.platform == "win32":
+        calls[signal.SIGBREAK] = end
+    else:
+        calls[signal.SIGTERM] = end
+        hangup = signal.getsignal(signal.SIGHUP)
+        if hangup is not signal.SIG_IGN:
+            calls[signal.SIGHUP] = end if hangup is signal.default_int_handler else proxy.reload
+        loop.add_signal_handler(signal.SIGWINCH, int)  # from now on the loop wakes for every signal
+    for number, call in calls.items():
+        signal.signal(number, lambda *_, call=call: loop.call_soon_threadsafe(call))
+    try:
+        yield
+    finally:
+        for number in calls:
             signal.signal(number, signal.SIG_IGN)
-
-    async def wait(self, other: asyncio.Event) -> None:
-        """Return at the first signal, or when ``other`` is set."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._stop, other)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        self._stop.set()
-
-
-def _welcome(proxy: Proxy, settings: Settings, *, sandbox: bool, as_json: bool) -> str:
-    """Return what is printed at the start; all of it can be pasted, and works with these settings."""
-    whom = "the built-in sandbox (made-up data, no account needed)" if sandbox else proxy.base.authority
-    if not sandbox and settings.access_key is not None:
-        whom += f" with key {last_four(settings.access_key.get_secret_value())}"
-    urls = list(dict.fromkeys([_url(proxy, address) for address in proxy.listening]))
-    root = next((url for url in urls if not url.startswith("unix:")), None)
-    # Windows PowerShell has another curl; the certificate may be anybody's, and for another name.
-    curl = ("curl.exe" if sys.platform == "win32" else "curl") + (" --insecure" if settings.tls_cert else "")
-    if root is None:
-        curl += f" --unix-socket {shlex.quote(proxy.listening[0].path)}"
-    test = f'{curl} "{root or f"{proxy.scheme}://localhost"}{"/-/ready" if settings.keys else "/customers?limit=2"}"'
-    page = root and f"{root}/-/"
-    if as_json:
-        told = {"version": __version__, "addresses": urls, "upstream": whom, "status_page": page, "try": test}
-        return json.dumps({"event": "started", **told})
-    lines = [f"metquay-proxy {__version__} listens on {', '.join(urls)}", f"for {whom}"]
-    if any(address.hosts != address.reach for address in proxy.listening):
-        lines.append("other machines may reach it too, at the addresses of this one")
-    if page:
-        lines.append(f"status page: {page}")
-    if settings.keys:
-        lines.append("each tool must send a client key, for instance in a header X-Proxy-Key")
-    return "\n".join([*lines, f"try: {test}"])
-
-
-def _url(proxy: Proxy, address: Address) -> str:
-    """Return where a program of this machine reaches us."""
-    if address.path:
-        return str(address)
-    host = address.host if address.hosts == address.reach else address.reach[0]
-    return f"{proxy.scheme}://{address._replace(host=host)}"

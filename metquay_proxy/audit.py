@@ -10,6 +10,7 @@ first part of a line.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,37 +20,33 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from metquay_proxy.log import reporter
 from metquay_proxy.threads import Writer
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-_PRIVATE: Final = 0o600
-_NEEDED: Final = ("O_CLOEXEC", "O_BINARY", "O_NONBLOCK")
-_GLANCE: Final = 0.01
-"""Seconds from one look at the end of the file to the next; a line is written in far less."""
-_BLOCK: Final = 4096
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_REPORT: Final = reporter("audit log can't be written", "audit log is written again")
 
 
-def open_log(path: Path) -> int:
+def open_log(path: Path) -> io.FileIO:
     """Open the file for appending, making it where there is none; waits for nothing. Raises ``OSError``."""
     try:
-        file = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        file = open(path, "ab", buffering=0, opener=_open)  # noqa: SIM115 - for as long as we run
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "nobody reads from this pipe; start its reader first") from None
         raise
     if hasattr(os, "O_NONBLOCK"):
-        os.set_blocking(file, True)  # from here on a thread may wait for a slow reader
+        os.set_blocking(file.fileno(), True)  # from here on a thread may wait for a slow reader
     return file
 
 
-def _open(path: Path | str, flags: int) -> int:
-    for name in _NEEDED:
-        flags |= getattr(os, name, 0)
-    return os.open(path, flags, _PRIVATE)
+def _open(path: str, flags: int) -> int:
+    # It says who did what, and so is for this user alone.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o600)
 
 
 def try_log(path: Path) -> None:
@@ -59,12 +56,12 @@ def try_log(path: Path) -> None:
     """
     there = path.exists()
     if there:
-        os.close(open_log(path))
+        open_log(path).close()
     try:
         with tempfile.TemporaryFile(dir=path.parent) as beside:
-            beside.write(bytes(_BLOCK))
+            beside.write(bytes(4096))
     except OSError as error:
-        if not there or error.errno in _FULL:
+        if not there or error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise
 
 
@@ -79,11 +76,10 @@ class AuditLog:
     ``status`` tells how many lines wait and were lost.
     """
 
-    def __init__(self, path: Path, report: Callable[[str | None], None], pause: float = 1.0) -> None:
-        """Open the file; raise ``OSError``. ``report`` and ``pause`` (seconds) are ``Writer``'s."""
+    def __init__(self, path: Path, report: Callable[[str | None], None] = _REPORT, pause: float = 1.0) -> None:
+        """Open the file; raise ``OSError``. ``report`` and ``pause`` (seconds) are ``Writer``'s; the log is told."""
         self._path = path
-        self._file: int | None = open_log(path)
-        self._reopening = threading.Event()
+        self._file = open_log(path)
         try_log(path)
         self._writer = Writer(self._append, report, pause=pause)
 
@@ -92,71 +88,53 @@ class AuditLog:
         self._writer.put(json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
     def reopen(self) -> None:
-        """Have the file opened anew, as soon as the line in hand is written."""
-        if not self._reopening.is_set():
-            self._reopening.set()
-            self._writer.wake()
+        """Have the file made anew where it was moved away: whoever did that sees it, and the next line goes there."""
+        threading.Thread(target=self._make, name="audit", daemon=True).start()
+
+    def _make(self) -> None:
+        with contextlib.suppress(OSError):  # the next line will tell
+            open_log(self._path).close()
 
     def status(self) -> dict[str, Any]:
         """Return the figures: lines that wait, lines that were lost, and why none can be written (None: they can)."""
-        writer = self._writer
-        return {"waiting": writer.waiting, "lost": writer.lost, "trouble": writer.trouble}
+        return {"waiting": self._writer.waiting, "lost": self._writer.lost, "trouble": self._writer.trouble}
 
     def close(self, timeout: float) -> None:
         """Write what waits, in at most ``timeout`` seconds, and close the file."""
         if self._writer.close(timeout):
-            self._shut()
+            self._file.close()
 
     def _append(self, line: bytes) -> None:
-        if self._reopening.is_set():
-            self._reopening.clear()
-            self._shut()
         try:
-            file = self._current()
-            whole = b"\n" + line if line and self._torn(file) else line
-            if line and os.write(file, whole) < len(whole):
+            if self._file.closed or self._rotated():
+                self._file.close()
+                self._file = open_log(self._path)
+            whole = b"\n" + line if self._torn() else line
+            if self._file.write(whole) < len(whole):
                 raise OSError(errno.ENOSPC, "only a part of a line could be written")
         except OSError:
-            self._shut()
+            self._file.close()
             raise
 
-    def _current(self) -> int:
-        """Return the file, opened anew where it was rotated away."""
-        if self._file is not None:
-            try:
-                there = self._path.stat()
-            except FileNotFoundError:
-                self._shut()
-            else:
-                if not os.path.samestat(there, os.fstat(self._file)):
-                    self._shut()
-        if self._file is None:
-            self._file = open_log(self._path)
-        return self._file
-
-    def _torn(self, file: int) -> bool:
-        """Whether the file ends within a line, whoever wrote that; of one that can't be read it is assumed."""
-        cut, before = self._cut_at(file), 0
-        while cut not in {0, before}:
-            time.sleep(_GLANCE)  # another proxy may be in the midst of its line
-            cut, before = self._cut_at(file), cut
-        return cut > 0
-
-    def _cut_at(self, file: int) -> int:
-        """Return the size of a file that ends within a line, else 0."""
-        about = os.fstat(file)
-        if not stat.S_ISREG(about.st_mode):
-            return 0
+    def _rotated(self) -> bool:
         try:
-            with open(self._path, "rb", opener=_open) as reading:
-                reading.seek(max(0, about.st_size - 1))
-                return 0 if reading.read(1) in {b"\n", b""} else about.st_size
-        except PermissionError:
-            return about.st_size
-        except OSError:  # it has just been moved away, and takes this line yet
-            return 0
+            return not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return True
 
-    def _shut(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+    def _torn(self) -> bool:
+        """Whether the file ends within a line, whoever wrote that; of one that can't be read it is assumed."""
+        about = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            return False
+        try:
+            with open(self._path, "rb", buffering=0, opener=_open) as reading:
+                before, end = -1, reading.seek(-1, os.SEEK_END)
+                while before < end and reading.read(1) != b"\n":
+                    time.sleep(0.01)  # another proxy may be in the midst of its line, which takes far less
+                    before, end = end, reading.seek(-1, os.SEEK_END)
+                return before == end
+        except PermissionError:
+            return about.st_size > 0
+        except OSError:  # it is empty, or has just been moved away and takes this line yet
+            return False

@@ -11,82 +11,72 @@ has no ``loop.add_signal_handler``.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
+import re
 import sys
 
 from metquay_proxy import __version__
+from metquay_proxy.environment import Refused, nearest, variable
 
 TYPE_CHECKING = False  # to import `typing` costs `health` 8 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from types import ModuleType
+    from collections.abc import Callable, Sequence
     from typing import Final, NoReturn, TextIO
 
+    from metquay_proxy.app import Proxy
     from metquay_proxy.rules.address import Address
-    from metquay_proxy.sandbox.server import Sandbox
-    from metquay_proxy.settings import Setting, Settings, SettingsError
+    from metquay_proxy.settings import Setting, Settings
 
 PROGRAM: Final = "metquay-proxy"
 SANDBOX_LISTEN: Final = "localhost:6388"
 
 _FAILED: Final = 1
 _WRONG: Final = 2
+_SECRETS: Final = """\
+secrets have no flag (set the variable, or name a file that holds it in ..._FILE):{}
+
+Flags win over the environment, that over .env in the current directory, and that over secret files: the
+..._FILE ones, and files named like a variable in $CREDENTIALS_DIRECTORY and /run/secrets."""
 
 
-class _UsageError(Exception):
-    """What was typed makes no sense; the text says why."""
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """argparse's own, but of one width: to find out the terminal's costs `health` 4 ms."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=120)
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    """Return argparse's own, but of one width: to find out the terminal's costs `health` 4 ms."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=120)
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but for mistakes: one line, and the flag that was probably meant."""
+    """argparse, but for mistakes: one line, and the flag that was probably meant; ``secrets`` have no flag."""
 
-    def __init__(self, command: str, description: str, epilog: str = "") -> None:
+    def __init__(self, command: str, description: str, epilog: str = "", secrets: Sequence[str] = ()) -> None:
+        usage = f"{PROGRAM} {'[serve]' if command == 'serve' else command} [flags]"
         super().__init__(
-            prog=f"{PROGRAM} {command}",
-            usage=f"{PROGRAM} {'[serve]' if command == 'serve' else command} [flags]",
-            description=description,
-            epilog=epilog,
-            allow_abbrev=False,
-            formatter_class=_Formatter,
+            f"{PROGRAM} {command}", usage, description, epilog, formatter_class=_formatter, allow_abbrev=False
         )
+        self._secrets = secrets
 
     def error(self, message: str) -> NoReturn:
-        msg = f"{message}; see {self.prog} --help"
-        raise _UsageError(msg)
+        raise Refused(f"{PROGRAM}: {message}; see {self.prog} --help")
 
-    def parse(self, arguments: Sequence[str], secrets: Iterable[str] = ()) -> argparse.Namespace:
-        """Return the values, or raise ``_UsageError``; ``secrets`` are settings that have no flag."""
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Return the values, or raise ``Refused``."""
         values, unknown = self.parse_known_args(arguments)
         if unknown:
-            self._refuse(unknown, secrets)
+            name = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
+            if not name.startswith("--"):
+                name = name[:2]  # what follows is a value
+            setting = name[2:].replace("-", "_")
+            if setting in self._secrets:
+                cure = f"set {variable(setting)}, or {variable(setting)}_FILE"
+                raise Refused(f"{PROGRAM}: there is no {name}, since every user can read a command line: {cure}")
+            flags = re.findall("--[a-z-]+", self.format_help())
+            self.error(f"unknown flag {name}{_meant(name, flags)}" if name else "it takes no words beside its flags")
         return values
 
-    def _refuse(self, unknown: Sequence[str], secrets: Iterable[str]) -> NoReturn:
-        name = next((word for word in unknown if word.startswith("-")), "").partition("=")[0]
-        if not name.startswith("--"):
-            name = name[:2]  # what follows is a value
-        setting = name[2:].replace("-", "_")
-        if setting in secrets:
-            variable = f"METQUAY_{setting.upper()}"
-            msg = f"there is no {name}, since every user can read a command line: set {variable}, or {variable}_FILE"
-            raise _UsageError(msg)
-        known = [flag for action in self._actions for flag in action.option_strings]
-        self.error(f"unknown flag {name}{_nearest(name, known)}" if name else "it takes no words beside its flags")
 
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    import difflib  # noqa: PLC0415 - only a mistake pays for loading it
-
-    nearest = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {nearest[0]}?" if nearest else ""
+def _meant(word: str, known: Sequence[str]) -> str:
+    return f", did you mean {near}?" if (near := nearest(word, known)) else ""
 
 
 class _Stream:
@@ -131,62 +121,34 @@ def _mend_streams() -> None:
             setattr(sys, name, _Stream(stream))
 
 
-def _say(*lines: str) -> None:
+def _print(*lines: str, to: TextIO | None = None) -> None:
     for line in lines:
-        print(line, file=sys.stderr)  # noqa: T201 - this is what a command line prints to
+        print(line + "\n", end="", file=to, flush=True)
 
 
-def _print(*lines: str) -> None:
-    for line in lines:
-        print(line, flush=True)  # noqa: T201 - see above
+def _settings_parser(command: str, description: str) -> _Parser:
+    """Return the parser of a command that takes all settings."""
+    from metquay_proxy.settings import VARIABLES, default_text, flag, meaning  # noqa: PLC0415 - slow
 
-
-def _settings_parser(command: str, description: str) -> tuple[_Parser, tuple[str, ...]]:
-    """Return the parser of a command that takes all settings, and the names of those that have no flag."""
-    from metquay_proxy.settings import VARIABLES, default_text, flag, variable  # noqa: PLC0415 - slow
-
-    secrets = tuple(name for name in VARIABLES if flag(name) is None)
-    parser = _Parser(command, description, _without_flag(secrets))
+    secrets = [name for name in VARIABLES if flag(name) is None]
+    meanings = "".join(f"\n  {variable(name):24}{meaning(name)[1]}" for name in secrets)
+    parser = _Parser(command, description, _SECRETS.format(meanings), secrets)
     for name, field in VARIABLES.items():
-        option, default = flag(name), default_text(name)
-        if option is None:
-            continue
-        text = f"{field.description} [env: {variable(name)}]" + (f" (default: {default})" if default else "")
-        if name == "host":
-            text += " (required)"
-        if field.title:
-            parser.add_argument(option, dest=name, metavar=field.title, help=text.replace("%", "%%"))
-        else:
-            parser.add_argument(option, dest=name, action=argparse.BooleanOptionalAction, help=text.replace("%", "%%"))
-    return parser, secrets
-
-
-def _without_flag(secrets: Iterable[str]) -> str:
-    from metquay_proxy.settings import VARIABLES, variable  # noqa: PLC0415 - slow
-
-    lines = [f"  {variable(name):24}{VARIABLES[name].description}" for name in secrets]
-    return "\n".join(
-        [
-            "secrets have no flag (set the variable, or name a file that holds it in ..._FILE):",
-            *lines,
-            "",
-            "Flags win over the environment, that over .env in the current directory, and that over secret files: the",
-            "..._FILE ones, and files named like a variable in $CREDENTIALS_DIRECTORY and /run/secrets.",
-        ]
-    )
+        option, default, (called, words) = flag(name), default_text(name), meaning(name)
+        if option is not None:
+            needed = " (required)" if name == "host" else f" (default: {default})" if default else ""
+            more = {"action": argparse.BooleanOptionalAction} if field.annotation is bool else {"metavar": called}
+            text = f"{words} [env: {variable(name)}]{needed}".replace("%", "%%")
+            parser.add_argument(option, dest=name, help=text, **more)
+    return parser
 
 
 def _load(values: argparse.Namespace, *, sandbox: bool = False) -> Settings:
     from metquay_proxy.settings import VARIABLES, load  # noqa: PLC0415 - slow
 
-    given = {name: value for name, value in vars(values).items() if name in VARIABLES and value is not None}
     words = {True: "true", False: "false"}
-    return load({name: words.get(value, value) for name, value in given.items()}, sandbox=sandbox)
-
-
-def _refuse(error: SettingsError) -> int:
-    _say(*(f"warning: {line}" for line in error.warnings), *error.lines)
-    return _WRONG
+    given = {name: words.get(value, value) for name, value in vars(values).items() if value is not None}
+    return load({name: value for name, value in given.items() if name in VARIABLES}, sandbox=sandbox)
 
 
 def _serve(arguments: Sequence[str]) -> int:
@@ -194,31 +156,28 @@ def _serve(arguments: Sequence[str]) -> int:
     import signal  # noqa: PLC0415 - the other commands can do without
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: process 1 would miss it
-    _survive(signal)
-    from metquay_proxy.settings import SettingsError  # noqa: PLC0415 - slow
-
-    parser, secrets = _settings_parser("serve", _overview())
+    _survive()
+    commands = "".join(f"\n  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
+    overview = f"A local authenticating reverse proxy for the Metquay API.\n\ncommands:{commands}"
+    parser = _settings_parser("serve", overview)
     parser.add_argument("--sandbox", action="store_true", help="use the built-in Metquay simulator; no keys are needed")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    values = parser.parse(arguments, secrets)
-    try:
-        settings = _load(values, sandbox=values.sandbox)
-    except SettingsError as error:
-        return _refuse(error)
+    values = parser.parse(arguments)
+    settings = _load(values, sandbox=values.sandbox)
     from metquay_proxy import app  # noqa: PLC0415 - slow, and of no use with wrong settings
 
-    try:
-        return app.run(settings, sandbox=values.sandbox, warnings=_out_of_sight(values, settings))
-    except SettingsError as error:  # what only the attempt can tell
-        return _refuse(error)
+    welcome = functools.partial(_welcome, settings=settings)
+    return app.run(settings, welcome, warnings=_out_of_sight(values, settings))
 
 
-def _survive(signal: ModuleType) -> None:
+def _survive() -> None:
     """Ignore what would end the program by default, and say what SIGHUP is to mean, by its handler until the server's.
 
     ``default_int_handler``: end, since the terminal may be closed; another one: read files again, which are being read
     now anyway. Where it is ignored (nohup) that stays so.
     """
+    import signal  # noqa: PLC0415 - the other commands can do without
+
     if os.name == "nt":
         return
     for number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -232,6 +191,46 @@ def _survive(signal: ModuleType) -> None:
             signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
+def _welcome(proxy: Proxy, settings: Settings) -> None:
+    """Print where it listens and for whom; all of it can be pasted, and works with these settings."""
+    import json  # noqa: PLC0415 - the other commands can do without
+    import shlex  # noqa: PLC0415 - as above
+
+    from metquay_proxy.log import output  # noqa: PLC0415 - as above
+
+    whom = f"{proxy.base.authority} with key {proxy.key}"
+    if settings.sandbox:
+        whom = "the built-in sandbox (made-up data, no account needed)"
+    urls = list(dict.fromkeys([_url(proxy, address) for address in proxy.listening]))
+    root = next((url for url in urls if not url.startswith("unix:")), None)
+    # Windows PowerShell has another curl; the certificate may be anybody's, and for another name.
+    curl = ("curl.exe" if sys.platform == "win32" else "curl") + (" --insecure" if settings.tls_cert else "")
+    if root is None:
+        curl += f" --unix-socket {shlex.quote(proxy.listening[0].path)}"
+    test = f'{curl} "{root or f"{proxy.scheme}://localhost"}{"/-/ready" if settings.keys else "/customers?limit=2"}"'
+    page = root and f"{root}/-/"
+    if output.as_json:
+        told = {"version": __version__, "addresses": urls, "upstream": whom, "status_page": page, "try": test}
+        _print(json.dumps({"event": "started", **told}))
+        return
+    lines = [f"metquay-proxy {__version__} listens on {', '.join(urls)}", f"for {whom}"]
+    if any(address.hosts != address.reach for address in proxy.listening):
+        lines.append("other machines may reach it too, at the addresses of this one")
+    if page:
+        lines.append(f"status page: {page}")
+    if settings.keys:
+        lines.append("each tool must send a client key, for instance in a header X-Proxy-Key")
+    _print(*lines, f"try: {test}")
+
+
+def _url(proxy: Proxy, address: Address) -> str:
+    """Return where a program of this machine reaches us."""
+    if address.path:
+        return str(address)
+    host = address.host if address.hosts == address.reach else address.reach[0]
+    return f"{proxy.scheme}://{address._replace(host=host)}"
+
+
 def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
     """Return a warning for each flag that moves the proxy away from where ``health`` without flags looks for it."""
     from metquay_proxy import health  # noqa: PLC0415 - only `serve` wants both
@@ -242,141 +241,69 @@ def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
         seen = any(parse_listen(asked)[0].is_reached_at(address) for address in settings.listen)
     except ValueError:  # the flag took the place of a wrong one
         seen = False
-    moved = [("listen", values.listen)] if values.listen and not seen else []
+    moved = [("listen", values.listen, f"elsewhere: {asked}")] if values.listen and not seen else []
     if values.tls_cert and not health.find("METQUAY_TLS_CERT", os.environ):
-        moved.append(("tls-cert", values.tls_cert))
+        moved.append(("tls-cert", values.tls_cert, "in clear text"))
     warnings = []
-    for flag, value in moved:
-        variable = f"METQUAY_{flag.upper().replace('-', '_')}={value}"
-        cure = f'Set {variable} in place of the flag (docker run -e "{variable}"), or give health the same flag.'
+    for flag, value, how in moved:
+        name = f"METQUAY_{flag.upper().replace('-', '_')}"
+        cure = (
+            f'Set {name}={value} in place of the flag (docker run -e "{name}={value}"), or give health the same flag.'
+        )
         if flag == "listen" and not (settings.listen[0].port or settings.listen[0].path):
             cure = "Give it the address that is printed here, with --listen."
-        why = f"`metquay-proxy health` (a container's health check) does not see the flag --{flag}, and asks elsewhere"
-        warnings.append(f"{why}: {asked}. {cure}" if flag == "listen" else f"{why}: in clear text. {cure}")
+        who = f"`metquay-proxy health` (a container's health check) does not see the flag --{flag}"
+        warnings.append(f"{who}, and asks {how}. {cure}")
     return warnings
 
 
 def _sandbox(arguments: Sequence[str]) -> int:
-    import signal  # noqa: PLC0415 - the other commands can do without
-
-    _survive(signal)
-    parser = _Parser("sandbox", "Run the Metquay simulator alone, as an upstream for anything.")
-    parser.add_argument("--listen", default=SANDBOX_LISTEN, metavar="ADDRESS", help="host:port (default: %(default)s)")
-    parser.add_argument(
-        "--rate-limit",
-        default="100/minute",
-        metavar="RATE",
-        help="N/second, N/minute, N/hour or off (default: %(default)s)",
-    )
-    parser.add_argument("--token-lifetime", metavar="SECONDS", help="seconds that a token lives (default: 900)")
-    parser.add_argument("--seed-file", metavar="FILE", help="JSON file with the records to begin with")
-    faults = parser.add_argument_group("faults, which POST /_sandbox/faults changes later")
-    for flag, metavar, text in _FAULTS:
-        faults.add_argument(flag, metavar=metavar, help=text, default=argparse.SUPPRESS)
-    faults.add_argument(
-        "--fail",
-        metavar="STATUS=RATE",
-        action="append",
-        help="requests that get that status; repeatable",
-        default=argparse.SUPPRESS,
-    )
-    faults.add_argument(
-        "--login-outage",
-        metavar="SECONDS",
-        nargs="?",
-        const="on",
-        help="answer logins with 503",
-        default=argparse.SUPPRESS,
-    )
-    values = vars(parser.parse(arguments))
-
+    _survive()
     import asyncio  # noqa: PLC0415 - slow
 
+    from metquay_proxy import listeners  # noqa: PLC0415 - slow
     from metquay_proxy.rules.address import parse_listen  # noqa: PLC0415 - slow
     from metquay_proxy.rules.quota import parse_rate  # noqa: PLC0415 - slow
-    from metquay_proxy.sandbox.server import Faults, Sandbox, load_seed  # noqa: PLC0415 - slow
+    from metquay_proxy.sandbox import command  # noqa: PLC0415 - slow
 
+    def report(why: str | None) -> None:
+        _print(f"no new clients are let in: {why}" if why else "new clients are let in again", to=sys.stderr)
+
+    parser = _Parser("sandbox", "Run the Metquay simulator alone, as an upstream for anything.")
+    parser.add_argument("--listen", default=SANDBOX_LISTEN, metavar="ADDRESS", help="host:port (default: %(default)s)")
+    command.add_flags(parser)
+    values = vars(parser.parse(arguments))
     try:
         address, *more = parse_listen(values.pop("listen"))
-        if more or address.path:
-            parser.error("--listen takes one host and port here")
-        rate_limit = parse_rate(values.pop("rate_limit"))
-        seed_file = values.pop("seed_file")
-        simulator = Sandbox(
-            rate_limit=rate_limit,
-            records=load_seed(seed_file) if seed_file else None,
-            faults=Faults().changed({name: value for name, value in values.items() if value is not None}),
-        )
+        simulator = command.simulator(values, parse_rate)
     except ValueError as error:
         parser.error(str(error))
-    from metquay_proxy.listeners import CannotListen  # noqa: PLC0415 - slow
-
+    if more or address.path:
+        parser.error("--listen takes one host and port here")
     try:
-        asyncio.run(_simulate(simulator, address))
-    except CannotListen as error:
-        _say(f"{PROGRAM}: {error.cause} Choose another place with --listen.")
-        return _FAILED
+        asyncio.run(command.run(simulator, address.host, address.port, listeners.listen(report), _print))
+    except listeners.CannotListen as error:
+        raise OSError(0, f"{error.cause} Choose another place with --listen.") from None
     return 0
-
-
-_FAULTS: Final = (
-    ("--latency", "SECONDS", "seconds before each answer"),
-    ("--jitter", "SECONDS", "up to so many seconds more, by chance"),
-    ("--retry-after", "on|off", "whether a 429 carries Retry-After (default: off)"),
-    ("--lose-answer", "RATE", "requests (0 to 1) that are executed and then dropped without an answer"),
-    ("--reset", "RATE", "answers (0 to 1) whose connection is reset in mid-body"),
-    ("--slow-body", "BYTES/S", "bytes a second of an answer's body"),
-)
-
-
-async def _simulate(simulator: Sandbox, address: Address) -> None:
-    import asyncio  # noqa: PLC0415 - slow
-    import signal  # noqa: PLC0415 - the other commands can do without
-
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    from metquay_proxy.listeners import listen  # noqa: PLC0415 - slow
-
-    listens = listen(
-        lambda why: _say(f"no new clients are let in: {why}" if why else "new clients are let in again"), 0
-    )
-    await simulator.start(address.host, address.port, listens)
-    try:
-        from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY  # noqa: PLC0415 - slow
-
-        login = f'{{\\"accessKey\\":\\"{ACCESS_KEY}\\",\\"secretKey\\":\\"{SECRET_KEY}\\"}}'
-        _print(
-            f"The Metquay simulator listens on {simulator.url}",
-            f"METQUAY_HOST={simulator.url}",
-            f"METQUAY_ACCESS_KEY={ACCESS_KEY}",
-            f"METQUAY_SECRET_KEY={SECRET_KEY}",
-            f'{"curl.exe" if sys.platform == "win32" else "curl"} -d "{login}" "{simulator.url}/authenticate"',
-        )
-        await stop.wait()
-    finally:
-        await simulator.stop()
 
 
 def _settings(arguments: Sequence[str]) -> int:
     from metquay_proxy.settings import SettingsError  # noqa: PLC0415 - slow
 
-    parser, secrets = _settings_parser(
-        "settings", "Print the settings in force, each with its source; secrets are masked."
-    )
+    parser = _settings_parser("settings", "Print the settings in force, each with its source; secrets are masked.")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    values = parser.parse(arguments, secrets)
+    values = parser.parse(arguments)
     try:
         settings = _load(values)
     except SettingsError as error:
         _print_settings(error.sources, as_json=values.json)
-        return _refuse(error)
+        raise
     _print_settings(settings.sources(), as_json=values.json)
-    _say(*(f"warning: {line}" for line in settings.warnings))
+    _print(*(f"warning: {line}" for line in settings.warnings), to=sys.stderr)
     return 0
 
 
-def _print_settings(sources: Iterable[Setting], *, as_json: bool) -> None:
+def _print_settings(sources: Sequence[Setting], *, as_json: bool) -> None:
     if as_json:
         import json  # noqa: PLC0415 - only this case pays for loading it
 
@@ -390,11 +317,11 @@ def _print_settings(sources: Iterable[Setting], *, as_json: bool) -> None:
 def _check(arguments: Sequence[str]) -> int:
     from metquay_proxy import check  # noqa: PLC0415 - slow
 
-    parser, secrets = _settings_parser("check", "Try, step by step, what lies between this machine and Metquay.")
+    parser = _settings_parser("check", "Try, step by step, what lies between this machine and Metquay.")
     parser.add_argument("--sandbox", action="store_true", help="try it on the built-in Metquay simulator")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    values = parser.parse(arguments, secrets)
-    return check.run(lambda: _load(values, sandbox=values.sandbox), sandbox=values.sandbox, as_json=values.json)
+    values = parser.parse(arguments)
+    return check.run(lambda: _load(values, sandbox=values.sandbox), as_json=values.json)
 
 
 def _health(arguments: Sequence[str]) -> int:
@@ -418,13 +345,10 @@ def _health(arguments: Sequence[str]) -> int:
     try:
         why = health.check(listen, ready=values.ready, tls=tls, wait=values.wait)
     except ValueError as error:
-        _say(f"METQUAY_LISTEN (--listen): {error}")
-        return _WRONG
-    if why is not None:
-        _say(why)
-        return _FAILED
-    _print("ready" if values.ready else "alive")
-    return 0
+        raise Refused(f"METQUAY_LISTEN (--listen): {error}") from None
+    well = "ready" if values.ready else "alive"
+    _print(why or well, to=sys.stderr if why else sys.stdout)
+    return _FAILED if why else 0
 
 
 COMMANDS: Final[dict[str, tuple[Callable[[Sequence[str]], int], str]]] = {
@@ -437,11 +361,6 @@ COMMANDS: Final[dict[str, tuple[Callable[[Sequence[str]], int], str]]] = {
 """Name to what runs it (arguments to exit code), and what it does."""
 
 
-def _overview() -> str:
-    lines = [f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["A local authenticating reverse proxy for the Metquay API.", "", "commands:", *lines])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; ``arguments`` are those after the program's name."""
     _mend_streams()
@@ -452,15 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = words.pop(0) if words and not words[0].startswith("-") else "serve"
     try:
         if command not in COMMANDS:
-            msg = f"unknown command {command}{_nearest(command, COMMANDS)}; see {PROGRAM} --help"
-            raise _UsageError(msg)
+            raise Refused(f"{PROGRAM}: unknown command {command}{_meant(command, [*COMMANDS])}; see {PROGRAM} --help")
         return COMMANDS[command][0](words)
-    except _UsageError as error:
-        _say(f"{PROGRAM}: {error}")
+    except Refused as error:
+        _print(*error.args, to=sys.stderr)
         return _WRONG
     except KeyboardInterrupt:
         return _FAILED if command == "health" else 0
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        _say(f"{PROGRAM}: {error.strerror or error}{where}")
+        _print(f"{PROGRAM}: {error.strerror or error}{where}", to=sys.stderr)
         return _FAILED

@@ -18,18 +18,10 @@ import re
 TYPE_CHECKING = False  # to import `typing` costs `health` 8 ms
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from typing import Final, NamedTuple
+    from typing import Final
 
-    class Line(NamedTuple):
-        """One statement of a ``.env`` file; ``name`` is None where it can't be read, ``value`` without a ``=``."""
-
-        number: int
-        text: str
-        name: str | None
-        value: str | None
-else:
-    Line = collections.namedtuple("Line", ("number", "text", "name", "value"))  # noqa: PYI024 - see above
-
+Line = collections.namedtuple("Line", ("number", "text", "name", "value"))  # noqa: PYI024 - see above
+"""One statement of a ``.env`` file; ``name`` is None where it can't be read, ``value`` without a ``=``."""
 PREFIX: Final = "METQUAY_"
 ENV_FILE: Final = ".env"
 
@@ -42,6 +34,22 @@ _STATEMENT: Final = r"""\s*(?P<text>(?:export[^\S\n]+)?
 """Matches at every place, since each part may be absent; what is left over on the line makes it unreadable."""
 _ESCAPES: Final = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 _REFERENCE: Final = re.compile(r"\$\{([^}:]*)(?::-([^}]*))?\}")
+
+
+class Refused(Exception):
+    """What was typed or set makes no sense: each argument is a line for people, and the exit code is 2."""
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the word that was probably meant, or nothing."""
+    import difflib  # noqa: PLC0415 - only a mistake pays for loading it
+
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)), "")
 
 
 def variables(found: Iterable[tuple[str | None, str | None]]) -> dict[str, str]:
@@ -66,19 +74,10 @@ def read_env_file(path: str, environ: Mapping[str, str]) -> list[Line]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise OSError(errno.EILSEQ, "it is not UTF-8 text; save it as UTF-8", path) from None
-    lines = _parse(text.replace("\r\n", "\n").replace("\r", "\n"))
-    known: dict[str, str | None] = dict(environ)
-    for index, line in enumerate(lines):
-        if line.name is not None:
-            value = line.value
-            if value is not None:
-                value = _REFERENCE.sub(lambda match: known.get(match[1], match[2]) or "", value)
-            known[line.name] = value
-            lines[index] = line._replace(value=value)
-    return lines
+    return _parse(text.replace("\r\n", "\n").replace("\r", "\n"), dict(environ))
 
 
-def _parse(text: str) -> list[Line]:
+def _parse(text: str, known: dict[str, str | None]) -> list[Line]:
     lines, number, end = [], 1, 0
     statement = re.compile(_STATEMENT, re.DOTALL | re.VERBOSE)  # 2 ms for who has a file
     while end < len(text):
@@ -86,22 +85,24 @@ def _parse(text: str) -> list[Line]:
         assert match is not None  # noqa: S101 - it matches everywhere
         number += text.count("\n", end, match.start("text"))
         name = match["quoted"] or match["name"]
-        whole = match[0].strip()
         if match["rest"]:
-            lines.append(Line(number, whole, None, None))
+            lines.append(Line(number, match[0].strip(), None, None))
         elif name:
-            lines.append(Line(number, whole, name, _value(match)))
+            known[name] = _value(match, known)
+            lines.append(Line(number, match[0].strip(), name, known[name]))
         number += text.count("\n", match.start("text"), match.end())
         end = match.end()
     return lines
 
 
-def _value(match: re.Match[str]) -> str | None:
+def _value(match: re.Match[str], known: Mapping[str, str | None]) -> str | None:
     gap, single, double, plain = match.group("gap", "single", "double", "plain")
+    if gap is None:
+        return None
     if single is not None:
-        return re.sub(r"\\([\\'])", r"\1", single)
-    if double is not None:
-        return re.sub(r"\\([\\'\"abfnrtv])", lambda escape: _ESCAPES.get(escape[1], escape[1]), double)
-    if plain is None or (gap and plain.startswith("#")):
-        return None if gap is None else ""
-    return re.sub(r"\s+#.*", "", plain).rstrip()
+        value = re.sub(r"\\([\\'])", r"\1", single)
+    elif double is not None:
+        value = re.sub(r"\\([\\'\"abfnrtv])", lambda escape: _ESCAPES.get(escape[1], escape[1]), double)
+    else:
+        value = re.sub(r"\A#.*|\s+#.*" if gap else r"\s+#.*", "", plain or "").rstrip()
+    return _REFERENCE.sub(lambda reference: known.get(reference[1], reference[2]) or "", value)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import socket
-import sys
 import time
 
 from metquay_proxy.environment import ENV_FILE, PREFIX, read_env_file, variables
@@ -18,19 +17,24 @@ from metquay_proxy.rules.address import parse_listen
 
 TYPE_CHECKING = False  # to import `typing` costs 8 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Final
+    from collections.abc import Mapping
+    from typing import Final, Protocol
 
     from metquay_proxy.rules.address import Address
+
+    class Clock(Protocol):
+        """What tells the time and lets it pass, in seconds, as ``time`` does."""
+
+        def monotonic(self) -> float: ...  # noqa: D102 - as there
+        def sleep(self, seconds: float, /) -> None: ...  # noqa: D102 - as there
+
 
 TIMEOUT: Final = 5.0
 """Seconds that one question may take."""
 INTERVAL: Final = 0.1
 """Seconds between two questions of ``--wait``."""
 
-_MAX_ANSWER: Final = 4096
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r\n]")
-_OK: Final = 200
 
 
 def find(variable: str, environ: Mapping[str, str], env_file: str = ENV_FILE) -> str | None:
@@ -39,20 +43,11 @@ def find(variable: str, environ: Mapping[str, str], env_file: str = ENV_FILE) ->
     Raises ``OSError`` where the file is there and cannot be read.
     """
     name = variable.removeprefix(PREFIX).lower()
-    if name in (found := variables(environ.items())):
-        return found[name]
-    return variables((line.name, line.value) for line in read_env_file(env_file, environ)).get(name)
+    found = variables(environ.items()).get(name)
+    return found or variables((line.name, line.value) for line in read_env_file(env_file, environ)).get(name)
 
 
-def check(  # noqa: PLR0913 - what to ask, how long, and the clock
-    listen: str,
-    *,
-    ready: bool = False,
-    tls: bool = False,
-    wait: float = 0,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> str | None:
+def check(listen: str, *, ready: bool = False, tls: bool = False, wait: float = 0, clock: Clock = time) -> str | None:
     """Return None as soon as the proxy at the first address of ``listen`` is alive (or ready), else why it is not.
 
     ``wait`` is in seconds; 0 asks once. Raises ``ValueError`` where ``listen`` is malformed.
@@ -61,51 +56,47 @@ def check(  # noqa: PLR0913 - what to ask, how long, and the clock
     if not address.path and not address.port:
         return f"{address} leaves the port to the system: give health the port that the proxy printed, with --listen"
     path = "/-/ready" if ready else "/-/live"
-    end = clock() + wait
+    end = clock.monotonic() + wait
     while True:
+        timeout = min(TIMEOUT, max(INTERVAL, end - clock.monotonic())) if wait else TIMEOUT
         try:
-            why = _judge(
-                _ask(address, path, tls=tls, timeout=min(TIMEOUT, max(INTERVAL, end - clock())) if wait else TIMEOUT)
-            )
+            why = _judge(ask(address, path, tls=tls, timeout=timeout))
         except OSError as error:
             why = f"{error.strerror or error}; is the proxy running?"
-        left = end - clock()
+        left = end - clock.monotonic()
         if why is None or left <= 0:
             return why and f"{address}{path}: {why}"
-        sleep(min(INTERVAL, left))
+        clock.sleep(min(INTERVAL, left))
 
 
-def _ask(address: Address, path: str, *, tls: bool, timeout: float) -> bytes:
-    answer = b""
-    with _connect(address, timeout, tls=tls) as connection:
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+def ask(address: Address, path: str, *, tls: bool, timeout: float = TIMEOUT) -> bytes:
+    """Return what is answered to ``GET path`` where an address is reached, as far as it comes in ``timeout`` seconds.
+
+    Raises ``OSError``; of several hosts the first's, since a machine that lacks the other family says less about it.
+    """
+    failure, share = None, timeout / len(address.reach)
+    for host in address.reach:
+        family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            while len(answer) < _MAX_ANSWER and (received := connection.recv(_MAX_ANSWER)):
-                answer += received
-        except ConnectionResetError:
-            return answer  # a TLS listener may end a clear-text question so
-    return answer
-
-
-def _connect(address: Address, timeout: float, *, tls: bool) -> socket.socket:
-    targets: list[tuple[int, str | tuple[str, int]]] = [
-        (socket.AF_INET6 if ":" in host else socket.AF_INET, (host, address.port)) for host in address.reach
-    ]
-    if sys.platform != "win32" and address.path:
-        targets = [(socket.AF_UNIX, address.path)]
-    failures = []
-    for family, target in targets:
-        connection = None
-        try:
-            connection = socket.socket(family)
-            connection.settimeout(timeout)
-            connection.connect(target)
-            return _over_tls(connection) if tls else connection
+            with socket.socket(family) as plain:
+                plain.settimeout(share)
+                plain.connect(address.path or (host, address.port))
+                with _over_tls(plain) if tls else plain as connection:
+                    return _answer(connection, path, time.monotonic() + share)
         except OSError as error:
-            failures.append(error)
-            if connection is not None:
-                connection.close()
-    raise failures[0]  # a machine that lacks the other family says less about it
+            failure = failure or error
+    raise failure or OSError
+
+
+def _answer(connection: socket.socket, path: str, end: float) -> bytes:
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    answer = b""
+    try:
+        while len(answer) < 1 << 20 and time.monotonic() < end and (received := connection.recv(1 << 16)):
+            answer += received
+    except ConnectionResetError:
+        return answer  # a TLS listener may end a clear-text question so
+    return answer
 
 
 def _over_tls(connection: socket.socket) -> socket.socket:
@@ -120,12 +111,12 @@ def _over_tls(connection: socket.socket) -> socket.socket:
 
 
 def _judge(answer: bytes) -> str | None:
-    match = _STATUS_LINE.match(answer)
-    if match is None and answer:
-        return "no HTTP answer"
-    if match is None:
+    if not answer:
         return "closed without an answer; does it serve TLS? Then METQUAY_TLS_CERT must be set here too"
-    if int(match[1]) == _OK:
+    match = _STATUS_LINE.match(answer)
+    if match is None:
+        return "no HTTP answer"
+    if match[1] == b"200":
         return None
     state = answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace").strip()
     return f"status {match[1].decode()}" + (f", {state[:200]}" if state.isprintable() and state else "")

@@ -1,54 +1,43 @@
 """What is told about exchanges: a log line each, figures for Prometheus, the last ones and the last hour for the page.
 
-Owns the books of what happened, the logging set-up and the masking of targets. Must not decide anything
-about a request, and must cost it next to nothing: an exchange is counted in plain dictionaries and lists, and turned
-into text only for a log or a reader that there is.
+Owns the books of what happened, and what an exchange's line holds. Must not decide anything about a request, and must
+cost it next to nothing: an exchange is counted in plain dictionaries and lists, and turned into an event only for a log
+or a reader that there is.
 
 Facts: query values can hold customers' names, bodies can hold passwords (the older interface sends them there): neither
-is ever logged. A traceback that shows local variables would show tokens. Prometheus wants cumulative buckets, and
-labels of few values: no ids, no clients.
+is ever logged. Prometheus wants cumulative buckets, and labels of few values: no ids, no clients.
 """
 
 from __future__ import annotations
 
-import asyncio
-import atexit
-import contextlib
-import logging
-import math
-import os
 import re
-import sys
 import time
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import accumulate, islice
-from json.encoder import encode_basestring_ascii as quoted
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final
 
-import structlog
+from metquay_proxy.log import LEVELS, log, output, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Mapping
 
     from metquay_proxy.exchange.exchange import Exchange
-    from metquay_proxy.exchange.tokens import TokenEvent
-
-log: structlog.stdlib.BoundLogger = structlog.get_logger("metquay_proxy")
+    from metquay_proxy.rules.renewal import TokenEvent
 
 BOUNDS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
 """Upper ends of the buckets of every histogram, in seconds."""
 RECENT: Final = 100
 """Exchanges that are kept for the status page; whoever reads too slowly misses those in between."""
+_LONGEST_PATH: Final = 1024
+_LONGEST_CALLER: Final = 80
+_LONGEST_AGENT: Final = 200
+"""Characters that are told of what a client chooses."""
+_UNUSUAL: Final = ("address", "replayed", "error", "reason")
 _REFUSALS: Final = 10_000
-_HELD: Final = 0.2
-_WORTH_TELLING: Final = 0.001
-"""Seconds of waiting that the console's line tells of."""
-_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-_SILENT: Final = 100
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
 _RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
 _OUTAGE: Final = frozenset({502, 503, 504})
@@ -64,54 +53,34 @@ def level(exchange: Exchange) -> str:
     return "error" if error == "credentials-rejected" else "warning"
 
 
-def line(it: Exchange) -> str:
-    """Return the JSON object that the log and the status page tell of it, without a line's end."""
+def event(it: Exchange) -> dict[str, Any]:
+    """Return what the log and the status page tell of it. What is not known is left out, but for who asked."""
     second = int(it.ended)
-    stamp = f"{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z"
-    return (
-        f'{{"event": "request", "level": "{level(it)}", "timestamp": "{stamp}", "id": "{it.id}", '
-        f'{_whom((it.client or it.caller)[:80], it.agent[:200], it.address)}, "method": "{it.method}", '
-        f'"path": {_shown(it.path)}, "status": {it.status}, "answered_by": "{it.answered_by}", '
-        f'"ms": {it.seconds * 1000:.1f}, "waited_ms": {it.waited * 1000:.1f}, "attempts": {it.attempts}'
-        + (', "replayed": true' if it.replayed else "")
-        + (f', "error": "{it.error}"' if it.error else "")
-        + (f', "reason": {quoted(it.reason)}}}' if it.reason else "}")
-    )
-
-
-def told(exchange: Exchange) -> tuple[str, dict[str, Any]]:
-    """Return the same for eyes: what every line tells, in order, and by name what is out of the ordinary."""
-    path, who = masked(exchange.path), exchange.client or exchange.caller[:80] or "-"
-    unusual = {
-        "error": exchange.error,
-        "reason": exchange.reason,
-        "replayed": exchange.replayed or None,
-        "waited_ms": round(exchange.waited * 1000, 1) if exchange.waited >= _WORTH_TELLING else None,
-        "attempts": exchange.attempts if exchange.attempts > 1 else None,
-        "address": exchange.address,
+    told = {
+        "event": "request",
+        "level": level(it),
+        "timestamp": f"{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z",
+        "id": it.id,
+        "client": (it.client or it.caller)[:_LONGEST_CALLER] or None,
+        "method": it.method,
+        "path": masked(it.path),
+        "status": it.status,
+        "answered_by": it.answered_by,
+        "ms": round(it.seconds * 1000, 1),
+        "waited_ms": round(it.waited * 1000, 1),
+        "attempts": it.attempts,
     }
-    text = f"{exchange.method} {path} {exchange.status or '-'} {exchange.seconds * 1000:.1f} ms {who}"
-    return text, {name: value for name, value in unusual.items() if value is not None}
-
-
-@lru_cache(maxsize=256)
-def _whom(who: str, agent: str, address: str | None) -> str:
-    """Return who asked, as members of a JSON object; a tool is the same from one request to the next."""
-    told = f'"client": {quoted(who) if who else "null"}'
-    if agent:
-        told += f', "user_agent": {quoted(agent)}'
-    return told if address is None else f'{told}, "address": "{address}"'
+    if it.agent:
+        told["user_agent"] = it.agent[:_LONGEST_AGENT]
+    for name in _UNUSUAL:
+        if value := getattr(it, name):
+            told[name] = value
+    return told
 
 
 @lru_cache(maxsize=2)
 def _to_second(second: int) -> str:
     return datetime.fromtimestamp(second, UTC).isoformat()[:-6]
-
-
-@lru_cache(maxsize=256)
-def _shown(target: str) -> str:
-    """Return a target as a JSON string that tells no value; tools ask for the same again and again."""
-    return quoted(masked(target))
 
 
 @dataclass(slots=True)
@@ -146,29 +115,27 @@ class Telemetry:
         self._recent: deque[Exchange] = deque(maxlen=RECENT)
         self._remembered = 0
         self._refusals: deque[float] = deque(maxlen=_REFUSALS)
-        self._minutes: deque[list[float]] = deque([[-math.inf, 0, 0, 0, 0, 0]], maxlen=60)
+        self._minutes: deque[list[float]] = deque([[float("-inf"), 0, 0, 0, 0, 0]], maxlen=60)
 
     def opened(self) -> None:
         """Count an exchange that begins."""
         self.active += 1
 
     def closed(self, exchange: Exchange) -> None:
-        """Log the exchange and count it."""
+        """Log the exchange and count it; those of the proxy's own pages are counted as requests only."""
         now = time.perf_counter()
         exchange.ended = time.time()
         exchange.seconds = now - exchange.began
+        exchange.path = path = exchange.path[:_LONGEST_PATH]
         self.active -= 1
         self.finished += 1
-        route = self._route(exchange.path)
-        key = (exchange.method, route, exchange.status, exchange.answered_by)
-        self._requests[key] = self._requests.get(key, 0) + 1
-        if not (exchange.quiet or exchange.path.startswith("/-/")):
-            self._remember(exchange, now)
-        if _LEVELS[level(exchange)] >= _output.threshold:
-            _output.request(exchange)
-
-    def _remember(self, exchange: Exchange, now: float) -> None:
         status, attempts = exchange.status, exchange.attempts
+        key = (exchange.method, self._route(path), status, exchange.answered_by)
+        self._requests[key] = self._requests.get(key, 0) + 1
+        if LEVELS[level(exchange)] >= output.threshold:
+            output.tell(event(exchange))
+        if exchange.quiet or path.startswith("/-/"):
+            return
         if attempts:
             waited, upstream = exchange.waited, exchange.upstream
             self._waited.observe(waited)
@@ -201,9 +168,8 @@ class Telemetry:
     def since(self, number: int) -> tuple[list[str], int, int]:
         """Return (the exchanges after the ``number``-th, as JSON; how many of them are lost; the last number)."""
         new = self._remembered - number
-        kept = min(new, len(self._recent))
-        exchanges = islice(self._recent, len(self._recent) - kept, None)
-        return [line(exchange) for exchange in exchanges], new - kept, self._remembered
+        exchanges = list(self._recent)[-new:] if new else []
+        return [to_json(event(each)) for each in exchanges], new - len(exchanges), self._remembered
 
     def refused(self) -> int:
         """Return how many requests the quota refused in the last minute."""
@@ -253,8 +219,7 @@ class Telemetry:
         for state, number in status["connections"].items():
             connections.add_metric([state], number)
         families.append(connections)
-        token, quota, redis = status["token"], status["quota"] or {}, status.get("redis") or {}
-        audit = status.get("audit") or {}
+        token, quota, redis, audit = (status.get(part) or {} for part in ("token", "quota", "redis", "audit"))
         for kind, name, text, value in (
             (CounterMetricFamily, "retries", "Attempts after the first.", self._retries),
             (CounterMetricFamily, "token_renewals", "Logins that brought a token.", token["renewals"]),
@@ -273,6 +238,7 @@ class Telemetry:
             (CounterMetricFamily, "redis_failures", "Calls that Redis did not carry out.", redis.get("failures")),
             (GaugeMetricFamily, "audit_waiting", "Lines of the audit log yet to be written.", audit.get("waiting")),
             (CounterMetricFamily, "audit_lost", "Lines that the audit log lacks.", audit.get("lost")),
+            (CounterMetricFamily, "log_lost", "Lines that standard error did not take.", output.writer.lost),
         ):
             if value is not None:
                 families.append(kind(f"metquay_proxy_{name}", text, value=float(value)))
@@ -282,6 +248,7 @@ class Telemetry:
         return generate_latest(registry)
 
 
+@lru_cache(maxsize=256)
 def masked(target: str) -> str:
     """Return a target without the values of its query; what has no equals sign is all value."""
     path, mark, query = target.partition("?")
@@ -289,96 +256,3 @@ def masked(target: str) -> str:
         return path
     parts = query.split("&")
     return f"{path}?" + "&".join([f"{part.partition('=')[0]}=*" if "=" in part else part and "*" for part in parts])
-
-
-class _Output:
-    """Standard error, for all that logs. Request lines are held for at most 0.2 s, and go out before anything else."""
-
-    def __init__(self) -> None:
-        self.stream: TextIO = sys.stderr
-        self.as_json = False
-        self.threshold = _SILENT
-        """The least level of a request's line that is written; none is before logging was set up."""
-        self._held: list[str] = []
-
-    def request(self, exchange: Exchange) -> None:
-        """Log an exchange; from within the event loop."""
-        if self.as_json:
-            if not self._held:
-                asyncio.get_running_loop().call_later(_HELD, self.flush)
-            self._held.append(f"{line(exchange)}\n")
-        else:
-            text, unusual = told(exchange)
-            log.log(_LEVELS[level(exchange)], text, **unusual)
-
-    def write(self, text: str) -> None:
-        """Write what was held, then ``text``."""
-        held, self._held = self._held, []
-        # Nobody reads the log any more: that must not fail a request.
-        with contextlib.suppress(OSError):
-            self.stream.write("".join(held) + text)
-            self.stream.flush()
-
-    def flush(self) -> None:
-        """Write what was held."""
-        if self._held:
-            self.write("")
-
-
-_output: Final = _Output()
-atexit.register(_output.flush)
-
-
-def configure_logging(level: str, form: str) -> bool:
-    """Send structlog's, the standard library's and Python's own messages to standard error, through one chain.
-
-    ``form``: ``console``, ``json``, or ``auto`` (console on a terminal, JSON otherwise). Return whether it is JSON.
-    """
-    _output.stream, _output.as_json = sys.stderr, form == "json" or (form == "auto" and not sys.stderr.isatty())
-    _output.threshold = _LEVELS[level]
-    shared: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso" if _output.as_json else "%Y-%m-%d %H:%M:%S", utc=_output.as_json),
-    ]
-    renderers: list[structlog.typing.Processor]
-    if _output.as_json:
-        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        renderers = [
-            structlog.processors.ExceptionRenderer(tracebacks),
-            _event_first,
-            structlog.processors.JSONRenderer(),
-        ]
-    else:
-        # no-color.org; and structlog's colours need another package on Windows
-        colours = _output.stream.isatty() and not os.environ.get("NO_COLOR") and sys.platform != "win32"
-        console = structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=structlog.dev.plain_traceback)
-        renderers = [_printable, console]
-    structlog.configure(
-        processors=[*shared, *renderers],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(_output),  # type: ignore[arg-type] # it writes and flushes
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler(_output)
-    drop = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    chain = structlog.stdlib.ProcessorFormatter(
-        processors=[drop, *renderers], foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name]
-    )
-    handler.setFormatter(chain)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(_LEVELS[level])
-    logging.captureWarnings(capture=True)
-    return _output.as_json
-
-
-def _printable(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Escape what a terminal would obey; tracebacks are ours, and have lines."""
-    for name, value in event.items():
-        if isinstance(value, str) and name != "exception" and not value.isprintable():
-            event[name] = "".join(each if each.isprintable() else repr(each)[1:-1] for each in value)
-    return event
-
-
-def _event_first(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return {**{name: event.pop(name) for name in ("event", "level", "timestamp")}, **event}

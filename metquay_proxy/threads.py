@@ -3,70 +3,71 @@
 Owns the threads, and for lines that are written the queue and the count of what was lost. Must not know what is called,
 what the lines hold or where they go. The threads are daemons: a call that never returns does not keep the program from
 ending, as it would in one of the loop's own.
+
+Facts: a finalizer may log in the midst of ``put``, and of the queues only ``SimpleQueue`` may be entered again there.
+Python changes threads at calls and jumps, never within ``+= 1``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import queue
 import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_GLANCE: Final = 0.002
+"""Seconds from one look whether all is written to the next."""
 _T = TypeVar("_T")
-
-KEPT: Final = 1000
-"""Lines that wait at most; further ones are lost."""
-PAUSE: Final = 1.0
-"""Seconds from a write that failed to the next attempt."""
 
 
 def in_thread(call: Callable[[], _T]) -> asyncio.Future[_T]:
     """Call in a thread; return a future of the running loop, which gets what it returns or raises."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[_T] = loop.create_future()
+    done: Future[_T] = Future()
+    done.set_running_or_notify_cancel()  # who no longer waits leaves the thread a future that it can settle
 
     def run() -> None:
         try:
-            settle = functools.partial(done.set_result, call())
+            done.set_result(call())
         except Exception as error:  # noqa: BLE001 - whatever it is, it must reach who waits in the loop
-            settle = functools.partial(done.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(lambda: done.done() or settle())
+            done.set_exception(error)
 
     threading.Thread(target=run, name="call", daemon=True).start()
-    return done
+    return asyncio.wrap_future(done)
 
 
+@dataclass(eq=False)
 class Writer:
-    """Writes lines in their order. A line that can't be written is kept and tried again; nothing is ever raised."""
+    """Writes lines in their order. What can't be written is kept and tried again; nothing is ever raised.
 
-    def __init__(
-        self,
-        write: Callable[[bytes], None],
-        report: Callable[[str | None], None],
-        *,
-        kept: int = KEPT,
-        pause: float = PAUSE,
-    ) -> None:
-        """``write`` is called in the thread, with a line or (``wake``) none, and raises ``OSError`` where it failed.
+    Lines may come from any thread.
+    """
 
-        ``report`` is told, from either thread, once why lines can't be written, and once (None) that all are again.
-        """
-        self._write = write
-        self._report = report
-        self._kept = kept
-        self._pause = pause
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._closing = threading.Event()
+    write: Callable[[bytes], None]
+    """Called in the thread, with a line; raises ``OSError`` where it failed, and then gets the same again."""
+    report: Callable[[str | None], None]
+    """Called from either thread: once with why lines can't be written, and once with None when all are again."""
+    kept: int = 1000
+    """Lines that wait at most; further ones are lost."""
+    pause: float = 1.0
+    """Seconds from a write that failed to the next attempt."""
+    gather: float = 0.0
+    """Seconds from one write to the next, which then is of all lines that wait; 0: each line is written by itself."""
+    trouble: str | None = field(default=None, init=False)
+    """Why lines can't be written, while that is so."""
+
+    def __post_init__(self) -> None:
+        """Begin; the thread starts with the first line."""
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._to_start = iter([self._thread])
+        self._closing, self._hurry = threading.Event(), threading.Event()
         self._taken = self._written = self._refused = 0
-        self.trouble: str | None = None
-        """Why lines can't be written, while that is so."""
 
     @property
     def waiting(self) -> int:
@@ -80,49 +81,55 @@ class Writer:
 
     def put(self, line: bytes) -> None:
         """Take a line; it is lost where too many wait already, or after ``close``. Returns at once."""
-        if self._closing.is_set() or self.waiting >= self._kept:
+        if self._closing.is_set() or self.waiting >= self.kept:
             self._refused += 1
             self._note(self.trouble or "writing takes too long")
             return
         self._taken += 1
-        self._hand_over(line)
-
-    def wake(self) -> None:
-        """Have ``write`` called once without a line, which takes no place and counts as none."""
-        if not self._closing.is_set():
-            self._hand_over(b"")
-
-    def _hand_over(self, line: bytes) -> None:
         self._lines.put(line)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-            self._thread.start()
+        for thread in self._to_start:  # taken from there in one operation, whoever comes at the same time
+            thread.start()
+
+    def flush(self, timeout: float) -> None:
+        """Wait until what was put before is written, for at most ``timeout`` seconds."""
+        until = time.monotonic() + timeout
+        self._hurry.set()
+        while self.waiting and time.monotonic() < until:
+            time.sleep(_GLANCE)
+        self._hurry.clear()
 
     def close(self, timeout: float) -> bool:
-        """Write what waits, each line with one attempt more, for at most ``timeout`` seconds; return whether it ended.
+        """Write what waits, for at most ``timeout`` seconds and until that fails; return whether the thread ended.
 
         What could not be written counts as lost, and is reported.
         """
         self._closing.set()
-        if self._thread is not None:
-            self._lines.put(None)
-            self._thread.join(timeout)
+        self._hurry.set()
+        if self._thread.ident is None:
+            return True
+        self._lines.put(b"")  # it may be waiting for one
+        self._thread.join(timeout)
         if self.waiting:
-            self._report(f"{self.trouble or 'writing takes too long'}; lines lost at the end: {self.waiting}")
-        return self._thread is None or not self._thread.is_alive()
+            self.report(f"{self.trouble or 'writing takes too long'}; lines lost at the end: {self.waiting}")
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while (line := self._lines.get()) is not None:
-            while not self._attempt(line) and not self._closing.is_set():
-                self._closing.wait(self._pause)
+        while not (self._closing.is_set() and self._lines.empty()):
+            lines = [self._lines.get()]
+            lines += [self._lines.get() for _ in range(self._lines.qsize() if self.gather else 0)]
+            while any(lines) and not self._attempt(lines):
+                if self._closing.is_set():
+                    return
+                self._closing.wait(self.pause)
+            self._hurry.wait(self.gather)
 
-    def _attempt(self, line: bytes) -> bool:
+    def _attempt(self, lines: list[bytes]) -> bool:
         try:
-            self._write(line)
+            self.write(b"".join(lines))
         except OSError as error:
             self._note(error.strerror or str(error))
             return False
-        self._written += bool(line)
+        self._written += len(lines) - lines.count(b"")
         if self._lines.empty():
             self._note(None)
         return True
@@ -131,4 +138,4 @@ class Writer:
         news = (trouble is None) != (self.trouble is None)
         self.trouble = trouble
         if news:
-            self._report(trouble and f"{trouble}; {self._kept} lines are kept until that is mended, more are lost")
+            self.report(trouble and f"{trouble}; {self.kept} lines are kept until that is mended, more are lost")

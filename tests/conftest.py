@@ -18,15 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 MAY_BLOCK = {
+    "threads.py": {"flush"},  # nobody is served yet, or any more
     "audit.py": {"open_log", "try_log"},  # done before anybody is served
     "check.py": {"probed"},  # a command that serves nobody
     "app.py": {"stop"},  # nobody is served any more
-    "listeners.py": {"bind"},  # nobody is served yet
-    "reload.py": {"__post_init__", "serving_context"},  # nobody is served yet
-    "downstream/connection.py": {"_as_error"},  # a traceback quotes the source
+    "listeners.py": {"bind", "serving_context"},  # nobody is served yet
+    "reload.py": {"__post_init__"},  # nobody is served yet
+    "downstream/handler.py": {"_failed"},  # a traceback quotes the source
     "replicas/store.py": {"get_credentials"},  # one small file at each connection to Redis
     "settings.py": {"load", "validate"},  # done before there is a loop, but for tests
-    "upstream/pool.py": {"tls_context"},  # the certificates at the start
+    "upstream/dial.py": {"tls_context"},  # the certificates at the start
 }
 """The functions of each module under which a call may block the event loop."""
 

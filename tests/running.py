@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from metquay_proxy.app import Proxy
-from metquay_proxy.exchange.tokens import Credentials
+from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.rules.target import BaseURL
-from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Sandbox
 from metquay_proxy.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,6 +43,17 @@ class FastTime:
     def call_later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
         """Call back after so many seconds of this clock."""
         return asyncio.get_running_loop().call_later(seconds / self._speed, callback)
+
+
+@contextlib.asynccontextmanager
+async def simulated(**options: Any) -> AsyncIterator[Sandbox]:  # noqa: ANN401 - of the sandbox
+    """Run a simulated Metquay, without a quota unless told otherwise."""
+    sandbox = Sandbox(**{"rate_limit": None} | options)
+    await sandbox.start()
+    try:
+        yield sandbox
+    finally:
+        await sandbox.stop()
 
 
 @contextlib.asynccontextmanager

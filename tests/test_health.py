@@ -6,14 +6,14 @@ import socket
 import ssl
 import sys
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import trustme
 
 from metquay_proxy import health, settings
-from metquay_proxy.rules.address import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,60 +22,43 @@ if TYPE_CHECKING:
 ALIVE = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nalive"
 NOT_READY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 8\r\n\r\nno token"
 
-unix_only = pytest.mark.skipif(sys.platform == "win32", reason="Python has no unix sockets on Windows")
 
+@contextmanager
+def serving(listener: socket.socket, *answers: bytes, tls: ssl.SSLContext | None = None) -> Iterator[list[bytes]]:
+    """Give one answer to each connection in turn, the last one again and again; yields what was asked."""
+    listener.listen()
+    left, asked = list(answers), list[bytes]()
 
-class Server:
-    """Gives one answer to each connection, in turn (the last one again and again), and keeps what it was asked."""
-
-    def __init__(self, listener: socket.socket, *answers: bytes, tls: ssl.SSLContext | None = None) -> None:
-        self.listener = listener
-        self.answers = list(answers)
-        self.asked: list[bytes] = []
-        self.tls = tls
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        return int(self.listener.getsockname()[1])
-
-    def serve(self) -> None:
-        """Answer until the listener is closed."""
+    def serve() -> None:
         while True:
             try:
-                connection, _ = self.listener.accept()
+                connection, _ = listener.accept()
             except OSError:
                 return  # the test has ended
             try:
-                if self.tls:
-                    connection = self.tls.wrap_socket(connection, server_side=True)
-                self.asked.append(connection.recv(4096))
-                connection.sendall(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
+                if tls:
+                    connection = tls.wrap_socket(connection, server_side=True)
+                asked.append(connection.recv(4096))
+                connection.sendall(left.pop(0) if len(left) > 1 else left[0])
             except OSError as error:
-                self.asked.append(str(error).encode())
+                asked.append(str(error).encode())
             connection.close()
 
-
-@contextmanager
-def serving(listener: socket.socket, *answers: bytes, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
-    """Run a ``Server`` in a thread."""
-    listener.listen()
-    server = Server(listener, *answers, tls=tls)
-    thread = threading.Thread(target=server.serve)
+    thread = threading.Thread(target=serve)
     thread.start()
     try:
-        yield server
+        yield asked
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join()
 
 
-def loopback(host: str = "127.0.0.1") -> socket.socket:
-    """Return a socket bound to a free port."""
+def loopback(host: str = "127.0.0.1") -> tuple[socket.socket, int]:
+    """Return a socket bound to a free port, and that port."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.bind((host, 0))
-    return listener
+    return listener, listener.getsockname()[1]
 
 
 class Clock:
@@ -85,7 +68,7 @@ class Clock:
         self.now = 100.0
         self.slept: list[float] = []
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         """Return the time in seconds."""
         return self.now
 
@@ -100,34 +83,26 @@ class Clock:
 )
 def test_a_living_proxy_is_found(listen: str) -> None:
     """Wildcard listeners are asked at a loopback address, and of several the first is asked."""
-    with serving(loopback(), ALIVE) as server:
-        assert health.check(listen.format(server.port)) is None
-    assert [b"GET /-/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"] == server.asked
+    listener, port = loopback()
+    with serving(listener, ALIVE) as asked:
+        assert health.check(listen.format(port)) is None
+    assert [b"GET /-/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"] == asked
 
 
 def test_a_proxy_on_ipv6_alone_is_found() -> None:
     """``localhost`` means either family."""
     try:
-        listener = loopback("::1")
+        listener, port = loopback("::1")
     except OSError:
         pytest.skip("this machine has no ::1")
-    with serving(listener, ALIVE) as server:
-        assert health.check(f"localhost:{server.port}") is None
-        assert health.check(f"[::1]:{server.port}") is None
-        assert health.check(f"[::]:{server.port}") is None
-
-
-def test_readiness_is_another_question() -> None:
-    """``--ready`` asks /-/ready, and tells what was answered."""
-    with serving(loopback(), NOT_READY) as server:
-        listen = f"127.0.0.1:{server.port}"
-        assert f"{listen}/-/ready: status 503, no token" == health.check(listen, ready=True)
-    assert server.asked[0].startswith(b"GET /-/ready ")
+    with serving(listener, ALIVE):
+        assert [None] * 3 == [health.check(f"{host}:{port}") for host in ("localhost", "[::1]", "[::]")]
 
 
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
+        (NOT_READY, "status 503, no token"),
         (b"HTTP/1.1 404 Not Found\r\n\r\n", "status 404"),
         (b"HTTP/1.1 500 Oops\r\n\r\n\x1b[31mred", "status 500"),
         (b"HTTP/1.1 503 Busy\r\n\r\n" + b"x" * 9000, "status 503, " + "x" * 200),
@@ -137,85 +112,91 @@ def test_readiness_is_another_question() -> None:
     ],
 )
 def test_another_answer_is_told_in_one_clean_line(answer: bytes, why: str) -> None:
-    """Whatever listens there can't write control characters or pages onto the terminal."""
-    with serving(loopback(), answer) as server:
-        listen = f"127.0.0.1:{server.port}"
-        assert f"{listen}/-/live: {why}" == health.check(listen)
+    """Whatever listens there can't write control characters or pages onto the terminal; ``--ready`` asks /-/ready."""
+    listener, port = loopback()
+    with serving(listener, answer) as asked:
+        assert f"127.0.0.1:{port}/-/ready: {why}" == health.check(f"127.0.0.1:{port}", ready=True)
+    assert asked[0].startswith(b"GET /-/ready ")
 
 
-def test_nobody_listening_is_told() -> None:
-    """The first family's error is the one that is told."""
-    listener = loopback()
-    port = listener.getsockname()[1]
+def test_nobody_to_ask() -> None:
+    """The first family's error is told; an address that can't be asked is a wrong setting, not a sick proxy."""
+    listener, port = loopback()
     listener.close()
     assert f"localhost:{port}/-/live: Connection refused; is the proxy running?" == health.check(f"localhost:{port}")
-
-
-def test_a_port_that_the_system_chose_must_be_given() -> None:
-    """METQUAY_LISTEN alone does not say where such a proxy is."""
     assert "with --listen" in str(health.check("localhost:0"))
-
-
-def test_a_malformed_address_is_the_callers_affair() -> None:
-    """It is a wrong setting, not a sick proxy."""
     with pytest.raises(ValueError, match="is not a host and a port"):
         health.check("nonsense")
 
 
-@unix_only
+@pytest.mark.skipif(sys.platform == "win32", reason="Python has no unix sockets on Windows")
 def test_a_unix_socket_is_asked(tmp_path: Path) -> None:
-    """Its path stands in METQUAY_LISTEN."""
+    """Its path stands in METQUAY_LISTEN; an owner that accepts nobody is not waited for."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "s"))
     with serving(listener, ALIVE):
         assert health.check(f"unix:{tmp_path}/s") is None
-    assert f"unix:{tmp_path}/t/-/live: No such file or directory; is the proxy running?" == health.check(
-        f"unix:{tmp_path}/t"
-    )
+    there, none = f"unix:{tmp_path}/full", f"unix:{tmp_path}/t"
+    assert f"{none}/-/live: No such file or directory; is the proxy running?" == health.check(none)
+    with socket.socket(socket.AF_UNIX) as full, ExitStack() as waiting:
+        full.bind(str(tmp_path / "full"))
+        full.listen(0)
+        for client in [waiting.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3)]:
+            client.setblocking(False)  # noqa: FBT003 - the standard library's own
+            client.connect_ex(str(tmp_path / "full"))
+        assert "is the proxy running?" in str(health.check(there))
 
 
 def test_the_proxys_own_tls_is_spoken_but_not_judged() -> None:
-    """The certificate names the tools' host, and may be the lab's own."""
+    """The certificate names the tools' host, and may be the lab's own; set on one side alone, it is told in a line."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("proxy.lab.example").configure_cert(context)
-    with serving(loopback(), ALIVE, tls=context) as server:
-        listen = f"127.0.0.1:{server.port}"
-        assert health.check(listen, tls=True) is None
-        assert f"{listen}/-/live: closed without an answer" in str(health.check(listen))
+    listener, port = loopback()
+    with serving(listener, ALIVE, tls=context):
+        assert health.check(f"127.0.0.1:{port}", tls=True) is None
+        assert "/-/live: closed without an answer" in str(health.check(f"127.0.0.1:{port}"))
+    listener, port = loopback()
+    with serving(listener, ALIVE):
+        assert "is the proxy running?" in str(health.check(f"127.0.0.1:{port}", tls=True))
 
 
-def test_tls_to_a_plain_proxy_fails_with_a_line() -> None:
-    """METQUAY_TLS_CERT is set here and not there."""
-    with serving(loopback(), ALIVE) as server:
-        assert "is the proxy running?" in str(health.check(f"127.0.0.1:{server.port}", tls=True))
-
-
-def test_waiting_ends_as_soon_as_it_is_so() -> None:
-    """``--wait`` asks every tenth of a second."""
+@pytest.mark.parametrize(
+    ("answers", "wait", "why", "slept"),
+    [
+        ([NOT_READY, NOT_READY, ALIVE], 30, None, [0.1, 0.1]),
+        ([NOT_READY], 0.25, "status 503, no token", [0.1, 0.1, 0.05]),
+    ],
+)
+def test_waiting(answers: list[bytes], wait: float, why: str | None, slept: list[float]) -> None:
+    """``--wait`` asks every tenth of a second, and ends as soon as it is so, or at its time with the last reason."""
     clock = Clock()
-    with serving(loopback(), NOT_READY, NOT_READY, ALIVE) as server:
-        listen = f"127.0.0.1:{server.port}"
-        assert health.check(listen, ready=True, wait=30, clock=clock, sleep=clock.sleep) is None
-    assert [0.1, 0.1] == clock.slept
+    listener, port = loopback()
+    with serving(listener, *answers):
+        told = health.check(f"127.0.0.1:{port}", ready=True, wait=wait, clock=clock)
+    assert (why and f"127.0.0.1:{port}/-/ready: {why}") == told
+    assert pytest.approx(slept) == clock.slept
 
 
-def test_waiting_ends_at_its_time() -> None:
-    """The last reason is told."""
-    clock = Clock()
-    with serving(loopback(), NOT_READY) as server:
-        listen = f"127.0.0.1:{server.port}"
-        why = health.check(listen, ready=True, wait=0.25, clock=clock, sleep=clock.sleep)
-    assert f"{listen}/-/ready: status 503, no token" == why
-    assert pytest.approx([0.1, 0.1, 0.05]) == clock.slept
-
-
-def test_a_proxy_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hanging process is not alive."""
-    monkeypatch.setattr(health, "TIMEOUT", 0.05)
-    listener = loopback()
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_proxy_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch, drips: bool) -> None:  # noqa: FBT001 - a table
+    """A hanging process is not alive, nor is one that sends a byte now and then."""
+    monkeypatch.setattr(health, "TIMEOUT", 0.2)
+    listener, port = loopback()
     listener.listen()
+
+    def drip() -> None:
+        client, _ = listener.accept()
+        with suppress(OSError):
+            while True:
+                client.send(b"x")
+                time.sleep(0.01)
+        client.close()
+
+    thread = threading.Thread(target=drip if drips else listener.fileno)
+    thread.start()
     with listener:
-        assert "timed out" in str(health.check(f"127.0.0.1:{listener.getsockname()[1]}"))
+        assert ("no HTTP answer" if drips else "timed out") in str(health.check(f"127.0.0.1:{port}"))
+        thread.join()
 
 
 @pytest.mark.parametrize(
@@ -273,18 +254,8 @@ def test_files_of_secrets_do_not_say_where_the_proxy_is(tmp_path: Path, monkeypa
     assert health.find("METQUAY_LISTEN", os.environ) is None
 
 
-def test_an_unreadable_env_file_is_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_env_file_is_no_secret(tmp_path: Path) -> None:
     """Guessing the default instead would ask the wrong proxy."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied", ".env")
-
-    (tmp_path / ".env").touch()
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(PermissionError):
+    (tmp_path / ".env").write_bytes(b"\xff")
+    with pytest.raises(OSError, match="UTF-8"):
         health.find("METQUAY_LISTEN", {}, str(tmp_path / ".env"))
-
-
-def test_the_default_is_the_proxys_own() -> None:
-    """Both take it from one place."""
-    assert "localhost:6387" == DEFAULT_LISTEN

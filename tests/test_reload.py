@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
-from metquay_proxy.exchange.tokens import Credentials
-from metquay_proxy.reload import Reload, Source, read_file, serving_context
+from metquay_proxy.reload import Reload, Source
+from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
+from metquay_proxy.sources import read_file
 from metquay_proxy.threads import in_thread
 from tests import running as program
 from tests.running import Process, process
@@ -55,22 +56,20 @@ class Told:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    """Take the place of the log."""
-    made = Told()
-    monkeypatch.setattr("metquay_proxy.reload.log", made)
-    return made
+def told() -> Told:
+    """Return what takes the place of the log."""
+    return Told()
 
 
 class Watched:
     """A source of one file, whose text is taken unless it holds ``bad``; old files by default."""
 
-    def __init__(self, path: Path, *, lines: bool = False) -> None:
+    def __init__(self, path: Path, told: Told, *, lines: bool = False) -> None:
         self.path = path
         self.taken: list[str] = []
         self.write("first\n")
         self.source = Source("METQUAY_X", [path], self._make, self._take, lines=lines)
-        self.reload = Reload([self.source], wall_clock=self.clock)
+        self.reload = Reload([self.source], wall_clock=self.clock, log=told)
         self.now = time.time() + 3600
 
     def clock(self) -> float:
@@ -94,7 +93,7 @@ class Watched:
 
 async def test_a_change(tmp_path: Path, told: Told) -> None:
     """What was changed is read and taken once; one line tells of it. What was only touched is not."""
-    watched = Watched(tmp_path / "file")
+    watched = Watched(tmp_path / "file", told)
     await watched.reload.look()
     watched.path.touch()
     await watched.reload.look()
@@ -108,7 +107,7 @@ async def test_a_change(tmp_path: Path, told: Told) -> None:
 
 async def test_a_fault(tmp_path: Path, told: Told) -> None:
     """What can't be used changes nothing and is told once for each change, whoever asks; then it can be mended."""
-    watched = Watched(tmp_path / "file")
+    watched = Watched(tmp_path / "file", told)
     watched.write("bad")
     for _ in range(3):
         await watched.reload.look()
@@ -118,7 +117,7 @@ async def test_a_fault(tmp_path: Path, told: Told) -> None:
     watched.path.unlink()
     for _ in range(2):
         await watched.reload.look()
-    assert ["it is bad", f"{watched.path}: there is no such file"] == told.faults
+    assert ["it is bad", f"{watched.path}: No such file or directory"] == told.faults
     assert [] == watched.taken
     watched.write("first\n")
     await watched.reload.look()
@@ -134,7 +133,7 @@ async def test_whatever_is_raised(tmp_path: Path, told: Told) -> None:
     def make() -> str:
         raise KeyError("secret")
 
-    reload = Reload([Source("METQUAY_X", [path], make, str)])
+    reload = Reload([Source("METQUAY_X", [path], make, str)], log=told)
     path.write_text("b")
     await reload.look(asked=True)
     assert ["unexpected KeyError"] == told.faults
@@ -142,7 +141,7 @@ async def test_whatever_is_raised(tmp_path: Path, told: Told) -> None:
 
 async def test_what_was_just_changed_may_be_half_written(tmp_path: Path, told: Told) -> None:
     """A look leaves a file alone for two seconds after a change, unless somebody says that it is complete."""
-    watched = Watched(tmp_path / "file")
+    watched = Watched(tmp_path / "file", told)
     watched.now = time.time()
     watched.write("second\n")
     await watched.reload.look()
@@ -158,7 +157,7 @@ async def test_what_was_just_changed_may_be_half_written(tmp_path: Path, told: T
 
 async def test_a_list_whose_last_line_has_lost_its_end(tmp_path: Path, told: Told) -> None:
     """Lines that end in the midst, where they did not before, are taken for half-written."""
-    watched = Watched(tmp_path / "file", lines=True)
+    watched = Watched(tmp_path / "file", told, lines=True)
     watched.write("first\nsec")
     await watched.reload.look()
     assert [] == watched.taken
@@ -170,7 +169,7 @@ async def test_a_list_whose_last_line_has_lost_its_end(tmp_path: Path, told: Tol
 
 async def test_what_changed_before_the_first_look(tmp_path: Path, told: Told) -> None:
     """What is in use was read before the files were looked at: the first look takes what is there; it is no news."""
-    watched = Watched(tmp_path / "file")
+    watched = Watched(tmp_path / "file", told)
     await watched.reload.look(asked=True)
     assert ["first\n"] == watched.taken
     assert [("files were read again", {"changed": [], "not_used": []})] == told.lines
@@ -179,7 +178,7 @@ async def test_what_changed_before_the_first_look(tmp_path: Path, told: Told) ->
 @pytest.mark.parametrize("asked", [False, True])
 async def test_a_change_while_it_is_read(tmp_path: Path, told: Told, *, asked: bool) -> None:
     """What was there for a moment only is never in force: it is read again, at once if somebody asks, else later."""
-    watched = Watched(tmp_path / "file")
+    watched = Watched(tmp_path / "file", told)
     await watched.reload.look()
     watched.write("second\n")
     make, moments = watched.source.make, iter(["moment\n"])
@@ -202,7 +201,7 @@ async def test_a_change_while_it_is_read(tmp_path: Path, told: Told, *, asked: b
 
 async def test_what_has_just_changed_is_made_sure_of(tmp_path: Path, told: Told) -> None:
     """Clocks of files are coarse: what was taken within two seconds of a change is taken once more, without a line."""
-    watched = Watched(tmp_path / "file")
+    watched = Watched(tmp_path / "file", told)
     watched.now = time.time()
     watched.write("second\n")
     await watched.reload.look(asked=True)
@@ -216,7 +215,7 @@ async def test_what_has_just_changed_is_made_sure_of(tmp_path: Path, told: Told)
 @posix_only
 async def test_a_pipe_in_the_place_of_a_file(tmp_path: Path, told: Told) -> None:
     """It is a fault that holds nothing up, whoever comes to read it: the sources and the settings alike."""
-    watched = Watched(tmp_path / "file")
+    watched = Watched(tmp_path / "file", told)
     watched.path.unlink()
     os.mkfifo(watched.path)
     await asyncio.wait_for(watched.reload.look(), 5)
@@ -248,7 +247,7 @@ async def test_what_hangs(tmp_path: Path, told: Told) -> None:
     taken: list[str] = []
     hanging = Hanging(path, there)
     source = Source("METQUAY_X", [hanging], path.read_text, lambda text: taken.append(text) or "x")  # type: ignore[list-item]
-    reload = Reload([source], wall_clock=lambda: time.time() + 60, bound=0.05)
+    reload = Reload([source], wall_clock=lambda: time.time() + 60, bound=0.05, log=told)
     path.write_text("second")
     there.clear()
     for _ in range(3):
@@ -277,6 +276,7 @@ async def test_a_folder_that_is_a_link(tmp_path: Path, told: Told) -> None:
     reload = Reload(
         [Source("METQUAY_X", [path], path.read_text, lambda text: taken.append(text) or "x")],
         wall_clock=lambda: time.time() + 60,
+        log=told,
     )
     (tmp_path / "next").symlink_to("b")
     (tmp_path / "next").rename(tmp_path / "now")
@@ -287,7 +287,7 @@ async def test_a_folder_that_is_a_link(tmp_path: Path, told: Told) -> None:
 
 async def test_once_a_minute(tmp_path: Path, told: Told) -> None:
     """Somebody looks every 60 seconds, until the end; where there is nothing to look at nobody does."""
-    watched = Watched(tmp_path / "file")
+    watched = Watched(tmp_path / "file", told)
     slept: list[float] = []
     alarm = asyncio.Event()
 
@@ -296,7 +296,7 @@ async def test_once_a_minute(tmp_path: Path, told: Told) -> None:
         await alarm.wait()
         alarm.clear()
 
-    reload = Reload([watched.source], sleep=sleep, wall_clock=watched.clock)
+    reload = Reload([watched.source], sleep=sleep, wall_clock=watched.clock, log=told)
     reload.start()
     for turn, text in enumerate(("second\n", "third\n"), start=1):
         watched.write(text)
@@ -310,17 +310,6 @@ async def test_once_a_minute(tmp_path: Path, told: Told) -> None:
     Reload([Source("METQUAY_X", [], str, str)], sleep=sleep).start()
     await eventually(lambda: len(asyncio.all_tasks()) == 1)
     assert (3, 2) == (len(slept), len(told.lines))
-
-
-def test_a_pair_that_does_not_fit(tmp_path: Path) -> None:
-    """A key of another certificate, or one with a password, is refused in words that name both files."""
-    certified(tmp_path, client_tls=True)
-    other = trustme.CA().issue_cert("localhost")
-    other.private_key_pem.write_to_path(tmp_path / "key.pem")
-    with pytest.raises(ValueError, match=r"key.pem is not the private key, .* of the certificate in .*server.pem"):
-        serving_context(tmp_path / "server.pem", tmp_path / "key.pem")
-    with pytest.raises(FileNotFoundError):
-        serving_context(tmp_path / "server.pem", tmp_path / "none.pem")
 
 
 class Tls:
@@ -484,14 +473,14 @@ async def test_client_keys(tmp_path: Path, loop: dict[str, str]) -> None:
         placeholder = await placeholder_of(running, OLD)
         assert 200 == await running.status(placeholder)
         kept = await running.client()
-        await kept.send(get("/-/status", f"X-Proxy-Key: {OLD}"))
+        await kept.send(login(OLD))
         assert 200 == (await kept.answer()).status
         path.write_text(good.replace(OLD, NEW))
         assert (["client keys (sheet, lims; ended: sheet)"], []) == named(await running.hang_up())
         assert "sheet:***,lims:***:read-only" == await shown(running, LIMS)
         assert (await patiently(watching[OLD].to_the_end())).endswith(b"0\r\n\r\n")
         await watching[LIMS].until(b"\n\n")
-        await kept.send(get("/-/status", f"X-Proxy-Key: {OLD}"))
+        await kept.send(login(OLD))
         assert 403 == (await kept.answer()).status
         assert [403, 403, 200, 200] == [await running.status(key) for key in (OLD, placeholder, NEW, LIMS)]
         for client in (*watching.values(), kept):
@@ -507,10 +496,15 @@ async def shown(running: Command, key: str) -> str:
     return next(setting["value"] for setting in settings if setting["variable"] == "METQUAY_CLIENT_KEYS")
 
 
+def login(key: str) -> bytes:
+    """Return the login with a client key, whose connection can be used again."""
+    return post(json.dumps({"accessKey": "x", "secretKey": key}).encode(), target="/authenticate")
+
+
 async def placeholder_of(running: Command, key: str) -> str:
     """Log in with a client key."""
     client = await running.client()
-    await client.send(post(json.dumps({"accessKey": "x", "secretKey": key}).encode(), target="/authenticate"))
+    await client.send(login(key))
     answer = await client.answer()
     client.close()
     return str(json.loads(answer.body)["accessToken"])
@@ -565,7 +559,7 @@ async def test_a_key_pair_that_is_gone(sandbox: Sandbox) -> None:
 
 async def test_a_key_pair_that_takes_for_ever(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that hangs at a login holds nobody else up, and the keys that were read before are used."""
-    monkeypatch.setattr("metquay_proxy.upstream.pool.KEYS_TIMEOUT", 0.05)
+    monkeypatch.setattr("metquay_proxy.upstream.login.KEYS_TIMEOUT", 0.05)
     sandbox.faults = Faults(token_lifetime=1.0)
     hanging = threading.Event()
     hanging.set()

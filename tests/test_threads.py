@@ -52,6 +52,24 @@ def test_order() -> None:
     assert (0, 0, []) == (writer.waiting, writer.lost, out.reports)
 
 
+def written_together() -> tuple[int, int]:
+    """Let four threads write the first line at once; return how many lines were written, and by how many threads."""
+    writers: list[int] = []
+    writer, barrier = Writer(lambda _: writers.append(threading.get_ident()), print), threading.Barrier(4)
+    threads = [threading.Thread(target=lambda: (barrier.wait(), writer.put(b"x"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert writer.close(5)
+    return len(writers), len(set(writers))
+
+
+def test_lines_from_several_threads() -> None:
+    """Each is written once, by one thread, also where all come with the first."""
+    assert {(4, 1)} == {written_together() for _ in range(50)}
+
+
 def test_nobody_waits_and_what_is_too_much_is_lost() -> None:
     """Behind a write that takes for ever so many lines are kept; further ones are lost, which is told once each way."""
     out = Outlet()
@@ -86,7 +104,7 @@ def test_a_line_that_failed_is_tried_again() -> None:
 
 
 def test_the_end() -> None:
-    """At the end each line has one attempt more; what is not written is lost, and so is what comes later."""
+    """At the end what failed has one attempt more; what comes later is lost."""
     out = Outlet()
     out.error = FULL
     writer = Writer(out.write, out.reports.append, pause=60)
@@ -111,6 +129,19 @@ def test_the_end_of_what_can_not_be_written() -> None:
     assert writer.close(5)
     assert (3, "No space left on device; lines lost at the end: 3") == (writer.lost, out.reports[-1])
     assert 2 == len(out.reports)
+
+
+def test_lines_are_gathered() -> None:
+    """The first line leaves at once, what comes soon after it leaves together; the end waits for no more."""
+    out = Outlet()
+    writer = Writer(out.write, out.reports.append, pause=0.001, gather=60)
+    writer.put(b"a")
+    soon(lambda: out.lines)
+    writer.put(b"b")
+    writer.put(b"c")
+    assert (2, 0) == (writer.waiting, writer.lost)
+    assert writer.close(5)
+    assert ([b"a", b"bc"], 0, 0) == (out.lines, writer.waiting, writer.lost)
 
 
 def test_a_write_that_never_returns() -> None:

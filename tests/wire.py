@@ -25,7 +25,7 @@ import trustme
 
 from metquay_proxy.app import Proxy
 from metquay_proxy.downstream.connection import Bounds
-from metquay_proxy.exchange.tokens import Credentials
+from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.settings import Settings
 from tests.naive import Naive
@@ -128,6 +128,7 @@ class Wire:
         self.reader = reader
         self.writer = writer
         self.got = b""
+        self.poured = 0
 
     async def send(self, *pieces: bytes, pause: float = 0.0) -> None:
         """Write each piece in a segment of its own, ``pause`` seconds apart."""
@@ -136,6 +137,44 @@ class Wire:
                 await asyncio.sleep(pause)
             self.writer.write(piece)
             await self.writer.drain()
+
+    def pause(self) -> None:
+        """Read nothing until ``resume``."""
+        self.writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def resume(self) -> None:
+        """Read again."""
+        self.writer.transport.resume_reading()  # type: ignore[attr-defined]
+
+    async def pour(self, *pieces: bytes) -> None:
+        """Send the last piece again and again, until the other side has had enough."""
+        *first, last = pieces
+        last *= max(1, 4096 // len(last))
+        with contextlib.suppress(ConnectionError):
+            await self.send(*first)
+            while True:
+                await self.send(last)
+                self.poured += len(last)
+                await asyncio.sleep(0)
+
+    @contextlib.asynccontextmanager
+    async def pouring(self, *pieces: bytes) -> AsyncIterator[None]:
+        """Pour beside what the block does."""
+        task = asyncio.ensure_future(self.pour(*pieces))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def pour_until_held_up(self, *pieces: bytes) -> int:
+        """Pour until the other side takes no more for a while; return how many bytes went."""
+        before = -1
+        async with self.pouring(*pieces), asyncio.timeout(PATIENCE):
+            while self.poured != before:
+                before = self.poured
+                await asyncio.sleep(0.1)
+        return before
 
     def finish(self) -> None:
         """Close our half: the peer sees an end."""
@@ -346,6 +385,11 @@ class Upstream:
             writer.transport.abort()
         await asyncio.sleep(0.001)
 
+    @property
+    def connections(self) -> int:
+        """How many are open, those of a login included."""
+        return len(self._tasks)
+
     def refuse(self) -> None:
         """Listen no longer."""
         assert self._server is not None
@@ -437,6 +481,21 @@ class Bench:
         self.clients.append(client)
         return client
 
+    async def mute(self) -> Client:
+        """Open a connection that reads nothing until its transport is resumed; little fits in between."""
+        before = set(self.proxy.server.clients)
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)  # noqa: FBT003 - a position of the standard library's
+        await asyncio.get_running_loop().sock_connect(sock, (self.host, self.port))
+        client = Client(*await asyncio.open_connection(sock=sock, limit=1024))
+        self.clients.append(client)
+        client.pause()
+        await eventually(lambda: self.proxy.server.clients - before)
+        [connection] = self.proxy.server.clients - before
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return client
+
     async def ask(self, request: bytes, *answers: bytes, method: str = "GET") -> Message:
         """Send a request on a connection of its own and return the answer; the upstream plays ``answers``, or OK."""
         if answers or not self.upstream.answers:
@@ -453,8 +512,8 @@ class Bench:
         assert 200 == answer.status, answer
         return self.upstream.requests[-1]
 
-    async def refused(self, request: bytes, status: int, slug: str) -> Message:
-        """Assert that a request is refused in JSON, that the connection then ends, and that nothing went upstream."""
+    async def refused(self, request: bytes, status: int, slug: str, *, closes: bool = False) -> Message:
+        """Assert that a request is refused in JSON, and that nothing went upstream; ``closes``: the connection ends."""
         self.upstream.plays(OK)
         client = await self.client()
         await client.send(request)
@@ -462,7 +521,8 @@ class Bench:
         assert (status, slug) == (answer.status, answer.slug)
         assert b"application/json" == answer.value(b"Content-Type")
         assert b"no" == answer.value(b"X-Metquay-Proxy-Sent")
-        if answer.value(b"Connection") == b"close":
+        if closes or answer.value(b"Connection") == b"close":
+            assert b"close" == answer.value(b"Connection")
             await client.ended()
         client.close()
         assert [] == self.upstream.peers
@@ -528,7 +588,7 @@ async def running(  # noqa: PLR0913 - whatever a rule may need
     *,
     tls: ssl.SSLContext | None = None,
     client_tls: ssl.SSLContext | None = None,
-    bounds: Bounds = Bounds(),  # noqa: B008 - it is frozen
+    bounds: Bounds | None = Bounds(),  # noqa: B008 - it is frozen
     max_idle: tuple[float, float] = (4.0, 2.0),
     receive_buffer: int = 0,
     target: str = TARGET,

@@ -1,7 +1,9 @@
-"""The proxy's own endpoints: a table of paths, answered here and never forwarded.
+"""The proxy's own endpoints: a table of paths, answered here by aiohttp and never forwarded.
 
 Owns part 7 of the contract, the sentence that says how things stand, and the status page with its live events. The gate
-has judged the request before it comes here. Must not know sockets: it returns answers as values.
+has judged the request before it comes here. Must not know sockets: answers are values, which aiohttp writes on the
+connection that is handed over to it. Of the client's request it gets the method alone, and the connection ends with the
+answer, so that nothing can reach it that was not judged.
 
 Facts: server-sent events are lines ``data: ...`` with an empty one after each (WHATWG HTML, section 9.2). A stream of
 them remembers only the number of the last exchange that it told of, so that nothing is queued for a slow reader: what
@@ -17,22 +19,32 @@ import math
 import secrets
 import time
 from dataclasses import dataclass
+from email.utils import formatdate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from aiohttp import web
 
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.target import OLDER_INTERFACE, OWN_PREFIX
 from metquay_proxy.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 
+    from metquay_proxy.downstream.connection import ClientConnection
     from metquay_proxy.exchange.exchange import Exchange
+
+    _Sending = tuple[Exchange, "Answer", asyncio.Future[None]]
 
 _PAGE: Final = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _TEXT: Final = "text/plain; charset=utf-8"
 _JSON: Final = "application/json"
 _METRICS: Final = "text/plain; version=1.0.0; charset=utf-8"
+_ASKED: Final = "{0.method} / HTTP/1.{0.minor}\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+"""What aiohttp gets in place of the client's request."""
+_SERVER: Final = "metquay-proxy"
+"""aiohttp would name itself and Python, with their versions."""
 _BEATS: Final = 4
 """Looks for new exchanges from one report of the state to the next."""
 _POLICY: Final = (
@@ -56,7 +68,7 @@ class Answer:
     """One answer; ``quit``: the proxy ends once it was sent.
 
     ``stream`` makes the body for a client (its key's name), piece by piece, in place of ``body``. It is not to be begun
-    for HEAD, and ends once ``Admin.close`` was called.
+    for HEAD, and ends once ``Pages.close`` was called.
     """
 
     status: int
@@ -64,13 +76,13 @@ class Answer:
     body: bytes = b""
     quit: bool = False
     headers: tuple[tuple[str, str], ...] = ()
-    stream: Callable[[str | None], AsyncIterator[bytes]] | None = None
+    stream: Callable[[str | None], AsyncGenerator[bytes, None]] | None = None
 
 
 _TO_THE_PAGE: Final = Answer(302, _TEXT, headers=(("Location", OWN_PREFIX),))
 
 
-class Admin:
+class Pages:
     """Answers the paths below ``/-/``, and what browsers ask for by themselves."""
 
     def __init__(  # noqa: PLR0913 - what it asks, and the one setting
@@ -94,6 +106,9 @@ class Admin:
         self._test = test
         self._tick = tick
         self._closed = False
+        self._sending: dict[asyncio.BaseTransport, _Sending] = {}
+        self.quit = asyncio.Event()
+        """Set where somebody asked the proxy to end."""
         self._watching: dict[asyncio.Event, str | None] = {}
         """What ends each open stream of live events, and whose it is."""
         self._pages: dict[str, tuple[str, Callable[[], Answer]]] = {
@@ -142,6 +157,44 @@ class Admin:
             raise wrong_method(method, path, "GET, HEAD" if allowed == "GET" else allowed)
         return make()
 
+    async def send(self, client: ClientConnection, exchange: Exchange, answer: Answer) -> None:
+        """Write an answer on the client's connection, which ends with it."""
+        done = asyncio.get_running_loop().create_future()
+        exchange.status, exchange.head_sent = answer.status, True
+        self._sending[client.transport] = exchange, answer, done
+        try:
+            client.hand_over(_ASKED.format(exchange).encode())
+            await done
+        finally:
+            del self._sending[client.transport]
+        if answer.quit:
+            self.quit.set()
+
+    async def respond(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Write the answer for aiohttp, whose handler this is."""
+        exchange, answer, done = self._sending[cast("asyncio.Transport", request.transport)]
+        try:
+            response = web.StreamResponse(status=answer.status)
+            fields = [("Content-Type", answer.content_type), ("X-Content-Type-Options", "nosniff"), ("Server", _SERVER)]
+            response.headers.extend([*fields, *answer.headers, *own_fields(exchange)])
+            if answer.stream is None:
+                response.content_length = len(answer.body)
+            await response.prepare(request)
+            if request.method != "HEAD" and answer.stream is not None:
+                async with contextlib.aclosing(answer.stream(exchange.client)) as pieces:
+                    async for piece in pieces:
+                        await response.write(piece)
+            elif request.method != "HEAD":
+                await response.write(answer.body)
+            await response.write_eof()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told where the answer is waited for
+            if not done.done():
+                done.set_exception(error)
+            raise asyncio.CancelledError from None  # whoever waits for `done` tells of it, in place of aiohttp
+        if not done.done():
+            done.set_result(None)
+        return response
+
     def _readiness(self) -> Answer:
         return Answer(200, _TEXT, b"ready\n") if self._ready() else Answer(503, _TEXT, b"not ready\n")
 
@@ -166,7 +219,7 @@ class Admin:
         lines = ",\n    ".join(self._telemetry.since(0)[0])
         return f'{json.dumps(self._state(), indent=2)[:-2]},\n  "recent": [\n    {lines}\n  ]\n}}\n'
 
-    async def _events(self, client: str | None) -> AsyncIterator[bytes]:
+    async def _events(self, client: str | None) -> AsyncGenerator[bytes, None]:
         """Yield what is new, as one message for each look that found something, and the state at every fourth."""
         number = beat = 0
         end = asyncio.Event()
@@ -185,11 +238,17 @@ class Admin:
         finally:
             del self._watching[end]
 
-    async def _metrics(self, _client: str | None) -> AsyncIterator[bytes]:
+    async def _metrics(self, _client: str | None) -> AsyncGenerator[bytes, None]:
         yield await asyncio.to_thread(self._telemetry.exposition, self._status())
 
-    async def _tested(self, _client: str | None) -> AsyncIterator[bytes]:
+    async def _tested(self, _client: str | None) -> AsyncGenerator[bytes, None]:
         yield json.dumps(self._test and await self._test()).encode()
+
+
+def own_fields(exchange: Exchange) -> list[tuple[str, str]]:
+    """Return the fields that every answer of the proxy's own has."""
+    date = formatdate(usegmt=True)
+    return [*exchange.cors, ("Cache-Control", "no-store"), ("Date", date), ("X-Request-Id", exchange.id)]
 
 
 def wrong_method(method: str, path: str, allow: str) -> ProxyError:

@@ -1,40 +1,22 @@
-"""The body of one request: streamed with back-pressure, and kept for a replay while it is small.
+"""A body on its way: a stream with back-pressure, and what a request's body is besides, kept for a replay while small.
 
 Owns the two bounds on kept bytes (one body, all together) and the time a client may be silent in mid-body. Must not
-know where the bytes go.
+know where the bytes come from, nor where they go.
 
-Facts: a source can be read once, so that a body can be sent again only while all that was read of it is kept; what a
-source holds unread, it bounds itself (aiohttp pauses the connection). RFC 9110 section 15.5.9: 408 is the answer to a
-client that falls silent.
+Facts: a stream can be read once, so that a body can be sent again only while all that was read of it is kept. RFC 9110
+section 15.5.9: 408 is the answer to a client that falls silent.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.errors import ProxyError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
-
-
-class Source(Protocol):
-    """What is read from: aiohttp's ``StreamReader``, or anything like it."""
-
-    def is_eof(self) -> bool:
-        """Whether the last byte has arrived."""
-
-    def at_eof(self) -> bool:
-        """Whether the last byte was read."""
-
-    def read_nowait(self, n: int = -1, /) -> bytes:
-        """Return what has arrived, without waiting."""
-
-    async def readany(self) -> bytes:
-        """Wait for bytes; empty at the end."""
-
 
 HIGH_WATER: Final = 128 * 1024
 """Bytes that may wait for their reader before the sender is held up."""
@@ -46,17 +28,16 @@ class Stream:
     ``arrived``: its last byte has come, read or not. ``held_up``: the sender was told to wait for the reader.
     """
 
-    __slots__ = ("_error", "_hold_up", "_pieces", "_size", "_waiter", "arrived", "held_up")
+    arrived = False
+    held_up = False
+    _size = 0
+    _error: Exception | None = None
+    _waiter: asyncio.Future[None] | None = None
 
     def __init__(self, hold_up: Callable[[bool], object] = bool) -> None:
         """``hold_up`` is called with True where the sender is to stop sending, and with False where it may go on."""
-        self.arrived = False
-        self.held_up = False
         self._hold_up = hold_up
         self._pieces: deque[bytes] = deque()
-        self._size = 0
-        self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
 
     @classmethod
     def of(cls, data: bytes = b"") -> Stream:
@@ -79,7 +60,8 @@ class Stream:
         if self._size > HIGH_WATER and not self.held_up:
             self.held_up = True
             self._hold_up(True)  # noqa: FBT003 - its one argument
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
     def unread(self, data: bytes) -> None:
         """Put back what was read, in front of all else."""
@@ -90,8 +72,10 @@ class Stream:
     def end(self) -> None:
         """Note that all of it has come."""
         self.arrived = True
-        self._go_on()
-        self._wake()
+        if self.held_up:
+            self._go_on()
+        if self._waiter is not None:
+            self._wake()
 
     def fail(self, error: Exception) -> None:
         """Note that no more will come; the first error counts, and none does once all has come."""
@@ -107,7 +91,8 @@ class Stream:
         data = pieces.popleft() if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         self._size = 0
-        self._go_on()
+        if self.held_up:
+            self._go_on()
         return data
 
     async def read(self) -> bytes:
@@ -120,9 +105,8 @@ class Stream:
         return self.read_nowait()
 
     def _go_on(self) -> None:
-        if self.held_up:
-            self.held_up = False
-            self._hold_up(False)  # noqa: FBT003 - its one argument
+        self.held_up = False
+        self._hold_up(False)  # noqa: FBT003 - its one argument
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -145,27 +129,24 @@ class RequestBody:
     attempt has handed its last byte to the network (whoever sends sets it). ``chunked``: it came without a length.
     """
 
-    __slots__ = ("_budget", "_kept", "_limit", "_size", "_source", "_timeout", "chunked", "ended", "replayable", "sent")
+    replayable = True
+    sent = False
+    _size = 0
 
-    def __init__(  # noqa: PLR0913 - the request's two facts and the three bounds
-        self, source: Source, *, present: bool, chunked: bool, limit: int, budget: ReplayBudget, timeout: float
-    ) -> None:
-        """``limit`` is in bytes, ``timeout`` in seconds of silence; ``present``: the head announces a body."""
+    def __init__(self, source: Stream, *, chunked: bool, limit: int, budget: ReplayBudget, timeout: float) -> None:
+        """``limit`` is in bytes, ``timeout`` in seconds of silence; a ``source`` that has ended is no body."""
         self._source = source
         self._limit = limit
         self._budget = budget
         self._timeout = timeout
         self._kept: list[bytes] = []
-        self._size = 0
-        self.ended = not present
-        self.replayable = True
+        self.ended = source.ended
         self.chunked = chunked
-        self.sent = False
 
     @property
     def arrived(self) -> bool:
         """Whether the client has sent all of it, read or not."""
-        return self.ended or self._source.is_eof()
+        return self._source.arrived
 
     def whole(self) -> bytes | None:
         """Return the complete body if it has arrived, for one attempt to send in one piece, else None; never waits.
@@ -176,7 +157,7 @@ class RequestBody:
             return b""
         self._check_replayable()
         if not self.ended:
-            if not self._source.is_eof():
+            if not self._source.arrived:
                 return None
             self._keep(self._source.read_nowait())
             self.ended = True
@@ -234,14 +215,14 @@ class RequestBody:
     async def _read(self) -> bytes:
         try:
             async with asyncio.timeout(self._timeout):
-                chunk = await self._source.readany()
+                chunk = await self._source.read()
         except TimeoutError:
             msg = (
                 f"The tool announced a body and then sent nothing for {self._timeout:g} seconds. "
                 "The request was dropped; send it again."
             )
             raise ProxyError("request-timeout", msg) from None
-        self.ended = self._source.at_eof()
+        self.ended = self._source.ended
         return chunk
 
     def _keep(self, chunk: bytes) -> None:

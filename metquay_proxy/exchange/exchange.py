@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Final, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from metquay_proxy.exchange.body import Stream
+    from metquay_proxy.exchange.body import RequestBody, Stream
     from metquay_proxy.rules.errors import Sent
+    from metquay_proxy.rules.headers import RequestFields
     from metquay_proxy.rules.http1 import ResponseHead
+    from metquay_proxy.rules.target import Target
 
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _RUN: Final = os.urandom(4).hex()
@@ -24,51 +26,83 @@ _NUMBERS: Final = count(1)
 
 
 class Exchange:
-    """One request and its answer, from the parsed head to the last byte. Durations are in seconds."""
+    """One request and its answer, from the judged head to the last byte. Durations are in seconds."""
+
+    target: Target
+    """What is asked for, once that is known to be allowed."""
+    fields: RequestFields
+    body: RequestBody
+    minor: int = 1
+    """The client speaks HTTP/1.``minor``."""
+    keep: bool = False
+    """Whether the client's connection may stay after the answer."""
 
     client: str | None = None
     """The name of its client key."""
+    agent: str = ""
+    """Its User-Agent, shortened."""
     caller: str = ""
     """Whom it waits in line with: the name of the key, else the User-Agent."""
-    agent: str = ""
-    """Its User-Agent."""
     address: str | None = None
     """Where it came from, if from another machine."""
-    status: int = 0
-    answered_by: Literal["metquay", "proxy"] = "proxy"
-    replayed: bool = False
-    """Answered from the record of an earlier request with the same Idempotency-Key: this one was not sent."""
-    error: str | None = None
-    reason: str | None = None
-    """What was wrong with a request that could not be read: whoever sent that may not read the answer either."""
+    read_only: bool = False
+    keep_authorization: bool = False
+    """Whether the client's own Authorization is passed on, in place of a token."""
+    scope: str | None = None
+    """The client key whose Idempotency-Keys these are: with another key they are others."""
+    cors: tuple[tuple[str, str], ...] = ()
+    """The fields that let a listed web page read the answer."""
+    quiet: bool = False
+    """Asked for all the time by machines, or by a browser by itself."""
+
     attempts: int = 0
-    head_at: float = 0.0
-    """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
+    sent: Sent = "no"
+    """Whether an earlier attempt could have been executed."""
     waited: float = 0.0
     """For token and quota, and backing off."""
     upstream: float = 0.0
     """From sending to the answer's head, over all attempts."""
+    client_left: bool = False
+    """The client has left, and the request goes on without it."""
+
+    status: int = 0
+    answered_by: Literal["metquay", "proxy"] = "proxy"
+    replayed: bool = False
+    """Answered from the record of an earlier request with the same Idempotency-Key: this one was not sent."""
+    hide_challenge: bool = False
+    """The tool must not ask a person for a password that nobody has."""
+    note: str | None = None
+    """The value of ``X-Metquay-Proxy-Note``."""
+    error: str | None = None
+    reason: str | None = None
+    """What was wrong with a request that could not be read: whoever sent that may not read the answer either."""
+    audited: bool = False
+    """Whether the audit log tells of it."""
+    head_sent: bool = False
+    """A byte of the answer was written: nothing else may take its place."""
+    head_at: float = 0.0
+    """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
     seconds: float = 0.0
     """In all."""
     ended: float = 0.0
     """Wall clock."""
-    sent: Sent = "no"
-    """Whether an earlier attempt could have been executed."""
-    note: str | None = None
-    cors: tuple[tuple[str, str], ...] = ()
-    hide_challenge: bool = False
-    head_sent: bool = False
-    client_left: bool = False
-    audited: bool = False
-    quiet: bool = False
-    """Asked for all the time by machines, or by a browser by itself."""
 
-    def __init__(self, method: str, path: str) -> None:
+    def __init__(self, method: str, path: str = "-") -> None:
         """Begin; ``path`` is a dash until the canonical target is known: a refused one may hold anything."""
         self.method = method
         self.path = path
         self.id = f"{_RUN}{next(_NUMBERS):08x}"
         self.began = time.perf_counter()
+
+    @property
+    def resource(self) -> tuple[str, str]:
+        """What is asked of whom, whatever the query."""
+        return self.method, self.target.local
+
+    def let_go(self) -> None:
+        """Forget what served the way alone: finished exchanges are kept for people, and heads may hold secrets."""
+        for name in ("target", "fields", "body"):
+            vars(self).pop(name, None)  # a refused one never had them all
 
     def note_sent(self, sent: Sent) -> None:
         """Remember the worst that an attempt may have done."""

@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from metquay_proxy.replicas.share import Share
     from metquay_proxy.rules.quota import Quota, Snapshot, Ticket
+
+    CallLater = Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None
 
 
 class Line:
     """Lets requests wait for their turn: the quota decides, this sleeps."""
 
-    def __init__(
-        self,
-        quota: Quota,
-        clock: Callable[[], float],
-        call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None = None,
-    ) -> None:
+    def __init__(self, quota: Quota | Share, clock: Callable[[], float], call_later: CallLater = None) -> None:
         """``call_later`` takes seconds on ``clock`` and a callback; the running loop's by default."""
         self._quota = quota
         self._clock = clock
@@ -34,15 +32,11 @@ class Line:
         """Return a ticket, granted or waiting; raise ``QuotaExceeded`` where its turn would come too late."""
         return self._quota.ask(self._clock(), caller, max_wait)
 
-    def take(self, caller: str) -> Ticket | None:
-        """Return a ticket that is granted now; None where there is something to wait for."""
-        return self._quota.take(self._clock(), caller)
-
     async def wait(self, ticket: Ticket) -> None:
         """Wait until the ticket is granted; raise ``QuotaExceeded`` where that came to be too late."""
         turn = asyncio.get_running_loop().create_future()
         ticket.on_settled = lambda: None if turn.done() else turn.set_result(None)
-        self._poll()
+        self.poll()
         if ticket.state == "waiting":  # it may have been settled since it was asked for
             await turn
         if ticket.refused is not None:
@@ -50,33 +44,34 @@ class Line:
 
     def sent(self, ticket: Ticket) -> None:
         """Say that the request is on its way."""
-        self._quota.sent(ticket)
+        ticket.send()
 
     def answered(self, ticket: Ticket) -> None:
         """Say that the answer's head has come, or that the attempt failed."""
         self._quota.answered(ticket, self._clock())
         if self._timer is not None:
-            self._poll()
+            self.poll()
 
     def give_back(self, ticket: Ticket) -> None:
         """Return a ticket that was not used: the place in the line, or the slot."""
         self._quota.cancel(ticket, self._clock())
-        self._poll()
+        self.poll()
 
     def close(self, seconds: float | None) -> None:
         """Close the window because Metquay refused: for ``seconds``, or until it refills."""
         self._quota.close(self._clock(), seconds)
-        self._poll()
+        self.poll()
 
     def snapshot(self) -> Snapshot:
         """Return the quota's figures."""
         return self._quota.snapshot(self._clock())
 
-    def _poll(self) -> None:
+    def poll(self) -> None:
+        """Settle what can be settled now, and see to it that this is done again when it is time."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         now = self._clock()
         at = self._quota.poll(now)
         if at is not None:
-            self._timer = self._call_later(max(0.0, at - now), self._poll)
+            self._timer = self._call_later(max(0.0, at - now), self.poll)

@@ -1,5 +1,5 @@
 -- The window that replicas share: one call of one replica, which reports what became of its requests and asks for turns.
--- The rules are those of quota.py, on Redis's clock; share.py makes the calls, benchmarks/replicas.py says the same in Python.
+-- The rules are those of quota.py, on Redis's clock; share.py makes the calls and reads the answers.
 --
 -- A slot that comes back unsent goes at once to who is first in line, or to another if there are more such than wait.
 --
@@ -35,7 +35,7 @@ if call.before ~= cjson.null and now > call.before then
 end
 if generation and now < latest - GRACE then -- the clock was set back: nothing in here is true any more
   redis.call('DEL', unpack(KEYS))
-  generation, last, closed, turned, starved, spare = nil, 0, 0, 0, 0, 0
+  generation, latest, last, closed, turned, starved, spare = nil, nil, 0, 0, 0, 0, 0
 end
 if not generation or now > latest + GATHERING then
   generation, born, expected = call.fresh, now, 0
@@ -145,8 +145,8 @@ local mine = tonumber(redis.call('ZSCORE', line, me) or nil)
 redis.call('ZREM', line, me)
 local base = mine and math.max(math.min(mine, now), now - call.catch_up) or now
 local ahead = mine and redis.call('ZCOUNT', line, '-inf', '(' .. string.format('%.17g', mine)) or redis.call('ZCARD', line)
-local granted = 0
-while granted < call.wanted and ahead < math.max(spare, 1) do
+local granted, wanted = 0, #call.slots
+while granted < wanted and ahead < math.max(spare, 1) do
   local release = now
   if mine or redis.call('ZCARD', line) > 0 or in_flight + coming >= burst or closed > now then
     if spare > 0 and in_flight + coming < limit and closed <= now then
@@ -161,14 +161,14 @@ while granted < call.wanted and ahead < math.max(spare, 1) do
   end
   last = mine and release or now
   in_flight = in_flight + 1
-  redis.call('ZADD', flight, now, me .. ':' .. (call.first + granted))
+  redis.call('ZADD', flight, now, me .. ':' .. call.slots[granted + 1])
   granted = granted + 1
   ahead = redis.call('ZCARD', line) -- the next of this replica stands behind all that wait
 end
 
 local waits = redis.call('ZCARD', line)
-local answer = {done = true, replicas = replicas, used = in_flight + coming, granted = granted, in_line = false, due = 0, round = 0}
-if granted < call.wanted then
+local answer = {done = true, generation = generation, replicas = replicas, used = in_flight + coming, granted = granted, in_line = false, due = 0, round = 0}
+if granted < wanted then
   local place, again = ahead + 1, silent > 0 and AGAIN or 0
   local greedy = call.own * replicas > call.limit
   local patience = greedy and now < starved + call.patience and call.patience / 2 or call.patience
@@ -183,7 +183,7 @@ if granted < call.wanted then
     due[place] = math.max(due[place], now + call.patience + 0.001)
     starved = greedy and starved or now
   end
-  answer.round = due[waits + 2] - due[1]
+  answer.round = math.max(0, due[waits + 2] - due[1])
   answer.due = math.max(again, due[place] - now)
 end
 if redis.call('ZCARD', line) == 0 then
@@ -191,10 +191,9 @@ if redis.call('ZCARD', line) == 0 then
 end
 redis.call('HSET', state, 'last', last, 'closed', closed, 'turned', turned, 'starved', starved, 'spare', spare)
 
-answer.returns, answer.each = {}, 1
 if call.beat then
   local used = in_flight + coming
-  answer.each = math.max(1, math.ceil(used / replicas / CELLS))
+  answer.returns, answer.each = {}, math.max(1, math.ceil(used / replicas / CELLS))
   for rank = replicas * answer.each, used + replicas * answer.each - 1, replicas * answer.each do
     rank = math.min(rank, used) - 1
     answer.returns[#answer.returns + 1] = rank < coming and comes_back(rank) - now or call.hold
@@ -202,6 +201,9 @@ if call.beat then
   for _, key in ipairs(KEYS) do
     redis.call('EXPIRE', key, math.ceil(call.hold) + FORGOTTEN)
   end
+end
+if answer.returns and #answer.returns == 0 then
+  answer.returns = nil -- as JSON, an empty table is no list
 end
 answer.closed = math.max(0, closed - now)
 answer.now = string.format('%.6f', now)

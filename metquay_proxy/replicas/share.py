@@ -19,14 +19,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from metquay_proxy.rules.quota import CATCH_UP, SAFETY, Quota, Snapshot, Ticket, _Cell
+from pydantic import BaseModel, ConfigDict, Field
+
+from metquay_proxy.rules.quota import BURST, CATCH_UP, SAFETY, Quota, QuotaExceeded, Rate, Ticket, nth
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from metquay_proxy.rules.quota import Rate
+    from metquay_proxy.rules.quota import Snapshot
 
 BEAT: Final = 1.0
 """Seconds between the calls of a replica that has nothing to say but that it lives; in short windows a part of those,
@@ -45,225 +48,241 @@ _REMEMBERED: Final = 1000
 """Slots that were given back while the others could not be told; what is left out comes back by itself, later."""
 OTHERS: Final = "other replicas"
 """Whom the status calls the caller of slots that are taken to be used elsewhere."""
+Count = Annotated[int, Field(ge=0, le=10_000_000)]
+Seconds = Annotated[float, Field(ge=0.0, le=1e7)]
 
 
-class Share(Quota):
-    """The quota as one of several replicas sees it; ``local`` while it goes on alone."""
+class Reply(BaseModel):
+    """What the script answers, and nothing else is taken; times are in seconds from now."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    done: bool
+    """Whether the call was carried out; if not, ``generation`` names the window that is there, and no more is said."""
+    generation: str = Field(max_length=100)
+    now: float = Field(ge=0.0, le=1e11, strict=False)
+    """Redis's clock, as text, since the script's JSON has too few digits."""
+    replicas: Count = 0
+    used: Count = 0
+    """Slots taken by all."""
+    granted: Count = 0
+    in_line: bool = False
+    due: Seconds = 0.0
+    """When it is this replica's turn,"""
+    round: Seconds = 0.0
+    """and after how long again."""
+    closed: float = Field(default=0.0, ge=0.0, le=3700.0)
+    each: int = Field(default=1, ge=1, le=100_000)
+    """So many slots come back"""
+    returns: list[Seconds] = Field(default=[], max_length=200)
+    """at each of these moments, of this replica's part of all; told at a beat."""
+
+
+class Share:
+    """The quota as one of several replicas sees it, in place of a ``Quota``; ``local`` while it goes on alone."""
 
     def __init__(
-        self, rate: Rate, name: str, jitter: Callable[[], float], *, burst: float = 0.7, max_waiting: int = 1000
+        self, rate: Rate, name: str, jitter: Callable[[], float], on_change: Callable[[], None] = lambda: None
     ) -> None:
-        """``name`` is this replica's, and no other's ever; ``jitter`` yields 0 <= x < 1."""
-        super().__init__(rate.limit, rate.window, burst=burst, max_waiting=max_waiting)
+        """``name`` is this replica's, and no other's ever; ``jitter`` yields 0 <= x < 1.
+
+        ``on_change`` is called where ``next_call`` may say something new.
+        """
         self._rate: Final = rate
-        self._name: Final = name
+        self.name: Final = name
         self._jitter: Final = jitter
+        self._on_change: Final = on_change
+        self._quota: Final = Quota(*rate)
+        self._queue, self._window = self._quota.queue, self._quota.window
         self._beat: Final = max(_SHORTEST_BEAT, min(BEAT, rate.window / _BEATS))
         self.local = True
         self.generation = ""
-        self.replicas = 0
+        self.heard = Reply(done=False, generation="", now=0.0)
+        """The latest answer to a call that was carried out."""
         self.misses = 0
-        self._serial = 0
-        self._asked = range(0)
-        self._slots: dict[Ticket, int] = {}
-        self._news: list[tuple[int, float]] = []
-        self._told: deque[tuple[int, float]] = deque()
+        """Calls that failed in a row,"""
+        self.refusals = 0
+        """and those that came to Redis and were not carried out."""
+        self._alone_since = math.inf
+        self._asked: list[int] = []
+        self._over: deque[tuple[int, float]] = deque()
+        self._told = 0
         self._returned: list[int] = []
-        self._closing: list[float | None] = []
+        self._closing: list[float] = []
         self._returns: list[float] = []
         self._each = 1
         self._full = True
-        self._in_line = False
-        self._used_by_all = 0
         self._ahead: float | None = None
         self._call_at = self._beat_at = self._turn_at = -math.inf
-        self._round = 0.0
-        self._retire()
+        self._retire(-math.inf)
+
+    def alone_for(self, now: float) -> float:
+        """Return for how many seconds it has been known that there are no others to ask."""
+        return max(0.0, now - self._alone_since)
+
+    def ask(self, now: float, caller: str, max_wait: float) -> Ticket:
+        """Take a slot, or a place in the queue, as ``Quota.ask`` does; shared, the others are asked before a grant."""
+        if self.local:
+            return self._quota.ask(now, caller, max_wait)
+        now = self._window.advance(now)
+        ticket = Ticket(caller, now + max_wait)
+        if not self._queue.join(ticket, self._turns(now)):
+            raise QuotaExceeded(self._next_free_in(now))
+        return ticket
 
     def poll(self, now: float) -> float | None:
         """Settle what can be settled without the others, and return when to call again; None if nothing waits."""
+        self._on_change()
         if self.local:
-            return super().poll(now)
-        now = self._advance(now)
-        if self._waiting and self._deadline <= now:
-            self._refuse_overdue(now)
-        return self._deadline if self._waiting else None
+            return self._quota.poll(now)
+        self._queue.refuse(self._queue.overdue(self._window.advance(now)), now, self._next_free_in)
+        return self._queue.deadline if self._queue else None
 
     def answered(self, ticket: Ticket, now: float) -> None:
         """Say that the answer's head came or the attempt failed: the slot comes back one window from now."""
         if ticket.state == "sent":
-            self._news.append((self._slots.pop(ticket), self._advance(now)))
-        super().answered(ticket, now)
+            self._over.append((ticket.slot, self._window.advance(now)))
+        self._quota.answered(ticket, now)
 
     def cancel(self, ticket: Ticket, now: float) -> None:
         """Give up a ticket: its place, or its slot, as though never taken. What was sent counts as answered now."""
+        self.answered(ticket, now)
         if ticket.state == "granted":
-            self._returned.append(self._slots.pop(ticket))
-        super().cancel(ticket, now)
+            self._returned.append(ticket.slot)
+        if ticket.state == "granted" and not self.local:
+            self._window.give_back(ticket)  # who gets it is for all to say
+        else:
+            self._quota.cancel(ticket, now)
 
     def close(self, now: float, seconds: float | None) -> None:
         """Metquay answered 429: grant nothing for ``seconds`` (None: until a slot comes back), here or elsewhere."""
-        self._closing.append(seconds)
-        if self.local or seconds is not None:
-            super().close(now, seconds)
+        self._closing.append(-1 if seconds is None else seconds)
+        if self.local:
+            self._quota.close(now, seconds)
+        elif seconds is not None:
+            self._window.close(now, seconds)
+            self._refuse_late(now)
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the figures: those of all replicas, or of this one's share while it is alone."""
-        own = super().snapshot(now)
-        return own if self.local else own._replace(used=max(own.used, self._used_by_all))
+        own, used = self._quota.snapshot(now), max(self._window.used, self.heard.used)
+        return own if self.local else own._replace(used=used, next_free_in=self._next_free_in(now))
 
     def next_call(self, now: float) -> float:
         """Return when to call; at once is ``now``."""
         if self.local or self._full:
             return self._call_at
-        if bool(self._waiting) != self._in_line or self._returned or self._closing:
+        if bool(self._queue) != self.heard.in_line or self._returned or self._closing:
             return now
-        at = min(self._beat_at, self._turn_at) if self._in_line else self._beat_at
-        return min(at, self._news[0][1] + self._rate.window * _TELLING) if self._news else at
+        at = min(self._beat_at, self._turn_at) if self.heard.in_line else self._beat_at
+        news = (moment + self._rate.window * _TELLING for _, moment in islice(self._over, self._told, None))
+        return min(at, next(news, at))
 
     def report(self, now: float, fresh: str, *, leaving: bool = False) -> dict[str, Any]:
         """Return the call to be made now: what became of this replica's requests, and how many wait.
 
         ``fresh`` names the window that begins if none is there; ``leaving``: this replica ends.
         """
-        now = self._advance(now)
+        now = self._window.advance(now)
         beat = self._full or leaving or self._beat_at <= now
         hold = self._rate.window * SAFETY
-        while self._told and self._told[0][1] + hold <= now:
-            self._told.popleft()
-        self._news = [(serial, at) for serial, at in self._news if at + hold > now]
-        self._asked = range(self._serial, self._serial + (0 if self.local else self._waiting))
-        self._serial = self._asked.stop
-        over = [*self._told, *self._news] if self._full else self._news
+        while self._over and self._over[0][1] + hold <= now:
+            self._over.popleft()
+            self._told = max(0, self._told - 1)
+        if self._full:
+            self._told = 0
+        self._asked = self._window.reserve(0 if self.local else len(self._queue))
         return {
-            "replica": self._name,
+            "replica": self.name,
             "generation": self.generation,
             "fresh": fresh,
-            "replicas": max(1, self.replicas),
+            "replicas": max(1, self.heard.replicas),
             "before": None if self._ahead is None else now + self._ahead + LATE,
             "leaving": leaving,
             "beat": beat,
             "silent": self._beat * _SILENT,
             "limit": self._rate.limit,
-            "burst": self._burst_share,
+            "burst": BURST,
             "hold": hold,
             "catch_up": self._rate.window * CATCH_UP,
-            "latency": self._latency,
+            "latency": self._window.latency,
             "returned": list(self._returned),
-            "answered": [[serial, round(now - at, 6)] for serial, at in over],
-            "in_flight": list(self._slots.values()) if beat else [],
-            "closing": [-1 if seconds is None else seconds for seconds in self._closing],
-            "first": self._asked.start,
-            "wanted": len(self._asked),
-            "own": self._used,
-            "patience": max((ticket.deadline - now for ticket in self._in_turn()), default=0.0),
+            "answered": [[slot, round(now - at, 6)] for slot, at in islice(self._over, self._told, None)],
+            "in_flight": [ticket.slot for ticket in self._window.in_flight] if beat else [],
+            "closing": list(self._closing),
+            "slots": self._asked,
+            "own": self._window.used,
+            "patience": max((ticket.deadline - now for ticket in self._queue), default=0.0),
         }
 
-    def replied(self, now: float, call: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    def replied(self, now: float, call: Mapping[str, Any], reply: Reply) -> bool:
         """Take the answer to ``call``; return whether it was carried out, else the next call is due at once."""
-        now = self._advance(now)
-        self._ahead = float(answer["now"]) - now
-        if not answer["done"]:
-            self.generation = answer["generation"]
-            self._full = True
-            self._call_at = now
+        now = self._window.advance(now)
+        self._ahead = reply.now - now
+        if not reply.done:
+            self.refusals += 1
+            self.generation, self._full, self._call_at = reply.generation, True, now
             return False
-        self._heard(now, call, answer)
-        if answer["closed"] > 0 and now + answer["closed"] > self._closed_until:
-            self._closed_until = now + answer["closed"]
-            self._refuse_late(now)
-        number, self._serial = self._serial, self._asked.start
-        for _ in range(min(answer["granted"], self._waiting)):
-            self._grant_next(now, now)
-        self._returned.extend(range(self._serial, self._asked.start + answer["granted"]))
-        self._serial = number
-        entered = not self._in_line and answer["in_line"]
-        self._in_line = answer["in_line"]
-        self._turn_at = now + answer["due"]
-        self._round = max(answer["round"], 0.0)
-        if self._waiting and (entered or not self._in_line):
+        self.misses, self.refusals, self._full, self._alone_since = 0, 0, False, math.inf
+        del self._returned[: len(call["returned"])]
+        del self._closing[: len(call["closing"])]
+        self._told += len(call["answered"])
+        if call["beat"]:
+            self._beat_at = now + self._beat * (0.9 + self._jitter() / 5)
+            self._returns, self._each = [now + distance for distance in reply.returns], reply.each
+        if self.local:
+            self.local = False
+            self._window.lend(OTHERS, [])
+            self._window.resize(self._rate)
+        closing = reply.closed > 0 and now + reply.closed > self._window.closed_until
+        late = closing or not (reply.in_line and self.heard.in_line)
+        self._window.close(now, reply.closed)
+        for slot in self._asked[: reply.granted]:
+            if self._queue:
+                self._window.grant(self._queue.pop(), now, now, slot)
+            else:
+                self._returned.append(slot)
+        self.heard, self._turn_at = reply, now + reply.due
+        if late:
             self._refuse_late(now)
         return True
 
     def missed(self, now: float) -> bool:
         """Take note that a call failed; return whether this replica goes on alone from now on."""
-        now = self._advance(now)
+        now = self._window.advance(now)
         self.misses += 1
-        self._returned.extend(self._asked)  # it may have been carried out all the same
-        del self._returned[:-_REMEMBERED]
-        self._full = True
-        self._call_at = now
-        if not self.local and self.misses == 1:
+        self._returned = [*self._returned, *self._asked][-_REMEMBERED:]  # it may have been carried out all the same
+        at_once = self.misses == 1 and not self.local
+        self._full, self._call_at = True, now if at_once else now + self._beat * (0.75 + self._jitter() / 2)
+        if self.misses != (1 if self.local else 2):
             return False
-        self._call_at += self._beat * (0.75 + self._jitter() / 2)
-        if self.local:
-            return False
-        self._retire()
+        if not self.local:
+            self._retire(now)
+        self._alone_since = now
         return True
 
-    @property
-    def share(self) -> int:
-        """How many requests in a window this replica may send alone."""
-        return self._limit
-
-    def _heard(self, now: float, call: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        self.misses = 0
-        self.replicas = answer["replicas"]
-        self._used_by_all = answer["used"]
-        self._returned = self._returned[len(call["returned"]) :]
-        self._closing = self._closing[len(call["closing"]) :]
-        news = len(call["answered"]) - (len(self._told) if self._full else 0)
-        self._told.extend(self._news[:news])
-        self._news = self._news[news:]
-        self._full = False
-        if call["beat"]:
-            self._beat_at = now + self._beat * (0.9 + self._jitter() / 5)
-            self._returns, self._each = [now + distance for distance in answer["returns"]], answer["each"]
-        if self.local:
-            self.local = self._in_line = False
-            others = [cell for cell in self._cells if cell.callers[0] == OTHERS]
-            self._release([OTHERS] * len(others))
-            self._cells = deque(cell for cell in self._cells if cell.callers[0] != OTHERS)
-            self._limit_to(*self._rate)
-
-    def _retire(self) -> None:
+    def _retire(self, now: float) -> None:
         """Go on alone, with the share that nobody else counts on."""
-        self.local, now = True, self._now
-        replicas = self.replicas or UNKNOWN
+        self.local = True
+        replicas = self.heard.replicas or UNKNOWN
         limit = self._rate.limit // replicas
         # a replica among more than there are slots has one in several windows, and not all have theirs at once
         stretch = 1.0 if limit else replicas / self._rate.limit
-        self._limit_to(max(1, limit), self._rate.window * stretch)
+        self._window.resize(Rate(max(1, limit), self._rate.window * stretch))
         returns = sorted(end for end in self._returns for _ in range(self._each) if end > now)
-        if not limit and self.replicas:
-            returns.append(now + self._jitter() * self._window)
-        missing = returns[len(returns) - max(0, len(returns) - self._used) :]
-        self._cells = deque(sorted([*self._cells, *(_Cell(-math.inf, end, OTHERS) for end in missing)], key=_end))
-        self._used += len(missing)
-        if missing:
-            self._used_by[OTHERS] = len(missing)
+        if not limit and self.heard.replicas:
+            returns.append(now + self._jitter() * self._window.rate.window)
+        self._window.lend(OTHERS, returns[min(len(returns), self._window.used) :])
 
-    def _grant(self, ticket: Ticket, now: float, due: float) -> None:
-        super()._grant(ticket, now, due)
-        self._slots[ticket] = self._serial
-        self._serial += 1
-
-    def _schedule(self, now: float) -> Iterator[float]:
-        return super()._schedule(now) if self.local else self._rounds(now)
-
-    def _free(self, now: float) -> bool:
-        return self.local and super()._free(now)  # the others must be asked before anything is granted
-
-    def _next_free_in(self, now: float) -> float:
-        return super()._next_free_in(now) if self.local else self._nth(now, self._waiting + 1) - now
-
-    def _rounds(self, now: float) -> Iterator[float]:
+    def _turns(self, now: float) -> Iterator[float]:
         """Yield the turns of this replica: one in each round of the shared line."""
-        at = max(self._turn_at, self._closed_until, now)
+        at = max(self._turn_at, self._window.closed_until, now)
         while True:
             yield at
-            at += self._round
+            at += self.heard.round
 
+    def _next_free_in(self, now: float) -> float:
+        return nth(self._turns(now), len(self._queue) + 1) - now
 
-def _end(cell: _Cell) -> float:
-    return cell.end
+    def _refuse_late(self, now: float) -> None:
+        self._queue.refuse(self._queue.late(self._turns(now)), now, self._next_free_in)

@@ -1,12 +1,13 @@
 """The quota and the records of several replicas, in a Redis (or Valkey) that none of them depends on.
 
 Owns the connection to Redis, and the driving of ``share``: calls, beats, probes. Must not decide what the quota or a
-record allows. While Redis is unreachable, slow, read-only or empty, the replica goes on alone, and says so.
+record allows. While Redis is unreachable, slow, read-only or empty, or answers what no script of ours does, the replica
+goes on alone, and says so.
 
-Facts: redis-py is an optional extra, loaded only by who sets METQUAY_REDIS_URL; it closes a connection whose command
-was cancelled, and retries by itself unless told not to. It would read the certificates anew for each connection, 50 ms
-in which nobody is served, and its own version from its installed files, to tell Redis (``driver_info``). Redis names a
-script by its SHA-1, and forgets it when it restarts (NOSCRIPT).
+Facts: redis-py is an optional extra, so that this module is loaded only by who sets METQUAY_REDIS_URL; it closes a
+connection whose command was cancelled, and retries by itself unless told not to. It would read the certificates anew
+for each connection, 50 ms in which nobody is served, and its own version from its installed files, to tell Redis
+(``driver_info``). Redis names a script by its SHA-1, and forgets it when it restarts (NOSCRIPT).
 """
 
 from __future__ import annotations
@@ -17,46 +18,38 @@ import hashlib
 import json
 import random
 import secrets
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import redis.asyncio
 import structlog
 
 from metquay_proxy.exchange.line import Line
-from metquay_proxy.replicas.share import Share
-from metquay_proxy.rules.idempotency import (
-    LIFETIME,
-    MAX_RECORDS,
-    Answer,
-    Claim,
-    Records,
-    decoded,
-    encoded,
-    full,
-    judged,
-)
+from metquay_proxy.replicas.share import Reply, Share
+from metquay_proxy.rules.idempotency import LIFETIME, MAX_RECORDS, Answer, Claim, Records, full, judged_elsewhere
 from metquay_proxy.rules.quota import Rate
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Sequence
 
+    from metquay_proxy.exchange.line import CallLater
     from metquay_proxy.settings import RedisAddress
 
 SLOW: Final = 0.05
 """Seconds after which Redis counts as away."""
 _CONNECTING: Final = 1.0
-_ABANDONED: Final = 600.0
-"""Seconds after which the request of another replica, of which nothing was heard, has an unknown outcome."""
 _PATIENCE: Final = 1.0
 """Seconds that a claim waits for Redis: that a request is executed twice is worse than that."""
 _GIVEN_UP: Final = 5.0
 """Seconds alone after which claims don't wait for Redis any more."""
 _GATHERING: Final = 10.0
 """Seconds that a claim waits at most until all replicas have told a new window what they know."""
-_QUOTA: Final = Path(__file__).with_name("quota.lua").read_text(encoding="utf-8")
-_RECORD: Final = Path(__file__).with_name("record.lua").read_text(encoding="utf-8")
+_QUOTA, _RECORD = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("quota.lua", "record.lua"))
+_SHA1: Final = {script: hashlib.sha1(script.encode()).hexdigest() for script in (_QUOTA, _RECORD)}  # noqa: S324 - Redis's name for it
 _KEYS: Final = ("state", "seen", "flight", "back", "line")
+_GARBAGE: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _WHY: Final = {
     "TimeoutError": "it takes longer than 50 ms to answer",
     "AuthenticationError": "it refuses the user or the password",
@@ -68,6 +61,8 @@ _WHY: Final = {
     "SSLCertVerificationError": "its certificate is not trusted here, or is for another name",
 }
 """Class of an error to what is told of it: an error's own text may quote what was sent."""
+
+T = TypeVar("T")
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("metquay_proxy")
 
@@ -82,6 +77,29 @@ def namespace(host: str, access_key: str) -> str:
     return f"metquay:{{{digest}}}:"
 
 
+class _Password(redis.credentials.CredentialProvider):
+    """The user and the password, which is asked for at each connection."""
+
+    def __init__(self, user: str | None, password: Callable[[], str | None]) -> None:
+        self._user = user
+        self._password = password
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        word = self._password() or ""
+        return (self._user, word) if self._user else (word,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
+
+
+class _Secure(redis.asyncio.SSLConnection):
+    """A connection by TLS with a context that is made already."""
+
+    def __init__(self, tls: ssl.SSLContext, **options: Any) -> None:  # noqa: ANN401 - redis-py's own
+        super().__init__(**options)
+        self.ssl_context.context = tls
+
+
 class Store:
     """The connection to Redis."""
 
@@ -89,197 +107,70 @@ class Store:
         self, address: RedisAddress, password: Callable[[], str | None], tls: ssl.SSLContext | None = None
     ) -> None:
         """``password`` is asked at each connection, so that one that was changed needs no restart."""
-        from redis.asyncio import Connection, ConnectionPool, Redis, UnixDomainSocketConnection  # noqa: PLC0415 - an optional extra, slow to load
-        from redis.asyncio.retry import Retry  # noqa: PLC0415 - as above
-        from redis.backoff import NoBackoff  # noqa: PLC0415 - as above
-        from redis.credentials import CredentialProvider  # noqa: PLC0415 - as above
-        from redis.exceptions import NoScriptError, RedisError  # noqa: PLC0415 - as above
-
-        class Secure(Connection):
-            def _connection_arguments(self) -> dict[str, Any]:
-                return {**super()._connection_arguments(), "ssl": tls}
-
-        class Password(CredentialProvider):
-            def get_credentials(self) -> tuple[str] | tuple[str, str]:
-                word = password() or ""
-                return (address.user, word) if address.user else (word,)
-
-            async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
-                return self.get_credentials()
-
-        kind: type[Any] = Connection
-        where: dict[str, Any] = {"host": address.host, "port": address.port}
-        if address.path:
-            kind, where = UnixDomainSocketConnection, {"path": address.path}
-        elif address.scheme == "rediss":
-            kind = Secure
-        pool = ConnectionPool(
+        place: dict[str, Any] = {"host": address.host, "port": address.port}
+        kind, where = {
+            "redis": (redis.asyncio.Connection, place),
+            "rediss": (_Secure, place | {"tls": tls}),
+            "unix": (redis.asyncio.UnixDomainSocketConnection, {"path": address.path}),
+        }[address.scheme]
+        pool = redis.asyncio.ConnectionPool(
             kind,
             **where,
             db=address.database,
-            credential_provider=Password() if password() is not None else None,
+            credential_provider=None if password() is None else _Password(address.user, password),
             protocol=2,
             driver_info=None,
             socket_timeout=None,
             socket_connect_timeout=None,
-            retry=Retry(NoBackoff(), 0),
+            retry=redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0),
         )
-        self._redis = Redis.from_pool(pool)
-        self._errors = (RedisError, OSError, TimeoutError, ValueError)
-        self._unknown_script = NoScriptError
-        self._names = {script: hashlib.sha1(script.encode()).hexdigest() for script in (_QUOTA, _RECORD)}  # noqa: S324 - Redis's name for it
+        self._redis = redis.asyncio.Redis.from_pool(pool)
+        self.connect = partial(self._within, _CONNECTING, self._redis.ping)
+        self.ping = partial(self._within, SLOW, self._redis.eval, "return 1", 0)
+        self.close = self._redis.aclose
 
-    async def run(self, script: str, keys: Sequence[str], *values: str | bytes | float, within: float = SLOW) -> Any:  # noqa: ANN401 - what the script returns
-        """Run a script; raise ``Away`` unless it answers ``within`` so many seconds."""
-        return await self._within(within, self._run, script, keys, values)
-
-    async def connect(self) -> None:
-        """Open a connection unless one is there, for which there is a second; raise ``Away``."""
-        await self._within(_CONNECTING, self._redis.ping)
-
-    async def ping(self) -> None:
-        """Run a script that does nothing; raise ``Away`` unless that is allowed and takes less than 50 ms."""
-        await self._within(SLOW, self._redis.eval, "return 1", 0)
-
-    async def close(self) -> None:
-        """End all connections."""
-        await self._redis.aclose()
-
-    async def _run(self, script: str, keys: Sequence[str], values: Sequence[str | bytes | float]) -> Any:  # noqa: ANN401 - as above
+    async def run(
+        self, script: str, keys: Sequence[str], values: Sequence[Any], read: Callable[[Any], T], within: float = SLOW
+    ) -> T:
+        """Run a script, and ``read`` its answer; raise ``Away`` unless that comes ``within`` so many seconds."""
+        said = await self._within(within, self._run, script, keys, values)
         try:
-            return await self._redis.evalsha(self._names[script], len(keys), *keys, *values)
-        except self._unknown_script:
+            return read(said)
+        except _GARBAGE as error:
+            raise Away("it answers what no script of ours does") from error
+
+    async def _run(self, script: str, keys: Sequence[str], values: Sequence[Any]) -> Any:  # noqa: ANN401 - as above
+        try:
+            return await self._redis.evalsha(_SHA1[script], len(keys), *keys, *values)
+        except redis.exceptions.NoScriptError:
             return await self._redis.eval(script, len(keys), *keys, *values)
 
     async def _within(self, seconds: float, work: Any, *arguments: Any) -> Any:  # noqa: ANN401 - as above
         try:
             async with asyncio.timeout(seconds):
                 return await work(*arguments)
-        except self._errors as error:
+        except (redis.RedisError, OSError, TimeoutError, ValueError) as error:
             cause = error.__cause__ or error.__context__ or error
             why = _WHY.get(type(error).__name__) or _WHY.get(type(cause).__name__) or "it cannot be reached"
             raise Away(why) from error
 
 
-class SharedLine(Line):
-    """Lets requests wait for their turn in a line that several replicas share."""
-
-    def __init__(  # noqa: PLR0913 - its parts, and what a test replaces
-        self,
-        share: Share,
-        store: Store,
-        prefix: str,
-        clock: Callable[[], float],
-        call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None = None,
-        on_heard: Callable[[], None] = lambda: None,
-    ) -> None:
-        """``prefix`` begins the names of the keys; ``on_heard`` is called after each call that was carried out."""
-        super().__init__(share, clock, call_later)
-        self._share = share
-        self._store = store
-        self._keys = [prefix + name for name in _KEYS]
-        self._on_heard = on_heard
-        self._kick = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._alone_since = clock()
-        self.failures = 0
-        self.trouble: str | None = None
-
-    @property
-    def alone_for(self) -> float:
-        """For how many seconds this replica has been going on alone."""
-        return self._clock() - self._alone_since if self._share.local else 0.0
-
-    async def start(self) -> None:
-        """Join the others, if Redis is there, and keep in touch."""
-        while self._share.local and not self._share.misses:
-            await self._call()
-        if self._share.local:
-            self._tell_alone()
-        self._task = asyncio.create_task(self._run())
-
-    async def stop(self) -> None:
-        """Leave the others."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            if not self._share.local:
-                with contextlib.suppress(Away):
-                    call = self._share.report(self._clock(), "", leaving=True)
-                    await self._store.run(_QUOTA, self._keys, json.dumps(call))
-
-    def _poll(self) -> None:
-        super()._poll()
-        self._kick.set()
-
-    async def _run(self) -> None:
-        while True:
-            self._kick.clear()
-            wait = self._share.next_call(self._clock()) - self._clock()
-            if wait > 0:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(wait):
-                        await self._kick.wait()
-                continue
-            try:
-                await self._call()
-            except Exception:
-                log.exception("the shared quota failed")
-                self._share.missed(self._clock())
-
-    async def _call(self) -> None:
-        share = self._share
-        local = share.local
-        try:
-            if local:
-                await self._store.connect()
-            call = share.report(self._clock(), secrets.token_hex(8))
-            answer = json.loads(await self._store.run(_QUOTA, self._keys, json.dumps(call)))
-        except Away as away:
-            self.trouble = str(away)
-            self.failures += 1
-            if share.missed(self._clock()):
-                self._alone_since = self._clock()
-                self._tell_alone()
-        else:
-            if share.replied(self._clock(), call, answer):
-                self._on_heard()
-                if local:
-                    away_s = round(self._clock() - self._alone_since, 1)
-                    log.info("the quota is shared through Redis", replicas=share.replicas, after_s=away_s)
-                    self.trouble = None
-        super()._poll()
-
-    def _tell_alone(self) -> None:
-        share = self._share
-        told = {"reason": self.trouble, "requests_in_a_window": share.share, "replicas": share.replicas or "unknown"}
-        log.warning("going on without Redis, with a share of the quota", **told)
-
-
 class SharedRecords(Records):
     """The records of all replicas; those of this one's own requests are kept here too, for when Redis is away."""
 
-    def __init__(  # noqa: PLR0913 - its parts
-        self,
-        share: Share,
-        store: Store,
-        prefix: str,
-        name: str,
-        clock: Callable[[], float],
-        alone_for: Callable[[], float],
-        max_records: int = MAX_RECORDS,
+    def __init__(
+        self, share: Share, store: Store, prefix: str, clock: Callable[[], float], max_records: int = MAX_RECORDS
     ) -> None:
-        """``name`` is this replica's, ``prefix`` begins the keys' names, ``alone_for`` tells seconds without Redis."""
+        """``prefix`` begins the names of the keys."""
         super().__init__(max_records)
         self._share = share
         self._store = store
         self._prefix = prefix
-        self._name = name
         self._clock = clock
-        self._alone_for = alone_for
         self._generation = ""
         self._asking: set[bytes] = set()
         self._untold: dict[bytes, None] = {}
+        self._heard = asyncio.Event()
 
     async def claim(self, record: bytes, digest: bytes, now: float) -> Claim | Answer:
         """Return the right to execute, or the recorded answer, whichever replica recorded it."""
@@ -287,96 +178,93 @@ class SharedRecords(Records):
         if isinstance(claim, Answer):
             return claim
         self._asking.add(record)
+        found: Claim | Answer | None = None
         try:
-            answer = await self._claimed_elsewhere(claim)
-        except BaseException:
+            found = await self._claimed(claim)
+        finally:
             self._asking.discard(record)
-            await self.free(claim)
-            raise
-        self._asking.discard(record)
-        if answer is None:
-            return claim
-        await super().free(claim)
-        return answer
+            if found is not claim:
+                await self.free(claim)
+        return found
 
     async def complete(self, claim: Claim, answer: Answer | None, now: float) -> None:
         """Record a 2xx answer, or (None) that nobody knows whether the request was executed."""
         await super().complete(claim, answer, now)
-        self._untold[claim.record] = None
-        await self._told(claim.record)
+        await self._tell(claim.record)
 
     async def free(self, claim: Claim) -> None:
         """Forget a request that was certainly not executed: its key may be used again."""
         await super().free(claim)
-        self._untold[claim.record] = None
-        await self._told(claim.record)
+        await self._tell(claim.record)
 
-    def heard(self) -> bool:
-        """Take note of a call that was carried out; return whether there is something to tell."""
+    def heard(self) -> None:
+        """Take note of a call that was carried out."""
         if self._generation != self._share.generation:
             self._generation = self._share.generation
-            self._untold |= dict.fromkeys((*self._running, *self._ended))
-        return bool(self._untold)
+            self._untold |= dict.fromkeys(self.known())
+        self._heard.set()
 
     async def catch_up(self) -> None:
-        """Tell what could not be told, or what Redis lost; what fails is left to the next call that is carried out."""
-        while self._untold and not self._share.local and await self._told(next(iter(self._untold))):
-            pass
+        """Tell, for ever, what could not be told, or what Redis lost; what fails is left to the next call."""
+        while await self._heard.wait():
+            self._heard.clear()
+            while self._untold and await self._tell(next(iter(self._untold))):
+                pass
 
-    async def _claimed_elsewhere(self, claim: Claim) -> Answer | None:
-        value = encoded(claim.digest, None, running=self._name)
+    async def _claimed(self, claim: Claim) -> Claim | Answer:
+        """Return what the other replicas, or their silence, make of a claim."""
         began = self._clock()
-        while self._alone_for() < _GIVEN_UP and self._clock() < began + _GATHERING:
+        _, value, _ = self.told(claim.record, self._share.name, began)
+        while self._share.alone_for(self._clock()) < _GIVEN_UP and self._clock() < began + _GATHERING:
             try:
-                said = await self._ask("claim", claim.record, value, LIFETIME, within=_PATIENCE)
+                kind, seconds, known = await self._ask(claim.record, "claim", value, LIFETIME, _PATIENCE)
             except Away:
                 if self._clock() >= began + _PATIENCE:
                     break
-                await asyncio.sleep(SLOW)
-                continue
-            kind, told = said[0], said[1:]
+                kind, seconds, known = b"wait", SLOW, b""
             if kind == b"done":
-                return None
+                return claim
             if kind == b"full":
-                raise full(self._max_records, float(told[0]))
+                raise full(self._max_records, seconds)
             if kind == b"known":
-                digest, running, answer = decoded(told[0])
-                return judged(claim.digest, digest, answer, running=bool(running) and float(told[1]) < _ABANDONED)
-            await asyncio.sleep(float(told[0]))
+                return judged_elsewhere(claim.digest, known, seconds)
+            await asyncio.sleep(min(seconds, _PATIENCE))
         self._untold[claim.record] = None
-        return None
+        return claim
 
-    async def _told(self, record: bytes) -> bool:
+    async def _tell(self, record: bytes) -> bool:
         """Tell the others what is known of a record; return whether that was done."""
+        self._untold[record] = None
         if self._share.local:
             return False
+        del self._untold[record]  # now, since there may be more to tell before this has come through
         if record in self._asking:  # it is not this replica's before that is decided
-            self._untold.pop(record, None)
             return True
-        running, ended = self._running.get(record), self._ended.get(record)
-        what, value, left = "free", b"", LIFETIME
-        if running is not None:
-            what, value = "keep", encoded(running, None, running=self._name)
-        elif ended is not None:
-            what, value, left = "keep", encoded(ended.digest, ended.answer), ended.expires - self._clock()
-        self._untold.pop(record, None)  # now, since there may be more to tell before this has come through
         try:
-            await self._ask(what, record, value, max(1.0, left))
+            await self._ask(record, *self.told(record, self._share.name, self._clock()))
         except Away:
             self._untold[record] = None
             return False
         return True
 
-    async def _ask(self, what: str, record: bytes, value: bytes, lifetime: float, within: float = SLOW) -> list[bytes]:
-        name = record.hex()
+    async def _ask(
+        self, record: bytes, what: str, value: bytes, lifetime: float, within: float = SLOW
+    ) -> tuple[bytes, float, bytes]:
+        name, share = record.hex(), self._share
         keys = (f"{self._prefix}record:{name}", f"{self._prefix}records", f"{self._prefix}state")
-        values = (what, self._name, self._share.generation, value, int(lifetime * 1000), self._max_records, name)
-        said: list[bytes] = await self._store.run(_RECORD, keys, *values, within=within)
-        return said
+        values = (what, share.name, share.generation, value, int(lifetime * 1000), self._max_records, name)
+        return await self._store.run(_RECORD, keys, values, _outcome, within)
 
 
-class Shared:
-    """What the replicas of one key pair share: ``line`` and ``records`` take the place of those in memory."""
+def _outcome(said: list[bytes]) -> tuple[bytes, float, bytes]:
+    kind, seconds, known = said
+    if kind not in {b"done", b"wait", b"full", b"known"} or not 0 <= float(seconds) <= LIFETIME:
+        raise ValueError(kind)
+    return kind, float(seconds), known
+
+
+class Replica:
+    """One of several proxies with one key pair: ``line`` and ``records`` take the place of those in memory."""
 
     def __init__(
         self,
@@ -384,27 +272,33 @@ class Shared:
         prefix: str,
         rate: Rate | None,
         clock: Callable[[], float],
-        call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None = None,
+        call_later: CallLater = None,
     ) -> None:
         """``prefix`` begins the names of the keys; without a ``rate`` only the records are shared."""
-        name = secrets.token_hex(8)
         self._store = store
-        self._share = Share(rate or Rate(1, 1.0), name, random.random)
-        self._telling: asyncio.Task[None] | None = None
-        self._line = SharedLine(self._share, store, prefix, clock, call_later, self._heard)
+        self._clock = clock
+        self._keys = [prefix + name for name in _KEYS]
+        self._changed = asyncio.Event()
+        self._share = Share(rate or Rate(1, 1.0), secrets.token_hex(8), random.random, self._changed.set)
+        self._line = Line(self._share, clock, call_later)
         self.line = None if rate is None else self._line
-        self.records = SharedRecords(self._share, store, prefix, name, clock, lambda: self._line.alone_for)
+        self.records = SharedRecords(self._share, store, prefix, clock)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failures = 0
+        self._trouble: str | None = None
 
     async def start(self) -> None:
-        """Join the others; where Redis is away, go on alone."""
-        await self._line.start()
+        """Join the others as soon as Redis is there, and keep in touch; nothing is waited for."""
+        self._tasks = [asyncio.create_task(work) for work in (self._run(), self.records.catch_up())]
 
     async def stop(self) -> None:
         """Leave the others."""
-        await self._line.stop()
-        if self._telling is not None:
-            self._telling.cancel()
-            await asyncio.gather(self._telling, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self._share.local:
+            with contextlib.suppress(Away):
+                await self._report(leaving=True)
         await self._store.close()
 
     def status(self) -> dict[str, Any]:
@@ -412,13 +306,50 @@ class Shared:
         share = self._share
         return {
             "shared": not share.local,
-            "replicas": share.replicas,
-            "share": share.share if share.local and self.line is not None else None,
-            "alone_for": round(self._line.alone_for, 1),
-            "failures": self._line.failures,
-            "trouble": self._line.trouble if share.local else None,
+            "replicas": share.heard.replicas,
+            "share": self._line.snapshot().limit if share.local and self.line is not None else None,
+            "alone_for": round(share.alone_for(self._clock()), 1),
+            "failures": self._failures,
+            "trouble": self._trouble if share.local else None,
         }
 
-    def _heard(self) -> None:
-        if self.records.heard() and (self._telling is None or self._telling.done()):
-            self._telling = asyncio.create_task(self.records.catch_up())
+    async def _run(self) -> None:
+        while True:
+            self._changed.clear()
+            wait = self._share.next_call(self._clock()) - self._clock()
+            if wait <= 0:
+                await self._call()
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), wait)
+
+    async def _call(self) -> None:
+        share, local, away = self._share, self._share.local, self._share.alone_for(self._clock())
+        try:
+            if local:
+                await self._store.connect()
+            call, reply = await self._report()
+            if share.replied(self._clock(), call, reply):
+                self.records.heard()
+                if local:
+                    log.info("the quota is shared through Redis", replicas=share.heard.replicas, after_s=round(away, 1))
+            elif share.refusals > 1:
+                raise Away("it carries out no call: its clock is being set, or it is too slow")
+        except Away as error:
+            self._missed(str(error))
+        except Exception:
+            log.exception("the shared quota failed")
+            self._missed("a mistake of this program, which its log tells")
+        self._line.poll()
+
+    async def _report(self, *, leaving: bool = False) -> tuple[dict[str, Any], Reply]:
+        call = self._share.report(self._clock(), secrets.token_hex(8), leaving=leaving)
+        return call, await self._store.run(_QUOTA, self._keys, [json.dumps(call)], Reply.model_validate_json)
+
+    def _missed(self, why: str) -> None:
+        self._failures += 1
+        self._trouble = why
+        if self._share.missed(self._clock()):
+            limit, replicas = self._line.snapshot().limit, self._share.heard.replicas or "unknown"
+            told = {"reason": why, "requests_in_a_window": limit, "replicas": replicas}
+            log.warning("going on without Redis, with a share of the quota", **told)

@@ -26,9 +26,9 @@ else:
 
 DEFAULT_LISTEN: Final = "localhost:6387"
 
-_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
+HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
-_MAX_PORT: Final = 65535
+MAX_PORT: Final = 65535
 _BOTH: Final = {"localhost": ("127.0.0.1", "::1"), "::": ("0.0.0.0", "::")}  # noqa: S104 - what is written there
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - as above
 _EXAMPLE: Final = f"write it like {DEFAULT_LISTEN}, [::1]:6387 or unix:/run/metquay.sock"
@@ -67,8 +67,7 @@ def parse_listen(text: str) -> tuple[Address, ...]:
     addresses = tuple(_parse(entry.strip()) for entry in text.split(","))
     for address in addresses:
         if addresses.count(address) > 1 and (address.path or address.port):
-            msg = f"{address} is listed twice"
-            raise ValueError(msg)
+            raise ValueError(f"{address} is listed twice")
     return addresses
 
 
@@ -81,16 +80,15 @@ def _parse(text: str) -> Address:
     scheme, _, path = text.partition(":")
     if scheme == "unix":
         if not path.startswith("/"):
-            msg = f"{text!r} needs a path that begins with a slash; {_EXAMPLE}"
-            raise ValueError(msg)
+            raise ValueError(f"{text!r} needs a path that begins with a slash; {_EXAMPLE}")
         if sys.platform == "win32":
-            msg = f"{text!r} is a unix socket, which Python does not have on Windows; listen on {DEFAULT_LISTEN}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{text!r} is a unix socket, which Python does not have on Windows; listen on {DEFAULT_LISTEN}"
+            )
         return Address("", 0, path)
     host, colon, port = text.rpartition(":")
-    if not (colon and host and _PORT.fullmatch(port) and int(port) <= _MAX_PORT):
-        msg = f"{text!r} is not a host and a port from 0 to {_MAX_PORT}; {_EXAMPLE}"
-        raise ValueError(msg)
+    if not (colon and host and _PORT.fullmatch(port) and int(port) <= MAX_PORT):
+        raise ValueError(f"{text!r} is not a host and a port from 0 to {MAX_PORT}; {_EXAMPLE}")
     return Address(_host(host.lower().removesuffix("."), text), int(port))
 
 
@@ -104,7 +102,6 @@ def _host(host: str, text: str) -> str:
             return str(kind(host.strip("[]")))
         except ValueError:
             pass
-    elif _NAME.fullmatch(host):
+    elif HOST_NAME.fullmatch(host):
         return host
-    msg = f"{text!r} has no host name or IP address before its port; {_EXAMPLE}"
-    raise ValueError(msg)
+    raise ValueError(f"{text!r} has no host name or IP address before its port; {_EXAMPLE}")

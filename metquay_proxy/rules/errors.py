@@ -2,7 +2,7 @@
 
 Owns part 8 of the contract: each slug, its status, and the shape of the answer (Metquay's ErrorResponse,
 ``{"code": status, "message": text}``, so that a tool needs one parser for both origins). Must not know HTTP
-libraries: the server turns the exception into bytes.
+libraries: the handler turns the exception into bytes.
 
 Facts: RFC 9110 section 10.2.3 (Retry-After in whole seconds); RFC 9110 section 15 (status codes).
 """

@@ -8,41 +8,43 @@ what it can't forge are Host, Origin (Fetch standard, section 3.2) and Sec-Fetch
 serialize an origin in one way only (HTML standard: lower case, no default port), so that it is compared byte for byte.
 Under plain http and a name that is not localhost they send neither with images, scripts and frames (Secure Contexts,
 section 3.1): what then tells a page is its Referer, where the page does not hide it.
-Names without a dot and ``*.localhost`` (RFC 6761 section 6.3) can't be registered by an attacker. RFC 7617: Basic's
-password begins after the first colon. RFC 9110 section 9.3.8: the answer to TRACE repeats the request's head.
+``*.localhost`` (RFC 6761 section 6.3) and names without a dot can't be registered by an attacker, but one of the latter
+can be owned by a neighbour in the local network. RFC 7617: Basic's password begins after the first colon. RFC 9110
+section 9.3.8: the answer to TRACE repeats the request's head.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import hashlib
 import hmac
-import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.target import LOGIN_PATH, OWN_PREFIX, Target, split_authority
+from metquay_proxy.rules.target import LOGIN_PATH, OWN_PREFIX, Target, is_address, split_authority
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from metquay_proxy.rules.headers import RequestHead
+    from metquay_proxy.rules.headers import RequestFields
 
 READING_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 PROBES: Final = frozenset({"/-/live", "/-/ready"})
-STATUS_PAGE: Final = OWN_PREFIX
-_LINKED: Final = frozenset({"/", "/-", STATUS_PAGE})
+_LINKED: Final = frozenset({"/", "/-", OWN_PREFIX})
 """The status page and what leads there: other sites may link to these."""
 PLACEHOLDER_LIFETIME: Final = 900
 """Seconds; the same as Metquay's own tokens, so that SDKs renew it as they always do."""
 
+_SENT_METHODS: Final = "GET, HEAD, OPTIONS, POST, PUT, PATCH, DELETE"
+_LOGIN_PROMPT: Final = ("WWW-Authenticate", 'Basic realm="metquay-proxy", charset="UTF-8"')
 _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 _HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
 _LONGEST_HOST: Final = 300
+_ANYBODYS, _DOTLESS, _OURS = range(3)
 _PLACEHOLDER_WITHOUT_KEYS: Final = "held-by-metquay-proxy"
 _PLACEHOLDER: Final = re.compile(rb"local\.([A-Za-z0-9_-]+)\.([0-9]{1,15})\.([0-9a-f]{64})")
 
@@ -55,17 +57,13 @@ class ClientKey:
     """
 
     name: str
-    digest: bytes
+    digest: bytes = field(repr=False)
     read_only: bool = False
 
     @classmethod
     def of(cls, name: str, key: str, *, read_only: bool = False) -> ClientKey:
         """Make one from the key's text."""
         return cls(name, hashlib.sha256(key.encode()).digest(), read_only)
-
-    def __repr__(self) -> str:
-        """Leave out the digest."""
-        return f"ClientKey({self.name!r}, read_only={self.read_only})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,72 +90,63 @@ class Gate:
         allowed_hosts: Iterable[str] = (),
         allowed_origins: Iterable[str] = (),
         scheme: str = "http",
+        own_names: Collection[str] | None = None,
     ) -> None:
         """Take the settings that decide.
 
         ``allowed_hosts`` are lower-case names without port and final dot, ``allowed_origins`` are like
-        ``https://tools.lab.example``; ``scheme`` is the one that our own pages are served under.
+        ``https://tools.lab.example``; ``scheme`` is the one that our own pages are served under. ``own_names``: of the
+        names without a dot only these lower-case ones may be asked for; None: any.
         """
         self._upstream_host = upstream_host
-        self._allowed_hosts = frozenset(allowed_hosts)
+        self._safe = _DOTLESS if own_names is None else _OURS
+        self._allowed_hosts = frozenset([*allowed_hosts, *(own_names or ())])
         self._allowed_origins = frozenset(allowed_origins)
         self._scheme = scheme
         self._open = Admission(read_only=read_only)
-        self._take(keys)
-
-    @property
-    def keys(self) -> tuple[ClientKey, ...]:
-        """Those in force."""
-        return self._keys
-
-    def _take(self, keys: tuple[ClientKey, ...]) -> None:
-        self._keys = keys
-        self._admissions = {key.name: Admission(key.name, self._open.read_only or key.read_only) for key in keys}
+        self.keys = keys
+        """Those in force; ``replace_keys`` changes them."""
+        self.replace_keys(keys)
 
     def replace_keys(self, keys: tuple[ClientKey, ...]) -> frozenset[str]:
         """Admit by other keys from now on; return the names whose key has ended, or is another one now.
 
         With an old key ends its placeholder, which is signed by it. A gate that is guarded stays so: ``keys`` has one.
         """
-        ended = frozenset(key.name for key in self._keys if key not in keys)
-        if bool(keys) != bool(self._keys):
+        if bool(keys) != bool(self.keys):
             raise ValueError("a gate does not begin or cease to ask for keys")
-        self._take(keys)
+        ended = frozenset(key.name for key in self.keys if key not in keys)
+        self.keys = keys
+        self._admissions = {key.name: Admission(key.name, self._open.read_only or key.read_only) for key in keys}
         return ended
 
-    def cors(self, head: RequestHead) -> tuple[tuple[str, str], ...]:
+    def cors(self, head: RequestFields) -> tuple[tuple[str, str], ...]:
         """Return the fields that let a listed origin read the answer, errors included; nothing for any other."""
         origin = head.text(b"origin") if self._allowed_origins else None
         if origin is None or origin not in self._allowed_origins:
             return ()
-        return (
-            ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Expose-Headers", "*"),
-            ("Vary", "Origin"),
-        )
+        return (("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "*"), ("Vary", "Origin"))
 
-    def check(self, method: str, target: Target, head: RequestHead, now: float) -> Admission:
+    def check(self, method: str, target: Target, head: RequestFields, now: float) -> Admission:
         """Admit the request, or raise ``ProxyError``. ``now`` is the wall clock in seconds (placeholders expire)."""
         judged = head.judged
         if b"host" in judged:
-            self._check_host(judged[b"host"], absolute=target.absolute)
-        if b"origin" in judged:
-            self._check_origin(head.text(b"origin"), head.text(b"host"))
+            self._check_host(judged[b"host"], target)
+        if b"origin" in judged or b"sec-fetch-site" in judged or judged.get(b"referer", b"") != b"":
+            if self._is_foreign(method, target, head):
+                msg = (
+                    "A web page of another site tried to use this proxy, and was refused. If that page is a tool of "
+                    "yours, add its origin (like https://tools.lab.example) to METQUAY_ALLOWED_ORIGINS."
+                )
+                raise ProxyError("origin-not-allowed", msg)
             if method == "OPTIONS" and b"access-control-request-method" in judged and self.cors(head):
                 return Admission(preflight=True)
-        elif b"sec-fetch-site" in judged:
-            _check_fetch_site(method, target, judged)
-        elif judged.get(b"referer", b"") != b"":
-            referer = head.text(b"referer")
-            page = None if referer is None else _ORIGIN.match(referer)
-            self._check_origin(page and page[0].lower(), head.text(b"host"))
-        admission = self._check_key(method, target, judged, now) if self._keys else self._open
+        admission = self._check_key(method, target, judged, now) if self.keys else self._open
         if admission.read_only and method not in READING_METHODS:
             self._check_read_only(method, target, admission)
         if method == "TRACE" and not (target.own or target.pass_through):
             msg = "TRACE would show the token that this proxy attaches, so that it was not sent. Use another method."
-            allowed = "GET, HEAD, OPTIONS, POST, PUT, PATCH, DELETE"
-            raise ProxyError("method-not-allowed", msg, headers=(("Allow", allowed),))
+            raise ProxyError("method-not-allowed", msg, headers=(("Allow", _SENT_METHODS),))
         return admission
 
     def login(self, secret: str, now: float) -> str | None:
@@ -166,7 +155,7 @@ class Gate:
         Without client keys any secret will do. With them the placeholder stands for that key until it expires: it is an
         HMAC under the key's digest, so that nothing has to be remembered.
         """
-        if not self._keys:
+        if not self.keys:
             return _PLACEHOLDER_WITHOUT_KEYS
         key = self._key(secret.encode("utf-8", "surrogatepass"))  # JSON can spell half a surrogate pair
         return None if key is None else self.placeholder(key, now)
@@ -178,7 +167,7 @@ class Gate:
 
     def key_of(self, client: str | None) -> ClientKey | None:
         """Return the key of that name."""
-        return next((key for key in self._keys if key.name == client), None)
+        return next((key for key in self.keys if key.name == client), None)
 
     def scope(self, client: str | None) -> str | None:
         """Return what stands for the client's very key, for what is remembered of it and must end with it."""
@@ -189,101 +178,92 @@ class Gate:
         """Whether an Authorization value holds a client key or a placeholder, which must never leave this machine."""
         value = (authorization or "").encode("latin-1")
         rest = value.partition(b" ")[2].strip(b" ")
-        return any(
-            secret == _PLACEHOLDER_WITHOUT_KEYS.encode()
-            or _PLACEHOLDER.fullmatch(secret)
-            or self._identify(secret, now) is not None
-            for secret in (value, rest, *_user_and_password(rest))
-        )
+        secrets = (value, rest, *_user_and_password(rest))
+        shaped = _PLACEHOLDER_WITHOUT_KEYS.encode() in secrets or any(map(_PLACEHOLDER.fullmatch, secrets))
+        return shaped or any(self._identify(secret, now) for secret in secrets)
 
-    def _check_host(self, value: bytes | None, *, absolute: bool) -> None:
-        if value is not None and len(value) <= _LONGEST_HOST:
-            host, safe = _read_host(value)
-            if safe or host in self._allowed_hosts or (absolute and host == self._upstream_host):
+    def _check_host(self, value: bytes | None, target: Target) -> None:
+        if value and len(value) <= _LONGEST_HOST:
+            host, safety = _read_host(value)
+            if safety >= self._safe or host in self._allowed_hosts or (target.absolute and host == self._upstream_host):
                 return
-        msg = (
+        raise ProxyError(
+            "host-not-allowed",
             "This proxy was asked for under a host name that it does not know, which a web page could misuse. "
-            "Ask for it as localhost or by its IP address, or add the name to METQUAY_ALLOWED_HOSTS."
+            "Ask for it as localhost or by its IP address, or add the name to METQUAY_ALLOWED_HOSTS.",
         )
-        raise ProxyError("host-not-allowed", msg)
 
-    def _check_origin(self, origin: str | None, host: str | None) -> None:
-        if origin is not None and (
-            origin in self._allowed_origins or (host is not None and origin == f"{self._scheme}://{host}".lower())
-        ):
-            return
-        raise _foreign()
+    def _is_foreign(self, method: str, target: Target, head: RequestFields) -> bool:
+        """Whether another site's page asks. Of Origin, Sec-Fetch-Site and Referer the first that is there decides."""
+        judged = head.judged
+        if b"origin" in judged:
+            origin = head.text(b"origin")
+        elif b"sec-fetch-site" in judged:
+            if judged[b"sec-fetch-site"] in {b"same-origin", b"none"}:
+                return False
+            navigation = judged.get(b"sec-fetch-mode") == b"navigate" and judged.get(b"sec-fetch-dest") == b"document"
+            return not (navigation and method == "GET" and target.local in _LINKED)
+        else:
+            page = _ORIGIN.match(head.text(b"referer") or "")
+            origin = page and page[0].lower()
+        own = f"{self._scheme}://{head.text(b'host') or ' '}".lower()  # no origin ends in a blank
+        return origin is None or (origin != own and origin not in self._allowed_origins)
 
     def _check_key(self, method: str, target: Target, judged: Mapping[bytes, bytes | None], now: float) -> Admission:
         if target.unasked or target.local in PROBES:
             return self._open
-        for secret in (judged.get(b"x-proxy-key"), _secret(judged.get(b"authorization"))):
-            key = None if secret is None else self._identify(secret, now)
-            if key is not None:
+        for name, secret_in in _PRESENTED.items():
+            if (value := judged.get(name)) and (key := self._identify(secret_in(value), now)):
                 return self._admissions[key.name]
         if _is_login(method, target):
             return Admission()
-        if target.local == STATUS_PAGE and method in READING_METHODS:
+        if target.local == OWN_PREFIX and method in READING_METHODS:
             msg = "This page needs a client key of the proxy: log in with any user name and the key as password."
-            raise ProxyError(
-                "login-required", msg, headers=(("WWW-Authenticate", 'Basic realm="metquay-proxy", charset="UTF-8"'),)
-            )
-        msg = (
+            raise ProxyError("login-required", msg, headers=(_LOGIN_PROMPT,))
+        raise ProxyError(
+            "client-key-required",
             "This proxy needs a client key, and the request has none that it knows. Send the key in an X-Proxy-Key "
-            "header, as a bearer token, or as a Basic password."
+            "header, as a bearer token, or as a Basic password.",
         )
-        raise ProxyError("client-key-required", msg)
 
     def _check_read_only(self, method: str, target: Target, admission: Admission) -> None:
-        if _is_login(method, target):
-            return
         key = self.key_of(admission.client)
-        if target.own and (key is None or not key.read_only or target.local == "/-/test"):
+        limited = key is not None and key.read_only
+        if _is_login(method, target) or (target.own and (not limited or target.local == "/-/test")):
             return
-        why = f"the client key {key.name} may only read" if key and key.read_only else "METQUAY_READ_ONLY is set"
-        msg = f"{method} was refused, because {why}. Nothing was sent to Metquay. Use a key or a proxy that may write."
+        why = "METQUAY_READ_ONLY is set. Nothing was sent to Metquay. Use a proxy that may write."
+        if limited:
+            who = f'the client key "{admission.client}"'
+            why = f"{who} may only read. Nothing was sent to Metquay. Use one that may write."
+        msg = f"{method} was refused, because {why}"
         raise ProxyError("read-only", msg)
 
     def _identify(self, secret: bytes, now: float) -> ClientKey | None:
-        return self._key(secret) or self._key_of_placeholder(secret, now)
+        """Return the key that a secret is, or that it is a living placeholder of."""
+        match = _PLACEHOLDER.fullmatch(secret)
+        if match is None:
+            return self._key(secret)
+        key, expiry = self.key_of(match[1].decode()), int(match[2])
+        good = key is not None and expiry > now and hmac.compare_digest(_sign(key, expiry).encode(), match[3])
+        return key if good else None
 
     def _key(self, secret: bytes) -> ClientKey | None:
+        # always all keys are compared: the time must not tell which came close
         digest = hashlib.sha256(secret).digest()
-        found = None
-        for key in self._keys:  # always all of them: the time must not tell which one came close
-            if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
-
-    def _key_of_placeholder(self, token: bytes, now: float) -> ClientKey | None:
-        match = _PLACEHOLDER.fullmatch(token)
-        if match is None:
-            return None
-        key = self.key_of(match[1].decode())
-        expiry = int(match[2])
-        if key is None or expiry <= now or not hmac.compare_digest(_sign(key, expiry).encode(), match[3]):
-            return None
-        return key
+        found = [key for key in self.keys if hmac.compare_digest(key.digest, digest)]
+        return found[0] if found else None
 
 
 @lru_cache(maxsize=64)  # reading an address costs more than the rest of the gate
-def _read_host(value: bytes) -> tuple[str, bool]:
-    """Return the lower-case host of a Host field, and whether no attacker can own that name."""
+def _read_host(value: bytes) -> tuple[str, int]:
+    """Return the lower-case host of a Host field, and how safe it is that the name is not somebody else's."""
     authority = split_authority(value.decode("latin-1"), "http")
     host = "" if authority is None else authority[0]
     if not _HOST.fullmatch(host):
-        return "", False
-    if ":" in host:
-        return host, _is_address(host)
-    return host, b"." not in value or host == "localhost" or host.endswith(".localhost") or _is_address(host)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+        return "", _ANYBODYS
+    if host == "localhost" or host.endswith(".localhost") or is_address(host):
+        return host, _OURS
+    return host, _ANYBODYS if b"." in value or ":" in host else _DOTLESS
 
 
 def _is_login(method: str, target: Target) -> bool:
@@ -294,38 +274,21 @@ def _sign(key: ClientKey, expiry: int) -> str:
     return hmac.new(key.digest, f"placeholder {key.name} {expiry}".encode(), hashlib.sha256).hexdigest()
 
 
-def _secret(authorization: bytes | None) -> bytes | None:
-    """Return the bearer token or the Basic password of an Authorization value."""
-    scheme, _, value = (authorization or b"").partition(b" ")
-    value = value.strip(b" ")
-    match scheme.lower():
-        case b"bearer":
-            return value
-        case b"basic":
-            return _user_and_password(value)[1]
-    return None
+def _secret(authorization: bytes) -> bytes:
+    """Return the bearer token or the Basic password of an Authorization value; empty where it has none."""
+    scheme, _, value = authorization.partition(b" ")
+    if scheme.lower() == b"basic":
+        return _user_and_password(value.strip(b" "))[1]
+    return value.strip(b" ") if scheme.lower() == b"bearer" else b""
 
 
 def _user_and_password(value: bytes) -> tuple[bytes, bytes]:
     """Return what Basic's base64 holds, empty where it is malformed."""
-    try:
+    with contextlib.suppress(ValueError):
         user, _, password = base64.b64decode(value, validate=True).partition(b":")
-    except binascii.Error:
-        return b"", b""
-    return user, password
+        return user, password
+    return b"", b""
 
 
-def _check_fetch_site(method: str, target: Target, judged: Mapping[bytes, bytes | None]) -> None:
-    if judged[b"sec-fetch-site"] in {b"same-origin", b"none"}:
-        return
-    navigation = judged.get(b"sec-fetch-mode") == b"navigate" and judged.get(b"sec-fetch-dest") == b"document"
-    if not (navigation and method == "GET" and target.local in _LINKED):
-        raise _foreign()
-
-
-def _foreign() -> ProxyError:
-    msg = (
-        "A web page of another site tried to use this proxy, and was refused. If that page is a tool of yours, "
-        "add its origin (like https://tools.lab.example) to METQUAY_ALLOWED_ORIGINS."
-    )
-    return ProxyError("origin-not-allowed", msg)
+_PRESENTED: Final[Mapping[bytes, Callable[[bytes], bytes]]] = {b"x-proxy-key": bytes, b"authorization": _secret}
+"""Where a client key is looked for, and what finds it there; the first is meant for us for certain."""

@@ -1,8 +1,8 @@
 """What a proxy changes in a message: the heads of requests and responses, and nothing else.
 
-Owns part 3 of the contract as far as it speaks of headers. Must not judge (that is the gate's) and
-must not know sockets or HTTP libraries; it turns field lists into bytes. It trusts the two parsers that names are
-tokens and that no value holds CR, LF or NUL.
+Owns part 3 of the contract as far as it speaks of headers, and the one table of field names. Must not judge (that is
+the gate's) and must not know sockets or HTTP libraries. It trusts the readers (``http1``) that field lines are lines:
+names are tokens, and no value holds CR, LF or NUL. What passes keeps its order, its case and its bytes.
 
 Facts: RFC 9110 section 7.6.1 (Connection and hop-by-hop fields), 8.6 (a 204 has no Content-Length), 10.2.2 (Location),
 11.7 (the Proxy- fields of one hop; Proxy-Status is none of them); RFC 9112 section 6.3 (Content-Length is removed where
@@ -14,78 +14,102 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from metquay_proxy.rules.target import split_authority
+from metquay_proxy.rules.target import rewrite_location
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping
 
     from metquay_proxy.rules.http1 import ResponseHead
     from metquay_proxy.rules.target import BaseURL
 
-_LOCATION: Final = re.compile(rb"(?:(https?):)?//([^/?#]*)(/[^?#]*)(.*)", re.IGNORECASE)
-_DOT_SEGMENT: Final = re.compile(rb"[/\\](?:\.|%2e){1,2}(?:[/\\;]|\Z)", re.IGNORECASE)
-
-_HOP_BY_HOP: Final = frozenset(
-    {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"http2-settings"}
-)
-_DROPPED: Final = _HOP_BY_HOP | {b"host", b"authorization", b"x-proxy-key", b"expect", b"forwarded"}
-_DROPPED_PREFIXES: Final = (b"proxy-", b"x-forwarded-")
-_DROPPED_INBOUND: Final = _HOP_BY_HOP | {b"proxy-authenticate", b"proxy-authentication-info", b"proxy-connection"}
-_HOP_LINE: Final = re.compile(rb"\r\n(?i:%b):[^\r]*+" % b"|".join(sorted(_DROPPED_INBOUND)))
-_FIELD_LINE: Final = re.compile(rb"\r\n([^:\r]++):[^\r]*+")
-_LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*+)")
-_OVERRIDES: Final = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
-_JUDGED: Final = _DROPPED | {
-    b"origin",
-    b"referer",
-    b"sec-fetch-site",
-    b"sec-fetch-mode",
-    b"sec-fetch-dest",
-    b"access-control-request-method",
-    b"access-control-request-headers",
-    b"content-length",
-    b"user-agent",
-    b"idempotency-key",
-    # aiohttp's parser refuses these where they come twice: who passes it by must see that too
-    b"content-location",
-    b"content-range",
-    b"content-type",
-    b"etag",
-    b"max-forwards",
-    b"server",
+FIELDS: Final = {
+    b"connection upgrade": "hop judged",
+    b"transfer-encoding": "hop once",
+    b"keep-alive te trailer http2-settings": "hop",
+    b"proxy-authenticate proxy-authentication-info proxy-connection": "inbound",
+    b"proxy-* x-forwarded-* forwarded x-real-ip": "outbound",
+    b"expect": "outbound judged",
+    b"host": "outbound once",
+    b"authorization x-proxy-key": "outbound judged secret",
+    b"proxy-authorization cookie": "secret",
+    b"content-length": "noted once",
+    b"origin referer sec-fetch-* idempotency-key access-control-request-*": "judged",
+    b"user-agent content-type content-location content-range max-forwards server": "once",
+    b"etag": "once fresh",
+    b"cache-control expires pragma last-modified": "fresh",
+    b"location x-request-id www-authenticate retry-after access-control-*": "noted",
+    b"x-http-method-override x-http-method x-method-override": "override",
 }
-_NAMES_NO_FIELD: Final = frozenset({b"", b"close", b"keep-alive"})
-_CONTENT_LENGTH: Final = frozenset({b"content-length"})
-_FRESHNESS: Final = frozenset({b"cache-control", b"expires", b"pragma", b"etag", b"last-modified"})
+"""What each field is, for the whole program. ``name-*`` means all that begin so.
+
+hop: of this hop only, in both directions. outbound, inbound: not passed on to Metquay, to the client. judged: somebody
+reads it in a request. noted: somebody reads it in an answer. once: a request that has it twice is refused, so that it
+is judged too. fresh: says whether an answer may be kept. override: may turn a read into a write. secret: a head with it
+is never remembered.
+"""
+
+
+class FieldNames:
+    """The sets of names, and the expressions that find fields in lines, that follow from a table of names.
+
+    Each expression finds (name, value), the value with the blanks after it.
+    """
+
+    def __init__(self, table: Mapping[bytes, str]) -> None:
+        def named(kinds: str) -> frozenset[bytes]:
+            found = [names for names, said in table.items() if not set(kinds.split()).isdisjoint(said.split())]
+            return frozenset(b" ".join(found).split())
+
+        self.once = named("once")
+        self.freshness = named("fresh")
+        self.overrides = named("override")
+        self.inbound = named("hop inbound")
+        self.inbound_field = _field(self.inbound)
+        self.outbound_field = _field(named("hop outbound"))
+        self.outbound_but_authorization = _field(named("hop outbound") - {b"authorization"})
+        self.judged_field = _field(named("judged once"))
+        self.noted_field = _field(named("noted hop inbound fresh"))
+        self.secret_field = _field(named("secret"))
+
+
+def _field(names: frozenset[bytes]) -> re.Pattern[bytes]:
+    patterns = [re.escape(name).replace(rb"\*", rb"[^:]*+") for name in sorted(names)]
+    return re.compile(rb"\r\n((?i:%b)):[ \t]*+([^\r]*+)" % b"|".join(patterns))
+
+
+NAMES: Final = FieldNames(FIELDS)
+
+_LINE: Final = re.compile(rb"\r\n([^:\r]++):[^\r]*+")
+_LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*+)")
+_OPTION: Final = re.compile(rb"[^ \t,](?:[^,]*[^ \t,])?")
+_NO_HOP: Final = frozenset({b"close", b"keep-alive", b"content-length"})
+"""Options of Connection that name no field, or one that no option may take away: the message's own length."""
+_LONGEST_AGENT: Final = 200
 _NO_CONTENT: Final = 204
 
 
-class RequestHead:
+class RequestFields:
     """The fields of one request, read once: those that somebody judges, and those that are only passed on.
 
     ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
+    ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept.
+    Nothing of it ever changes, so that many requests may share it.
     """
 
-    __slots__ = ("_fields", "_kept", "_names_no_field", "judged")
+    __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "options")
 
-    def __init__(self, fields: Sequence[tuple[bytes, bytes]]) -> None:
-        """Take the fields as the parser gave them: in order and case, values without surrounding white space."""
+    def __init__(self, lines: bytes) -> None:
+        r"""Take valid field lines, each after its CRLF, such as ``\r\nHost: localhost\r\nAccept: */*``."""
         judged: dict[bytes, bytes | None] = {}
-        kept: list[bytes] = []
-        for name, value in fields:
+        for name, value in NAMES.judged_field.findall(lines):
             lower = name.lower()
-            if lower in _JUDGED:
-                judged[lower] = None if lower in judged else value
-                if lower in _DROPPED:
-                    continue
-            elif lower.startswith(_DROPPED_PREFIXES):
-                continue
-            kept += (name, b": ", value, b"\r\n")
-        connection = judged.get(b"connection", b"")
+            judged[lower] = None if lower in judged else value.rstrip(b" \t")
         self.judged: Mapping[bytes, bytes | None] = judged
-        self._names_no_field = connection is not None and connection.lower() in _NAMES_NO_FIELD
-        self._kept = b"".join(kept)
-        self._fields = fields
+        self.agent = (self.text(b"user-agent") or "")[:_LONGEST_AGENT]
+        self.options = connection_options(noted_fields(lines))
+        self._hop = self.options - _NO_HOP
+        self._lines = lines
+        self._kept = NAMES.outbound_field.sub(b"", lines)
 
     def text(self, name: bytes) -> str | None:
         """Return a judged field's value as text (latin-1); None where it is absent or came more than once."""
@@ -109,43 +133,44 @@ class RequestHead:
         ``keep_authorization`` is for pass-through targets, which get no token; of two Authorization fields the gate
         could judge neither, so that none is kept.
         """
-        kept = self._kept
-        if (
-            read_only
-            or keep_authorization
-            or not self._names_no_field
-            or (chunked and b"content-length" in self.judged)
-        ):
-            dropped = _DROPPED
-            if keep_authorization and self.judged.get(b"authorization") is not None:
-                dropped -= {b"authorization"}
-            if read_only:
-                dropped |= _OVERRIDES
-            dropped |= connection_options(self._fields)
-            kept = self._without(dropped | _CONTENT_LENGTH if chunked else dropped - _CONTENT_LENGTH)
-        attached = b"Transfer-Encoding: chunked\r\n" if chunked else b""
+        kept, dropped, attached = self._kept, self._hop, b""
+        if keep_authorization and self.judged.get(b"authorization") is not None:
+            kept = NAMES.outbound_but_authorization.sub(b"", self._lines)
+        if read_only:
+            dropped |= NAMES.overrides
+        if chunked:
+            dropped |= {b"content-length"}
+            attached = b"\r\nTransfer-Encoding: chunked"
+        if dropped:
+            kept = _without(dropped, kept)
         if authorization is not None:
-            attached += b"Authorization: %b\r\n" % authorization
+            attached += b"\r\nAuthorization: %b" % authorization
         line = f"{method} {target} HTTP/1.1".encode("ascii")
-        return b"%b\r\nHost: %b\r\n%b%b\r\n" % (line, host, kept, attached)
-
-    def _without(self, dropped: frozenset[bytes]) -> bytes:
-        kept: list[bytes] = []
-        for name, value in self._fields:
-            lower = name.lower()
-            if lower not in dropped and not lower.startswith(_DROPPED_PREFIXES):
-                kept += (name, b": ", value, b"\r\n")
-        return b"".join(kept)
+        return b"%b\r\nHost: %b%b%b\r\n\r\n" % (line, host, kept, attached)
 
 
-def connection_options(fields: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
-    """Return the lower-case names that Connection lists: these fields go no further than this hop."""
-    return frozenset(
-        option.strip(b" \t").lower()
-        for name, value in fields
-        if name.lower() == b"connection"
-        for option in value.split(b",")
-    )
+def noted_fields(lines: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the fields of valid lines that somebody reads in an answer, names and values in lower case, in order."""
+    return NAMES.noted_field.findall(lines.lower())
+
+
+def connection_options(noted: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
+    """Return what every Connection field lists, in lower case: fields of these names go no further than this hop."""
+    return frozenset(_OPTION.findall(b",".join([value for name, value in noted if name == b"connection"])))
+
+
+def passed_on(status: int, lines: bytes, noted: list[tuple[bytes, bytes]]) -> tuple[bytes, frozenset[bytes]]:
+    """Return those of an answer's valid lines that any client gets, and which of the noted fields are among them."""
+    dropped = connection_options(noted) - _NO_HOP
+    if status == _NO_CONTENT:
+        dropped |= {b"content-length"}
+    kept = NAMES.inbound_field.sub(b"", lines)
+    passed = frozenset(name for name, _ in noted) - NAMES.inbound - dropped
+    return _without(dropped, kept) if dropped else kept, passed
+
+
+def _without(dropped: Collection[bytes], lines: bytes) -> bytes:
+    return _LINE.sub(lambda line: b"" if line[1].lower() in dropped else line[0], lines)
 
 
 def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to a head
@@ -165,47 +190,17 @@ def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to
     in a row must not make the tool ask a person for a password that nobody has. ``cors``: the gate, not the upstream,
     says which pages may read.
     """
-    noted = dict(head.noted)
-    dropped = _DROPPED_INBOUND
-    if not head.options <= _NAMES_NO_FIELD:
-        dropped = (dropped | head.options) - _CONTENT_LENGTH
-    if head.status == _NO_CONTENT:
-        dropped |= _CONTENT_LENGTH
+    lines, dropped = head.kept, set[bytes]()
     if hide_challenge:
-        dropped |= {b"www-authenticate"}
+        dropped.add(b"www-authenticate")
     if cors:
-        dropped |= {name for name in noted if name.startswith(b"access-control-")}
-    lines = head.lines
-    if origin is not None and b"location" in noted:
+        dropped |= {name for name in head.passed if name.startswith(b"access-control-")}
+    if origin is not None and b"location" in head.passed:
         lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines)
-    if dropped is not _DROPPED_INBOUND:
-        lines = _FIELD_LINE.sub(lambda line: b"" if line[1].lower() in dropped else line[0], lines)
-    elif not dropped.isdisjoint(noted):
-        lines = _HOP_LINE.sub(b"", lines)
-    passed = noted.keys() - dropped
-    if b"x-request-id" not in passed:
+    if dropped:
+        lines = _without(dropped, lines)
+    if b"x-request-id" not in head.passed:
         added = b"X-Request-Id: %b\r\n%b" % (request_id, added)
-    if passed.isdisjoint(_FRESHNESS):
+    if NAMES.freshness.isdisjoint(head.passed):
         added = b"Cache-Control: no-store\r\n" + added
     return b"HTTP/1.1 %d %b%b\r\n%b\r\n" % (head.status, head.reason, lines, added)
-
-
-def rewrite_location(value: bytes, base: BaseURL, origin: bytes) -> bytes:
-    """Return a Location under the base with the client's own scheme and host; any other untouched.
-
-    Host case, an explicit or empty default port and a missing scheme are spellings of the same origin. A path with dot
-    segments need not be under the base, however it begins.
-    """
-    match = _LOCATION.fullmatch(value)
-    if match is None:
-        return value
-    scheme, authority, path, rest = match.groups()
-    prefix = base.prefix.encode()
-    if (
-        (scheme or base.scheme.encode()).lower() == base.scheme.encode()
-        and split_authority(authority.decode("latin-1"), base.scheme) == (base.host, base.port)
-        and (path == prefix or path.startswith(prefix + b"/"))
-        and not _DOT_SEGMENT.search(path)
-    ):
-        return origin + path + rest
-    return value

@@ -15,15 +15,21 @@ import json
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.rules.errors import ProxyError
+from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LIFETIME: Final = 24 * 3600.0
 """Seconds that a record is kept once its request has ended."""
 MAX_ANSWER: Final = 64 * 1024
 """Bytes of an answer's body that are kept."""
 MAX_RECORDS: Final = 10_000
+ABANDONED: Final = 600.0
+"""Seconds after which the request of another replica, of which nothing was heard, has an unknown outcome."""
 
 _KEY: Final = re.compile(r"[!-~](?:[ -~]{0,253}[!-~])?")
 
@@ -101,6 +107,22 @@ class Records:
         self._running[record] = digest
         return Claim(record, digest)
 
+    def known(self) -> Iterator[bytes]:
+        """Yield the names of all records."""
+        yield from (*self._running, *self._ended)
+
+    def told(self, record: bytes, replica: str, now: float) -> tuple[str, bytes, float]:
+        """Return what a store beyond this process is to do with a record, its value, and for how many seconds.
+
+        ``replica`` names this process.
+        """
+        if record in self._running:
+            return "keep", encoded(self._running[record], None, running=replica), LIFETIME
+        ended = self._ended.get(record)
+        if ended is None:
+            return "free", b"", LIFETIME
+        return "keep", encoded(ended.digest, ended.answer), max(1.0, ended.expires - now)
+
     async def complete(self, claim: Claim, answer: Answer | None, now: float) -> None:
         """Record a 2xx answer, or (None) that nobody knows whether the request was executed."""
         if self._running.pop(claim.record, None) is not None:
@@ -158,14 +180,36 @@ def encoded(digest: bytes, answer: Answer | None, *, running: str | None = None)
 
 
 def decoded(record: bytes) -> tuple[bytes, str | None, Answer | None]:
-    """Return digest, executing replica and answer of what ``encoded`` wrote."""
+    """Return digest, executing replica and answer of what ``encoded`` wrote; ValueError where others wrote it."""
     line, _, body = record.partition(b"\n")
-    told = json.loads(line)
-    answer = None
-    if "status" in told:
-        fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told["fields"]]
-        answer = Answer(told["status"], told["reason"].encode("latin-1"), fields, body if told["kept"] else None)
-    return bytes.fromhex(told["digest"]), told.get("running"), answer
+    try:
+        told = json.loads(line)
+        return bytes.fromhex(told["digest"]), told.get("running"), _answer(told, body) if "status" in told else None
+    except (ArithmeticError, AttributeError, LookupError, ProtocolError, TypeError, ValueError) as error:
+        raise ValueError("no record") from error
+
+
+def _answer(told: dict[str, Any], body: bytes) -> Answer:
+    """Read a recorded answer as though Metquay had sent it just now."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in told["fields"])
+    reader = ResponseReader("HEAD")
+    reader.feed(b"HTTP/1.1 %d " % told["status"] + f"{told['reason']}\r\n{lines}\r\n".encode("latin-1"))
+    head = reader.head
+    if head is None or reader.surplus or len(head.headers) != len(told["fields"]) or len(body) > MAX_ANSWER:
+        raise ValueError("no head, or more than one")
+    return Answer(head.status, head.reason, head.headers, body if told["kept"] else None)
+
+
+def judged_elsewhere(digest: bytes, record: bytes, age: float) -> Answer:
+    """Return the answer that another replica recorded ``age`` seconds ago; raise as ``claim`` does.
+
+    What can't be read was executed for all that is known.
+    """
+    try:
+        known, running, answer = decoded(record)
+    except ValueError:
+        known, running, answer = digest, None, None
+    return judged(digest, known, answer, running=running is not None and age < ABANDONED)
 
 
 def _unknown(answer: Answer | None) -> ProxyError:

@@ -31,7 +31,7 @@ import zlib
 from collections import OrderedDict, deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from itertools import islice, repeat, zip_longest
+from itertools import count, islice, zip_longest
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -43,13 +43,12 @@ SAFETY: Final = 1.001
 CELLS: Final = 128
 """Limits above this keep their slots in so many groups that return together, the first of them 1/128 window late."""
 
+BURST: Final = 0.7
+"""The part of the limit that may go at once."""
+
 CATCH_UP: Final = 1 / 20
 """Releases missed by a driver that woke late (by 15 ms on Windows) are made up for, within this part of the window."""
 
-_GZIP: Final = b"\x1f\x8b"
-_LONGEST_TEXT: Final = 4096
-_SHORTEST_CLOSE: Final = 1.0
-_LONGEST_CLOSE: Final = 3600.0
 
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _RATE: Final = re.compile(r"([0-9]{1,7})\s*/\s*(s(?:ec(?:ond)?)?|m(?:in(?:ute)?)?|h(?:our)?)", re.IGNORECASE)
@@ -87,9 +86,9 @@ def retry_after_seconds(fields: Sequence[tuple[bytes, bytes]], text: bytes, now_
     missing. Failing that the first "N seconds" in ``text`` counts, as Metquay writes it, gzipped where the tool likes
     that.
     """
-    if text.startswith(_GZIP):
+    if text.startswith(b"\x1f\x8b"):
         with contextlib.suppress(zlib.error):
-            text = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(text, _LONGEST_TEXT)
+            text = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(text, 4096)
     said = {name.lower(): value.decode("latin-1") for name, value in reversed(fields)}
     header = said.get(b"retry-after", "")
     if match := _DELAY.fullmatch(header):
@@ -101,7 +100,7 @@ def retry_after_seconds(fields: Sequence[tuple[bytes, bytes]], text: bytes, now_
         seconds = float(match[1])
     else:
         return None
-    return min(max(seconds, _SHORTEST_CLOSE), _LONGEST_CLOSE)
+    return min(max(seconds, 1.0), 3600.0)
 
 
 def _seconds_since_1970(date: str) -> float | None:
@@ -127,26 +126,45 @@ class QuotaExceeded(Exception):
 class Ticket:
     """One request's place: it waits, until it is either ``granted`` or ``refused``.
 
-    ``on_settled`` is called once when a waiting ticket is settled; it must not call the quota.
+    ``on_settled`` is called once when a waiting ticket is settled; it must not call the quota. Once granted, ``slot``
+    is the number of its slot, ``since`` the moment at which it got that, and ``before`` the release before this one,
+    from which the pace counts again if this one is given back.
     """
 
-    __slots__ = ("before", "caller", "deadline", "on_settled", "refused", "since", "state")
+    __slots__ = ("before", "caller", "deadline", "on_settled", "refused", "since", "slot", "state")
 
     def __init__(self, caller: str, deadline: float) -> None:
         self.caller: Final = caller
         self.deadline: Final = deadline
         self.state: Literal["waiting", "granted", "sent", "over"] = "waiting"
         self.refused: QuotaExceeded | None = None
-        self.on_settled: Callable[[], None] | None = None
-        self.since: float
-        """When it was granted."""
-        self.before: float
-        """The release before this one, from which the pace counts again if this one is given back."""
+        self.on_settled: Callable[[], object] = bool
+        self.slot, self.since, self.before = 0, math.inf, math.inf
 
     @property
     def granted(self) -> bool:
         """Whether it holds a slot that may be sent, or is on its way."""
         return self.state in {"granted", "sent"}
+
+    def grant(self, slot: int, since: float, before: float) -> None:
+        """Let it have a slot."""
+        self.state, self.slot, self.since, self.before = "granted", slot, since, before
+        self.on_settled()
+
+    def send(self) -> None:
+        """Say that a granted request is on its way: from here on Metquay may count it. ValueError if not granted."""
+        if self.state != "granted":
+            raise ValueError(f"a ticket that is {self.state} must not be sent")
+        self.state = "sent"
+
+    def end(self) -> None:
+        """Take note that it needs its place, or its slot, no more."""
+        self.state = "over"
+
+    def refuse(self, retry_after: float) -> None:
+        """Let it wait no longer."""
+        self.state, self.refused = "over", QuotaExceeded(retry_after)
+        self.on_settled()
 
 
 class Snapshot(NamedTuple):
@@ -166,276 +184,114 @@ class Snapshot(NamedTuple):
     closed_for: float
 
 
-class _Cell:
+class _Cell(NamedTuple):
     """Slots that come back together at ``end``; the first of them was answered at ``start``."""
 
-    __slots__ = ("callers", "end", "start")
-
-    def __init__(self, start: float, end: float, caller: str) -> None:
-        self.start = start
-        self.end = end
-        self.callers = [caller]
+    end: float
+    start: float
+    callers: list[str]
 
 
-class Quota:
-    """At most ``limit`` requests in any ``window`` seconds, paced, and shared fairly among those that wait.
+class Window:
+    """The slots: who has which, when they come back, and when further ones are due.
 
-    ``burst`` is the part of the limit that may go at once; ``max_waiting`` bounds the queue. The protocol of a
-    request is ``ask``, (wait), ``sent``, ``answered``; ``cancel`` is right at any point and harmless at the end. After
-    ``ask`` gave a waiting ticket, ``cancel`` or ``close``: ``poll`` again. Each attempt takes a ticket of its own.
-    A ``now`` before the latest one counts as the latest.
+    ``burst`` is the part of the limit that may go at once. A ``now`` before the latest one counts as the latest.
     """
 
-    def __init__(self, limit: int, window: float, *, burst: float = 0.7, max_waiting: int = 1000) -> None:
+    def __init__(self, rate: Rate, burst: float) -> None:
         self._burst_share: Final = burst
-        self._max_waiting: Final = max_waiting
-        self._limit_to(limit, window)
+        self.resize(rate)
+        self.used = 0
+        self.used_by: dict[str, int] = {}
+        self.in_flight: set[Ticket] = set()
+        self.latency = 0.0
+        """Seconds that answers took of late."""
+        self.closed_until = -math.inf
         self._cells: deque[_Cell] = deque()
-        self._queues: OrderedDict[str, deque[Ticket]] = OrderedDict()
-        self._used_by: dict[str, int] = {}
-        self._used = 0
-        self._held = 0
-        self._waiting = 0
-        self._spare = 0  # slots given back, each of which goes at once to one that waits
-        self._latency = 0.0
+        self._slots = count()
+        self._now = self.last = -math.inf
+        """The latest release."""
         self._latest: Ticket | None = None
-        self._now = self._last = self._closed_until = -math.inf
-        self._due = self._deadline = math.inf
 
-    def _limit_to(self, limit: int, window: float) -> None:
-        self._limit = limit
-        self._window = window
-        self._burst = max(1, int(limit * self._burst_share))
-        self._catch_up = window * CATCH_UP
-        self._grain = window / CELLS if limit > CELLS else 0.0
-        self._hold = window * SAFETY + self._grain
+    def resize(self, rate: Rate) -> None:
+        """Go on with another rate."""
+        self.rate = rate
+        self._burst = max(1, int(rate.limit * self._burst_share))
+        self._grain = rate.window / CELLS if rate.limit > CELLS else 0.0
+        self._hold = rate.window * SAFETY + self._grain
 
-    def ask(self, now: float, caller: str, max_wait: float) -> Ticket:
-        """Take a slot, or a place in the queue: round-robin over callers, first come first served within one.
-
-        QuotaExceeded if its turn would come after more than ``max_wait`` seconds, or if too many wait. Its turn is
-        reckoned on the path described above with all that wait now; what is in flight, and what goes before it, is
-        taken to be answered as quickly as the answers of late. Where it turns out later (slower answers, newcomers
-        whose turn comes first), ``poll`` refuses the ticket at its deadline.
-        """
-        now = self._advance(now)
-        ticket = Ticket(caller, now + max_wait)
-        if self._free(now):
-            self._grant(ticket, now, now)
-            return ticket
-        if self._waiting >= self._max_waiting or self._nth(now, self._place(caller)) > ticket.deadline:
-            raise QuotaExceeded(self._next_free_in(now))
-        self._deadline = min(self._deadline, ticket.deadline)
-        self._queues.setdefault(caller, deque()).append(ticket)
-        self._waiting += 1
-        return ticket
-
-    def take(self, now: float, caller: str) -> Ticket | None:
-        """Take a slot if it may be sent at once; None where ``ask`` would give a place in the queue, or refuse."""
-        now = self._advance(now)
-        if not self._free(now):
-            return None
-        ticket = Ticket(caller, now)
-        self._grant(ticket, now, now)
-        return ticket
-
-    def poll(self, now: float) -> float | None:
-        """Settle whatever can be settled, and return when to call again; None if nothing waits."""
-        now = self._advance(now)
-        due = max(min(self._due, now), now - self._catch_up)
-        while self._waiting and (due := next(self._schedule(due))) <= now:
-            self._grant_next(now, due)
-        self._due = due if self._waiting else math.inf
-        if self._waiting and self._deadline <= now:
-            self._refuse_overdue(now)
-        return min(due, self._deadline) if self._waiting else None
-
-    def sent(self, ticket: Ticket) -> None:
-        """Say that a granted request is on its way: from here on Metquay may count it. ValueError if not granted."""
-        if ticket.state != "granted":
-            message = f"a ticket that is {ticket.state} must not be sent"
-            raise ValueError(message)
-        ticket.state = "sent"
-
-    def answered(self, ticket: Ticket, now: float) -> None:
-        """Say that the answer's head came or the attempt failed: the slot comes back one window from now."""
-        if ticket.state != "sent":
-            return
-        now = self._advance(now)
-        ticket.state = "over"
-        self._held -= 1
-        self._latency += (now - ticket.since - self._latency) / 8
-        cells = self._cells
-        if cells and now - cells[-1].start <= self._grain:
-            cells[-1].callers.append(ticket.caller)
-        else:
-            cells.append(_Cell(now, now + self._hold, ticket.caller))
-
-    def cancel(self, ticket: Ticket, now: float) -> None:
-        """Give up a ticket: its place, or its slot, as though never taken. What was sent counts as answered now."""
-        now = self._advance(now)
-        if ticket.state == "sent":
-            self.answered(ticket, now)
-        elif ticket.state == "waiting":
-            self._leave(ticket)
-            ticket.state = "over"
-        elif ticket.state == "granted":
-            ticket.state = "over"
-            self._held -= 1
-            self._release([ticket.caller])
-            if self._waiting:
-                self._spare += 1
-            elif self._latest is ticket:
-                self._last = ticket.before
-
-    def close(self, now: float, seconds: float | None) -> None:
-        """Metquay answered 429: grant nothing for ``seconds``, and refuse at once what can't wait so long.
-
-        None: until the first of our own slots comes back, the soonest moment at which the server's count has surely
-        fallen. The 429 is also the answer of its ticket: ``answered`` first. A later call never opens it sooner.
-        """
-        now = self._advance(now)
-        if seconds is None:
-            seconds = self._cells[0].end - now if self._cells else self._hold
-        until = now + seconds
-        if until <= self._closed_until:
-            return
-        self._closed_until = until
-        self._refuse_late(now)
-
-    def snapshot(self, now: float) -> Snapshot:
-        """Return the figures for status page and metrics."""
-        now = self._advance(now)
-        return Snapshot(
-            limit=self._limit,
-            window=self._window,
-            used=self._used,
-            in_flight=self._held,
-            waiting=self._waiting,
-            waiting_by_caller={caller: len(queue) for caller, queue in self._queues.items()},
-            used_by_caller=dict(self._used_by),
-            next_free_in=self._next_free_in(now),
-            closed_for=max(0.0, self._closed_until - now),
-        )
-
-    def _advance(self, now: float) -> float:
+    def advance(self, now: float) -> float:
+        """Take back the slots whose time is over; return the latest ``now``."""
         if now <= self._now:
             return self._now
         self._now = now
-        cells = self._cells
-        while cells and cells[0].end <= now:
-            self._release(cells.popleft().callers)
+        while self._cells and self._cells[0].end <= now:
+            self._free(self._cells.popleft().callers)
         return now
 
-    def _free(self, now: float) -> bool:
-        if self._waiting:
-            return False
-        return (self._used < self._burst and self._closed_until <= now) or next(self._schedule(now)) <= now
-
-    def _grant(self, ticket: Ticket, now: float, due: float) -> None:
-        ticket.state = "granted"
-        ticket.since = now
-        ticket.before = self._last
-        self._last = due
+    def grant(self, ticket: Ticket, now: float, due: float, slot: int | None = None) -> None:
+        """Let a ticket have a slot, as of ``due`` on the path; ``slot`` is one of those reserved."""
+        self._count(ticket.caller)
+        self.in_flight.add(ticket)
         self._latest = ticket
-        self._used += 1
-        self._held += 1
-        self._used_by[ticket.caller] = self._used_by.get(ticket.caller, 0) + 1
+        ticket.grant(next(self._slots) if slot is None else slot, now, self.last)
+        self.last = due
 
-    def _grant_next(self, now: float, due: float) -> None:
-        """Grant the one whose turn it is, as of ``due`` on the path."""
-        self._spare -= self._spare > 0
-        caller, queue = next(iter(self._queues.items()))
-        ticket = queue[0]
-        self._leave(ticket)
-        if queue:
-            self._queues.move_to_end(caller)
-        self._grant(ticket, now, due)
-        _settle(ticket)
+    def reserve(self, number: int) -> list[int]:
+        """Return the numbers of so many slots, which no other grant will have."""
+        return list(islice(self._slots, number))
 
-    def _release(self, callers: list[str]) -> None:
-        used_by = self._used_by
-        self._used -= len(callers)
-        for caller in callers:
-            used_by[caller] -= 1
-            if not used_by[caller]:
-                del used_by[caller]
+    def answered(self, ticket: Ticket, now: float) -> None:
+        """Let the slot of a ticket that was sent come back one window from now."""
+        ticket.end()
+        self.in_flight.remove(ticket)
+        self.latency += (now - ticket.since - self.latency) / 8
+        if self._cells and now - self._cells[-1].start <= self._grain:
+            self._cells[-1].callers.append(ticket.caller)
+        else:
+            self._cells.append(_Cell(now + self._hold, now, [ticket.caller]))
 
-    def _leave(self, ticket: Ticket) -> None:
-        queue = self._queues[ticket.caller]
-        queue.remove(ticket)
-        if not queue:
-            del self._queues[ticket.caller]
-        self._waiting -= 1
-        self._spare = min(self._spare, self._waiting)
+    def give_back(self, ticket: Ticket) -> None:
+        """Take back the slot of a ticket that was not sent, as though it never had one."""
+        ticket.end()
+        self.in_flight.remove(ticket)
+        self._free([ticket.caller])
+        if self._latest is ticket:
+            self.last = ticket.before
 
-    def _refuse_overdue(self, now: float) -> None:
-        """Refuse those whose deadline has come."""
-        self._refuse([ticket for ticket in self._in_turn() if ticket.deadline <= now], now)
-        self._deadline = min((ticket.deadline for ticket in self._in_turn()), default=math.inf)
+    def lend(self, caller: str, ends: Sequence[float]) -> None:
+        """Let a caller have slots that come back at ``ends``, and no others."""
+        self._free([caller] * self.used_by.get(caller, 0))
+        kept = [cell for cell in self._cells if caller not in cell.callers]
+        self._cells = deque(sorted(kept + [_Cell(end, -math.inf, [caller]) for end in ends]))
+        for _ in ends:
+            self._count(caller)
 
-    def _refuse_late(self, now: float) -> None:
-        """Refuse those whose turn would come after their deadline."""
-        turns = self._schedule(now)
-        due = next(turns)
-        late = []
-        for ticket in self._in_turn():
-            if due > ticket.deadline:
-                late.append(ticket)
-            else:
-                due = next(turns)
-        self._refuse(late, now)
+    def close(self, now: float, seconds: float | None) -> None:
+        """Grant nothing for so long (None: until the first slot comes back), and never for less than before."""
+        if seconds is None:
+            seconds = self._cells[0].end - now if self._cells else self._hold
+        self.closed_until = max(self.closed_until, now + seconds)
 
-    def _refuse(self, tickets: list[Ticket], now: float) -> None:
-        for ticket in tickets:
-            self._leave(ticket)
-            ticket.state = "over"
-        retry_after = self._next_free_in(now)
-        for ticket in tickets:
-            ticket.refused = QuotaExceeded(retry_after)
-            _settle(ticket)
+    def next_free(self, now: float) -> float:
+        """Return when one more request may go while none waits."""
+        return max(now, self.closed_until) if self.used < self._burst else next(self.turns(now))
 
-    def _in_turn(self) -> Iterator[Ticket]:
-        for turn in zip_longest(*self._queues.values()):
-            yield from filter(None, turn)
-
-    def _place(self, caller: str) -> int:
-        """Return the place, from 1, that one more request of this caller would have in the queue."""
-        turns = len(self._queues.get(caller, ()))
-        place, passed = turns + 1, False
-        for other, queue in self._queues.items():
-            if other == caller:
-                passed = True
-            else:
-                place += min(len(queue), turns if passed else turns + 1)
-        return place
-
-    def _next_free_in(self, now: float) -> float:
-        if not self._waiting and self._used < self._burst:
-            return max(0.0, self._closed_until - now)
-        return self._nth(now, self._waiting + 1) - now
-
-    def _nth(self, now: float, place: int) -> float:
-        return next(islice(self._schedule(now), place - 1, None))
-
-    def _schedule(self, now: float) -> Iterator[float]:
+    def turns(self, now: float) -> Iterator[float]:
         """Yield, without end, when the first, second, ... of the requests that wait is due."""
-        number = self._limit - self._used
-        spare = min(self._spare, max(0, number))
-        number -= spare
-        earliest = max(now, self._closed_until)
-        # what is longer ago makes no difference
-        last = max(self._last, earliest if spare else now - 2 * self._hold)
+        number = self.rate.limit - self.used
+        earliest = max(now, self.closed_until)
+        # what is so long ago that every pace has brought the first turn by now makes no difference
+        last = max(self.last, now - 2 * (self._hold + self.latency))
         points = []
         for cell in self._cells:
             points.append((number + 1, cell.end))
             number += len(cell.callers)
-        if self._held or spare:
-            points.append((number + 1, max(last + self._latency, now) + self._hold))
-        if self._used >= self._limit:
+        if self.in_flight:
+            points.append((number + 1, max(last + self.latency, now) + self._hold))
+        if self.used >= self.rate.limit:
             earliest = max(earliest, *(back for number, back in points if number <= 1))
-        yield from repeat(earliest, spare)
-        steady = (self._hold + self._latency) / self._limit
+        steady = (self._hold + self.latency) / self.rate.limit
         at, done = last, 0
         while True:
             pace, until = steady, math.inf
@@ -449,7 +305,189 @@ class Quota:
                 if due < at:
                     break
 
+    def _count(self, caller: str) -> None:
+        self.used += 1
+        self.used_by[caller] = self.used_by.get(caller, 0) + 1
 
-def _settle(ticket: Ticket) -> None:
-    if ticket.on_settled is not None:
-        ticket.on_settled()
+    def _free(self, callers: Sequence[str]) -> None:
+        self.used -= len(callers)
+        for caller in callers:
+            self.used_by[caller] -= 1
+            if not self.used_by[caller]:
+                del self.used_by[caller]
+
+
+class Queue:
+    """The tickets that wait, at most ``most``: round-robin over callers, first come first served within one.
+
+    ``turns`` yields when the first, second, ... of those that wait is due.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most: Final = most
+        self.callers: OrderedDict[str, deque[Ticket]] = OrderedDict()
+        self.deadline = math.inf
+        """The earliest deadline, or one before it."""
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return sum(map(len, self.callers.values()))
+
+    def __bool__(self) -> bool:
+        """Return whether any waits: each request asks."""
+        return bool(self.callers)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """Yield the tickets in turn."""
+        for turn in zip_longest(*self.callers.values()):
+            yield from filter(None, turn)
+
+    def join(self, ticket: Ticket, turns: Iterator[float]) -> bool:
+        """Give a ticket its place; False where there is none, or where its turn would come after its deadline."""
+        if len(self) >= self._most or nth(turns, self.place(ticket.caller)) > ticket.deadline:
+            return False
+        self.deadline = min(self.deadline, ticket.deadline)
+        self.callers.setdefault(ticket.caller, deque()).append(ticket)
+        return True
+
+    def place(self, caller: str) -> int:
+        """Return the place, from 1, that one more request of this caller would have."""
+        own = len(self.callers.get(caller, ()))
+        rank = [*self.callers].index(caller) if own else len(self.callers)
+        ahead = (min(len(tickets), own + (n < rank)) for n, tickets in enumerate(self.callers.values()) if n != rank)
+        return 1 + own + sum(ahead)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Take a ticket's place away."""
+        tickets = self.callers[ticket.caller]
+        tickets.remove(ticket)
+        if not tickets:
+            del self.callers[ticket.caller]
+
+    def pop(self) -> Ticket:
+        """Take the ticket whose turn it is; its caller's next one goes behind those of the others."""
+        caller, tickets = next(iter(self.callers.items()))
+        ticket = tickets[0]
+        self.leave(ticket)
+        if tickets:
+            self.callers.move_to_end(caller)
+        return ticket
+
+    def overdue(self, now: float) -> list[Ticket]:
+        """Return those whose deadline has come."""
+        if self.deadline > now:
+            return []
+        self.deadline = min((ticket.deadline for ticket in self if ticket.deadline > now), default=math.inf)
+        return [ticket for ticket in self if ticket.deadline <= now]
+
+    def late(self, turns: Iterator[float]) -> list[Ticket]:
+        """Return those whose turn would come after their deadline."""
+        late, due = [], next(turns)
+        for ticket in self:
+            if due > ticket.deadline:
+                late.append(ticket)
+            else:
+                due = next(turns)
+        return late
+
+    def refuse(self, tickets: Sequence[Ticket], now: float, next_free_in: Callable[[float], float]) -> None:
+        """Refuse them; ``next_free_in`` is asked, once they have left, in how many seconds one more could go."""
+        for ticket in tickets:
+            self.leave(ticket)
+        wait = next_free_in(now) if tickets else 0.0
+        for ticket in tickets:
+            ticket.refuse(wait)
+
+
+class Quota:
+    """At most ``limit`` requests in any ``window`` seconds, paced, and shared fairly among those that wait.
+
+    ``burst`` is the part of the limit that may go at once; ``max_waiting`` bounds the queue. The protocol of a
+    request is ``ask``, (wait), ``Ticket.send``, ``answered``; ``cancel`` is right at any point and harmless at the
+    end. After ``ask`` gave a waiting ticket, ``cancel`` or ``close``: ``poll`` again. Each attempt takes a ticket of
+    its own.
+    """
+
+    def __init__(self, limit: int, window: float, *, burst: float = BURST, max_waiting: int = 1000) -> None:
+        self.window: Final = Window(Rate(limit, window), burst)
+        self.queue: Final = Queue(max_waiting)
+        self._due = math.inf
+
+    def ask(self, now: float, caller: str, max_wait: float) -> Ticket:
+        """Take a slot, or a place in the queue: round-robin over callers, first come first served within one.
+
+        QuotaExceeded if its turn would come after more than ``max_wait`` seconds, or if too many wait. Its turn is
+        reckoned on the path described above with all that wait now; what is in flight, and what goes before it, is
+        taken to be answered as quickly as the answers of late. Where it turns out later (slower answers, newcomers
+        whose turn comes first), ``poll`` refuses the ticket at its deadline.
+        """
+        now = self.window.advance(now)
+        ticket = Ticket(caller, now + max_wait)
+        if not self.queue and self.window.next_free(now) <= now:
+            self.window.grant(ticket, now, now)
+        elif not self.queue.join(ticket, self.window.turns(now)):
+            raise QuotaExceeded(self.next_free_in(now))
+        return ticket
+
+    def poll(self, now: float) -> float | None:
+        """Settle whatever can be settled, and return when to call again; None if nothing waits."""
+        now = self.window.advance(now)
+        due = max(min(self._due, now), now - self.window.rate.window * CATCH_UP)
+        while self.queue and (due := next(self.window.turns(due))) <= now:
+            self.window.grant(self.queue.pop(), now, due)
+        self._due = due if self.queue else math.inf
+        self.queue.refuse(self.queue.overdue(now), now, self.next_free_in)
+        return min(due, self.queue.deadline) if self.queue else None
+
+    def answered(self, ticket: Ticket, now: float) -> None:
+        """Say that the answer's head came or the attempt failed: the slot comes back one window from now."""
+        if ticket.state == "sent":
+            self.window.answered(ticket, self.window.advance(now))
+
+    def cancel(self, ticket: Ticket, now: float) -> None:
+        """Give up a ticket: its place, or its slot, as though never taken. What was sent counts as answered now."""
+        now = self.window.advance(now)
+        self.answered(ticket, now)
+        if ticket.state == "waiting":
+            self.queue.leave(ticket)
+            ticket.end()
+        elif ticket.state == "granted":
+            due = self.window.last
+            self.window.give_back(ticket)
+            if self.queue and self.window.closed_until <= now:
+                self.window.grant(self.queue.pop(), now, due)
+
+    def close(self, now: float, seconds: float | None) -> None:
+        """Metquay answered 429: grant nothing for ``seconds``, and refuse at once what can't wait so long.
+
+        None: until the first of our own slots comes back, the soonest moment at which the server's count has surely
+        fallen. The 429 is also the answer of its ticket: ``answered`` first. A later call never opens it sooner.
+        """
+        now = self.window.advance(now)
+        self.window.close(now, seconds)
+        self.queue.refuse(self.queue.late(self.window.turns(now)), now, self.next_free_in)
+
+    def snapshot(self, now: float) -> Snapshot:
+        """Return the figures for status page and metrics."""
+        now, window = self.window.advance(now), self.window
+        return Snapshot(
+            limit=window.rate.limit,
+            window=window.rate.window,
+            used=window.used,
+            in_flight=len(window.in_flight),
+            waiting=len(self.queue),
+            waiting_by_caller={caller: len(tickets) for caller, tickets in self.queue.callers.items()},
+            used_by_caller=dict(window.used_by),
+            next_free_in=self.next_free_in(now),
+            closed_for=max(0.0, window.closed_until - now),
+        )
+
+    def next_free_in(self, now: float) -> float:
+        """Return in how many seconds one more request would go if it came now."""
+        due = nth(self.window.turns(now), len(self.queue) + 1) if self.queue else self.window.next_free(now)
+        return due - now
+
+
+def nth(turns: Iterator[float], number: int) -> float:
+    """Return when the ``number``-th of those that wait is due."""
+    return next(islice(turns, number - 1, None))

@@ -11,12 +11,15 @@ generated clients ask for ``/api/v1//customers``.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
+from metquay_proxy.rules.address import HOST_NAME, MAX_PORT
 from metquay_proxy.rules.errors import ProxyError
 
 if TYPE_CHECKING:
@@ -27,15 +30,15 @@ OWN_PREFIX: Final = "/-/"
 LOGIN_PATH: Final = "/authenticate"
 OLDER_INTERFACE: Final = "/FlexicalERP/"
 
-_HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*")
-_PREFIX: Final = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
+_PREFIX: Final = re.compile(r"(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
 _FORBIDDEN: Final = re.compile(r"[^\x21-\x7e]|[\\#]")
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?]*)(.*)", re.IGNORECASE)
 _NAMES: Final = {"\\": "a backslash", "#": "a number sign (#)", " ": "a space", "\t": "a tab"}
 _BY_ITSELF: Final = re.compile(r"/-?|/favicon\.ico|/robots\.txt|/apple-touch-icon.*|/\.well-known/.*")
+_LOCATION: Final = re.compile(rb"(?:(https?):)?//([^/?#]*)(/[^?#]*)(.*)", re.IGNORECASE)
+_DOT_SEGMENT: Final = re.compile(rb"[/\\](?:\.|%2e){1,2}(?:[/\\;]|\Z)", re.IGNORECASE)
 _SEPARATORS: Final = re.compile(r"[/\\]")
-_PORT: Final = re.compile(r"[0-9]{1,5}")
-_MAX_PORT: Final = 65535
+_AUTHORITY: Final = re.compile(r"(?:\[([^]@]+)]|([^@:]+))(?::([0-9]{0,5}))?")
 _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 _DECODINGS: Final = 4
 _REMEMBERED: Final = 256
@@ -65,20 +68,11 @@ def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
 
     ``scheme`` says which port is meant where there is none. A final dot is left off: it is the same host.
     """
-    host, colon, port = authority.rpartition(":")
-    if not colon or port.endswith("]"):
-        host, port = authority, ""
-    if port and not (_PORT.fullmatch(port) and int(port) <= _MAX_PORT):
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None:
         return None
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        return None
-    else:
-        host = host.removesuffix(".")
-    if not host or "@" in host:
-        return None
-    return host.lower(), int(port) if port else _DEFAULT_PORT[scheme]
+    host, port = match[1] or match[2].removesuffix("."), int(match[3] or _DEFAULT_PORT[scheme])
+    return (host.lower(), port) if host and port <= MAX_PORT else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,32 +98,26 @@ class BaseURL:
         try:
             parts = urlsplit(url)
         except ValueError:
-            msg = "it is no valid address; write it like lab.metquay.co"
-            raise ValueError(msg) from None
+            raise ValueError("it is no valid address; write it like lab.metquay.co") from None
         scheme = parts.scheme
-        if scheme not in {"http", "https"}:
-            msg = "it must be a host name, or an address that begins with https://"
-            raise ValueError(msg)
+        if scheme not in _DEFAULT_PORT:
+            raise ValueError("it must be a host name, or an address that begins with https://")
         if "@" in parts.netloc:
-            msg = "it must not hold a user name or password; the keys have settings of their own"
-            raise ValueError(msg)
+            raise ValueError("it must not hold a user name or password; the keys have settings of their own")
         if "?" in url or "#" in url:
-            msg = "it must not hold a question mark or a number sign"
-            raise ValueError(msg)
+            raise ValueError("it must not hold a question mark or a number sign")
         authority = split_authority(parts.netloc, scheme)
         if authority is None or authority[1] == 0 or parts.netloc.endswith(":"):
-            msg = "it needs a host name and, if any, a port from 1 to 65535"
-            raise ValueError(msg)
-        host = _ascii_host(authority[0])
+            raise ValueError("it needs a host name and, if any, a port from 1 to 65535")
+        host, port = _ascii_host(authority[0]), authority[1]
         prefix = re.sub("/+", "/", parts.path).rstrip("/") or API_PREFIX
-        if not _PREFIX.fullmatch(prefix) or any(segment in {".", ".."} for segment in prefix.split("/")):
-            msg = "its path may hold only plain path segments, like /api/v1"
-            raise ValueError(msg)
+        if not _PREFIX.fullmatch(prefix):
+            raise ValueError("its path may hold only plain path segments, like /api/v1")
         if scheme == "http" and not is_loopback(host):
-            msg = "http:// would show the keys to the network and is accepted for this machine only; use https://"
-            raise ValueError(msg)
-        rooted = (parts.hostname or "").endswith(".") and _is_name(host)
-        return cls(scheme, host, authority[1], prefix, rooted)
+            why = "http:// would show the keys to the network and is accepted for this machine only; use https://"
+            raise ValueError(why)
+        rooted = (parts.hostname or "").endswith(".") and host != "localhost" and not is_address(host)
+        return cls(scheme, host, port, prefix, rooted)
 
     @property
     def name(self) -> str:
@@ -140,7 +128,7 @@ class BaseURL:
     def authority(self) -> str:
         """The value of Host: the port only where it is not the scheme's own."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == {"http": 80, "https": 443}[self.scheme] else f"{host}:{self.port}"
+        return host if self.port == _DEFAULT_PORT[self.scheme] else f"{host}:{self.port}"
 
     @property
     def authorities(self) -> frozenset[tuple[str, int]]:
@@ -158,44 +146,56 @@ class BaseURL:
 
 def is_loopback(host: str) -> bool:
     """Whether the host (no brackets) means this machine, whatever a name server says."""
-    return host == "localhost" or (not _is_name(host) and ipaddress.ip_address(host).is_loopback)
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
-def _is_name(host: str) -> bool:
-    """Whether a host has to be looked up: it is no address, and not this machine."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return host != "localhost"
+def is_address(host: str) -> bool:
+    """Whether the host (no brackets) is an IP address."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
     return False
 
 
 def _ascii_host(host: str) -> str:
-    if ":" in host:
-        try:
-            return ipaddress.IPv6Address(host).compressed
-        except ValueError:
-            msg = "the address in brackets is no IPv6 address"
-            raise ValueError(msg) from None
     try:
-        ascii_host = host.encode("idna").decode("ascii")
+        if ":" in host:
+            return ipaddress.IPv6Address(host).compressed
+        host = host.encode("idna").decode("ascii")
     except UnicodeError:
-        ascii_host = ""
-    if not _HOST_NAME.fullmatch(ascii_host):
-        msg = "its host name holds characters that host names can't have"
-        raise ValueError(msg)
-    return ascii_host
+        host = ""
+    except ValueError:
+        raise ValueError("the address in brackets is no IPv6 address") from None
+    if not HOST_NAME.fullmatch(host):
+        raise ValueError("its host name holds characters that host names can't have")
+    return host
+
+
+def rewrite_location(value: bytes, base: BaseURL, origin: bytes) -> bytes:
+    """Return a Location under the base with the client's own scheme and host; any other untouched.
+
+    Host case, an explicit or empty default port and a missing scheme are spellings of the same origin. A path with dot
+    segments need not be under the base, however it begins.
+    """
+    match = _LOCATION.fullmatch(value)
+    if match is None:
+        return value
+    scheme, authority, path, rest = match.groups()
+    prefix = base.prefix.encode()
+    if (
+        (scheme or base.scheme.encode()).lower() == base.scheme.encode()
+        and split_authority(authority.decode("latin-1"), base.scheme) == (base.host, base.port)
+        and (path == prefix or path.startswith(prefix + b"/"))
+        and not _DOT_SEGMENT.search(path)
+    ):
+        return origin + path + rest
+    return value
 
 
 class TargetRules:
     """Turns the target of a request line into a ``Target``, or refuses it."""
 
     def __init__(
-        self,
-        prefix: str,
-        authorities: Container[tuple[str, int] | None],
-        *,
-        pass_through: tuple[str, ...] = (),
+        self, prefix: str, authorities: Container[tuple[str, int] | None], *, pass_through: tuple[str, ...] = ()
     ) -> None:
         """Take the upstream's path prefix and what counts as our own authority in absolute-form.
 
@@ -203,76 +203,47 @@ class TargetRules:
         ``pass_through`` holds path prefixes, each beginning and ending in a slash.
         """
         self._prefix = prefix
-        self._prefixes = tuple(sorted({prefix, API_PREFIX}, key=len, reverse=True))
+        prefixes = "|".join(re.escape(each) for each in sorted({prefix, API_PREFIX}, key=len, reverse=True))
+        self._above = re.compile(rf"\A(?:/*(?:{prefixes})(?=/|\Z))*(?:/+(?=/))?")
         self._authorities = authorities
         self._pass_through = pass_through
-        self._remembered: dict[str, Target] = {}
+        self._remembered = lru_cache(_REMEMBERED)(self._parse)
 
     def parse(self, method: str, raw: str) -> Target:
         """Return the canonical target; raise ``ProxyError`` bad-target where nothing may be sent.
 
-        Tools ask for the same again and again: of a path, the result depends on nothing else, and is remembered.
+        Tools ask for the same again and again: what was found good is remembered, since it stays so.
         """
-        target = self._remembered.get(raw)
-        if target is None:
-            target = self._parse(method, raw)
-            if raw.startswith("/") and len(raw) <= _LONGEST_REMEMBERED:
-                if len(self._remembered) >= _REMEMBERED:
-                    self._remembered.clear()
-                self._remembered[raw] = target
-        return target
+        return (self._remembered if len(raw) <= _LONGEST_REMEMBERED else self._parse)(method, raw)
 
     def _parse(self, method: str, raw: str) -> Target:
         if (fault := forbidden(raw)) is not None:
             raise fault
-        absolute = not raw.startswith("/")
-        if absolute:
-            if raw == "*" and method == "OPTIONS":
-                return Target("*", "*", None)
-            raw = self._origin_form(method, raw)
-            if raw == "*":
-                return Target("*", "*", None, absolute=True)
+        match = _ABSOLUTE.fullmatch(raw)
+        absolute = match is not None
+        if match is not None:
+            scheme, authority, rest = match.groups()
+            if split_authority(authority, scheme.lower()) not in self._authorities:
+                raise bad_target("it names another server; this proxy forwards to Metquay only")
+            raw = rest if rest.startswith("/") else f"/{rest}" if rest or method != "OPTIONS" else "*"
+        if raw == "*" and method == "OPTIONS":
+            return Target(raw, raw, None, absolute)
+        if not raw.startswith("/"):
+            raise bad_target("it must begin with a slash")
         path, mark, query = raw.partition("?")
+        asked = query if mark else None
         if ("." in path or "%" in path) and _has_dot_segment(path):
             raise bad_target("it holds a dot segment (. or ..), which could leave the API's path")
         if path.startswith("//"):
             path = "/" + path.lstrip("/")
         for prefix in self._pass_through:
             if path.startswith(prefix):
-                return Target(path + mark + query, path, query if mark else None, absolute, pass_through=True)
-        below = self._below_prefix(path)
+                return Target(path + mark + query, path, asked, absolute, pass_through=True)
+        below = self._above.sub("", path)
         local = _as_a_server_reads(below or "/")
         unasked = _BY_ITSELF.fullmatch(local) is not None
-        return Target(
-            self._prefix + below + mark + query,
-            local,
-            query if mark else None,
-            absolute,
-            own=unasked or local == LOGIN_PATH or local.startswith((OWN_PREFIX, OLDER_INTERFACE)),
-            unasked=unasked,
-        )
-
-    def _origin_form(self, method: str, raw: str) -> str:
-        match = _ABSOLUTE.fullmatch(raw)
-        if match is None:
-            raise bad_target("it must begin with a slash")
-        scheme, authority, rest = match.groups()
-        if split_authority(authority, scheme.lower()) not in self._authorities:
-            raise bad_target("it names another server; this proxy forwards to Metquay only")
-        if not rest and method == "OPTIONS":
-            return "*"
-        return rest if rest.startswith("/") else "/" + rest
-
-    def _below_prefix(self, path: str) -> str:
-        while True:
-            for prefix in self._prefixes:
-                if path.startswith(prefix) and (len(path) == len(prefix) or path[len(prefix)] == "/"):
-                    path = path[len(prefix) :]
-                    if path.startswith("//"):
-                        path = "/" + path.lstrip("/")
-                    break
-            else:
-                return path
+        own = unasked or local == LOGIN_PATH or local.startswith((OWN_PREFIX, OLDER_INTERFACE))
+        return Target(self._prefix + below + mark + query, local, asked, absolute, own=own, unasked=unasked)
 
 
 def _as_a_server_reads(local: str) -> str:
@@ -304,9 +275,8 @@ def forbidden(raw: str) -> ProxyError | None:
         return None
     character = found.group()
     if "\ud800" <= character <= "\udfff":
-        return bad_target(
-            "it holds a byte beyond ASCII; write such characters in UTF-8 and percent-encoded (%C3%A9 for \xe9)"
-        )
+        cure = "write such characters in UTF-8 and percent-encoded (%C3%A9 for \xe9)"
+        return bad_target(f"it holds a byte beyond ASCII; {cure}")
     name = _NAMES.get(character, character if character.isprintable() else "a control character")
     return bad_target(f"it holds {name}, which must be written {quote(character, safe='')}")
 

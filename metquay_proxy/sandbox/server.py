@@ -1,6 +1,6 @@
 """A simulator of the Metquay API, good enough to develop a tool against for days.
 
-Owns the HTTP face of ``sandbox_records``: addresses, methods, tokens, quota, faults on demand, and the books by which
+Owns the HTTP face of ``records``: addresses, methods, tokens, quota, faults on demand, and the books by which
 a test reconciles what was executed. Must not import anything of the proxy: it is there to prove it wrong.
 
 Facts (vendor's specification, unless marked): base path ``/api/v1``; tokens live 900 s; 100 requests a minute, logins

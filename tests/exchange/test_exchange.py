@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from metquay_proxy.exchange.exchange import Exchange
+from metquay_proxy.rules.headers import RequestFields
 
 if TYPE_CHECKING:
     from metquay_proxy.rules.errors import Sent
@@ -29,3 +30,13 @@ def test_the_worst_that_an_attempt_may_have_done_is_kept(worst: Sent, attempts: 
 def test_no_two_exchanges_share_an_id() -> None:
     """A log line and an answer of the same id belong together."""
     assert 100 == len({Exchange("GET", "-").id for _ in range(100)})
+
+
+def test_what_is_kept_of_a_finished_one_holds_no_head() -> None:
+    """The last ones are kept for the status page: neither keys in a head nor bodies are among that."""
+    exchange = Exchange("PUT", "/api/v1/customers/1")
+    exchange.fields = RequestFields(b"\r\nX-Proxy-Key: key-of-the-shop")
+    exchange.let_go()
+    exchange.let_go()
+    assert not hasattr(exchange, "fields")
+    assert "/api/v1/customers/1" == exchange.path

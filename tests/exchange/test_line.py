@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import heapq
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -28,16 +29,25 @@ LATENCY = 0.05
 """Seconds that the simulated Metquay takes for each answer."""
 
 
+def _calls() -> int:
+    return sum(thread.name == "call" for thread in threading.enumerate())
+
+
 class SocketTime(FakeTime):
     """Time that moves only while nothing else does: tools, proxy and simulator share this loop, over real sockets."""
 
     async def settle(self) -> None:
         """Let all that is under way on the loopback, or in a thread (keys are read in one), come to rest."""
-        ready = asyncio.get_running_loop()._ready  # type: ignore[attr-defined]
-        for pause in (0.0, 0.0, 0.0, 0.001):
-            await asyncio.sleep(pause)
-            while ready or any(thread.name == "call" for thread in threading.enumerate()):
-                await asyncio.sleep(0 if ready else 0.001)
+        busy = True
+        while busy:
+            looks = self._looks
+            await super().settle()
+            began = time.monotonic()
+            while time.monotonic() < began + 0.002:  # uvloop's timers may ring early
+                await asyncio.sleep(0.001)
+            calls = _calls()
+            await super().settle()
+            busy = looks != self._looks or calls + _calls() > 0
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
         """Call back after so many seconds of this clock."""

@@ -22,11 +22,9 @@ if sys.platform == "linux":
 KEYS = "workbook:workbook-key-0123456789,reader:reader-key-0123456789:read-only"
 
 
-async def test_each_write_leaves_one_line(tmp_path: Path) -> None:
+async def test_each_write_leaves_one_line(tmp_path: Path, sandbox: Sandbox) -> None:
     """Who wrote what, with which outcome, and never a body, a key or a query value; reads leave nothing."""
     path = tmp_path / "audit.log"
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
     async with (
         running(sandbox.url, audit_log=str(path), client_keys=KEYS, rate_limit="off") as (_, url),
         aiohttp.ClientSession(headers={"X-Proxy-Key": "workbook-key-0123456789", "User-Agent": "x" * 300}) as session,
@@ -42,7 +40,6 @@ async def test_each_write_leaves_one_line(tmp_path: Path) -> None:
         assert 200 == await ask("GET", "/-/status")
         sandbox.faults = Faults(lose_answer=1.0)
         assert 502 == await ask("POST", "/customers", '{"companyName": "Lost Ltd"}')
-    await sandbox.stop()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [
         ("workbook", "POST", "/api/v1/customers?x=*", 201, None, "yes"),
@@ -66,11 +63,9 @@ async def test_a_rotation_that_is_told_of(tmp_path: Path) -> None:
         await eventually(path.exists)
 
 
-async def test_a_write_whose_client_left_is_recorded(tmp_path: Path) -> None:
+async def test_a_write_whose_client_left_is_recorded(tmp_path: Path, sandbox: Sandbox) -> None:
     """A tool that gives up does not make the outcome of its write unknowable."""
     path = tmp_path / "audit.log"
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
     async with running(sandbox.url, audit_log=str(path)) as (proxy, url), aiohttp.ClientSession() as session:
         async with session.get(url + "/customers?limit=1") as response:
             assert 200 == response.status
@@ -86,7 +81,6 @@ async def test_a_write_whose_client_left_is_recorded(tmp_path: Path) -> None:
             while proxy.telemetry.active:
                 await asyncio.sleep(0.01)
         assert 1 == len(sandbox.writes)
-    await sandbox.stop()
     [line] = path.read_text().splitlines()
     assert ("POST", 201, "client-left", "yes") == tuple(
         json.loads(line)[name] for name in ("method", "status", "error", "sent")
@@ -118,14 +112,12 @@ def test_a_log_that_can_not_be_written_keeps_the_proxy_from_starting(tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of a given size")
-async def test_no_request_waits_for_a_reader_that_reads_nothing(tmp_path: Path) -> None:
+async def test_no_request_waits_for_a_reader_that_reads_nothing(tmp_path: Path, sandbox: Sandbox) -> None:
     """Writes are answered while the log's pipe is full; each has its line once somebody reads on, nothing is lost."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, 4096)
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
     got = b""
     async with (
         running(sandbox.url, audit_log=str(path), rate_limit="off") as (proxy, url),
@@ -142,4 +134,3 @@ async def test_no_request_waits_for_a_reader_that_reads_nothing(tmp_path: Path) 
                 await asyncio.sleep(0.001)
         assert 0 == proxy.status()["audit"]["lost"]
     os.close(reading)
-    await sandbox.stop()

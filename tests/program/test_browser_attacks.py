@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 from aiohttp import web
 
-from metquay_proxy.sandbox.server import Sandbox
 from tests.running import running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from playwright.async_api import Browser
+
+    from metquay_proxy.sandbox.server import Sandbox
+
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    # the rebinding name: resolves to this machine, as an attacker's name server would answer
-    "--host-resolver-rules=MAP rebound.example 127.0.0.1",
-]
 ATTACKS = """
 async proxy => {
     const outcomes = {};
@@ -111,34 +101,11 @@ async def site() -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-@pytest.fixture
-async def sandbox() -> AsyncIterator[Sandbox]:
-    """Run a simulated Metquay that counts what reaches it."""
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
-    yield sandbox
-    await sandbox.stop()
-
-
-@contextlib.asynccontextmanager
-async def browser() -> AsyncIterator[object]:
-    """Run Debian's Chromium without a window."""
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-    async with playwright.async_playwright() as driver:
-        chromium = await driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        try:
-            yield chromium
-        finally:
-            await chromium.close()
-
-
-async def test_another_site_gets_nothing_through(sandbox: Sandbox) -> None:
+async def test_another_site_gets_nothing_through(sandbox: Sandbox, browser: Browser) -> None:
     """Fetches of all modes, forms, beacons, images, scripts, frames, event streams and websockets reach nothing."""
-    async with running(sandbox.url) as (proxy, url), site() as origin, browser() as chromium:
+    async with running(sandbox.url) as (proxy, url), site() as origin:
         await asyncio.sleep(0.2)
-        page = await chromium.new_page()  # type: ignore[attr-defined]
+        page = await browser.new_page()
         await page.goto(origin)
         outcomes = await page.evaluate(ATTACKS, url)
         for name, outcome in outcomes.items():
@@ -147,11 +114,11 @@ async def test_another_site_gets_nothing_through(sandbox: Sandbox) -> None:
         assert 20 < proxy.telemetry.finished, "the attacks were made, and the proxy refused them"
 
 
-async def test_a_link_leads_to_the_status_page(sandbox: Sandbox) -> None:
+async def test_a_link_leads_to_the_status_page(sandbox: Sandbox, browser: Browser) -> None:
     """Another site may link to the bare address; what the browser asks for by itself is no news, nor Metquay's."""
-    async with running(sandbox.url) as (proxy, url), site() as origin, browser() as chromium:
+    async with running(sandbox.url) as (proxy, url), site() as origin:
         await asyncio.sleep(0.2)
-        page = await chromium.new_page()  # type: ignore[attr-defined]
+        page = await browser.new_page()
         await page.goto(origin)
         await page.evaluate("address => { location.href = address; }", url)
         await page.wait_for_url(f"{url}/-/")
@@ -160,11 +127,11 @@ async def test_a_link_leads_to_the_status_page(sandbox: Sandbox) -> None:
         assert ([], 0, 0) == proxy.telemetry.since(0)
 
 
-async def test_rebinding(sandbox: Sandbox) -> None:
+async def test_rebinding(sandbox: Sandbox, browser: Browser) -> None:
     """A page that makes its own host name point to this machine is refused by that name."""
-    async with running(sandbox.url) as (proxy, url), browser() as chromium:
+    async with running(sandbox.url) as (proxy, url):
         await asyncio.sleep(0.2)
-        page = await chromium.new_page()  # type: ignore[attr-defined]
+        page = await browser.new_page()
         rebound = f"http://rebound.example:{url.rpartition(':')[2]}"
         response = await page.goto(rebound + "/customers?limit=1")
         assert (403, "host-not-allowed") == (response.status, response.headers["x-metquay-proxy-error"])
@@ -175,12 +142,12 @@ async def test_rebinding(sandbox: Sandbox) -> None:
         assert 3 <= proxy.telemetry.finished
 
 
-async def test_a_listed_origin_works(sandbox: Sandbox) -> None:
+async def test_a_listed_origin_works(sandbox: Sandbox, browser: Browser) -> None:
     """A page whose origin is listed reads and writes with its key, preflights included, and can read refusals."""
     async with site() as origin:
         settings = {"allowed_origins": origin, "client_keys": "tool:browser-tool-key-0123"}
-        async with running(sandbox.url, **settings) as (_, url), browser() as chromium:
-            page = await chromium.new_page()  # type: ignore[attr-defined]
+        async with running(sandbox.url, **settings) as (_, url):
+            page = await browser.new_page()
             await page.goto(origin)
             assert [200, 1, 201, 403, 403] == await page.evaluate(ALLOWED, url)
             assert 2 == sandbox.requests

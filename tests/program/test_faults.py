@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, cast
 import aiohttp
 import pytest
 
-from metquay_proxy.exchange.body import ReplayBudget, RequestBody
+from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.sandbox.server import Faults, Sandbox
 from metquay_proxy.settings import load
 from tests.exchange.test_line import SocketTime
 from tests.link import Link
-from tests.running import FastTime, process, running
+from tests.running import FastTime, process, running, simulated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -86,17 +86,6 @@ async def tool(url: str, now: Callable[[], float] = time.monotonic) -> AsyncIter
     """Run a tool."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         yield Tool(session, url, now)
-
-
-@contextlib.asynccontextmanager
-async def simulated(**options: Any) -> AsyncIterator[Sandbox]:  # noqa: ANN401 - of the sandbox
-    """Run a simulated Metquay without a quota."""
-    sandbox = Sandbox(**{"rate_limit": None} | options)
-    await sandbox.start()
-    try:
-        yield sandbox
-    finally:
-        await sandbox.stop()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -378,15 +367,17 @@ async def scripted(**settings: Any) -> AsyncIterator[tuple[Scripted, Laboratory]
     time_, metquay = SocketTime(), Scripted()
     server = await asyncio.start_server(metquay.serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with (
-        server,
-        running(url, time_=cast("FastTime", time_), **{"rate_limit": "off"} | settings) as (proxy, own),
-        tool(own, time_.now) as asking,
-    ):
-        yield metquay, Laboratory(time_, cast("Sandbox", None), proxy, asking)
-    for writer in metquay.writers:
-        writer.transport.abort()
-    await asyncio.sleep(0.001)
+    try:
+        async with (
+            server,
+            running(url, time_=cast("FastTime", time_), **{"rate_limit": "off"} | settings) as (proxy, own),
+            tool(own, time_.now) as asking,
+        ):
+            yield metquay, Laboratory(time_, cast("Sandbox", None), proxy, asking)
+    finally:
+        for writer in metquay.writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.001)
 
 
 async def test_an_upstream_that_is_away_costs_no_quota() -> None:
@@ -597,32 +588,28 @@ async def test_connections_that_are_half_open() -> None:
         assert 6 == len(line.sandbox.writes)
 
 
-class Left:
+class Left(Stream):
     """A body that had come whole when its client left: it can't be read any more."""
 
-    def is_eof(self) -> bool:
-        """Return true."""
-        return True
+    def __init__(self) -> None:
+        super().__init__()
+        self.feed(b"body")
+        self.end()
 
-    def read_nowait(self, _n: int = -1, /) -> bytes:
+    def read_nowait(self) -> bytes:
         """Raise."""
         raise ConnectionResetError
-
-    at_eof = is_eof
-    readany = read_nowait
 
 
 async def test_a_client_that_leaves_while_a_connection_opens() -> None:
     """A connection that was opened for a request whose client has left meanwhile is closed, not forgotten."""
     async with linked() as line:
         opened = line.link.opened
-        body = RequestBody(
-            cast("Any", Left()), present=True, chunked=False, limit=1000, budget=ReplayBudget(1000), timeout=1.0
-        )
+        body = RequestBody(Left(), chunked=False, limit=1000, budget=ReplayBudget(1000), timeout=1.0)
         with pytest.raises(ConnectionResetError):
-            await line.proxy._transport.send("POST", b"POST / HTTP/1.1\r\n\r\n", body, fresh=True)
+            await line.proxy.pool.send("POST", b"POST / HTTP/1.1\r\n\r\n", body, fresh=True)
         await until(lambda: line.link.opened > opened)
-        await until(lambda: line.link.open == 2 * sum(line.proxy._transport.connections))
+        await until(lambda: line.link.open == 2 * sum(line.proxy.pool.connections))
 
 
 async def test_the_network_changed_while_suspended() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -12,26 +11,15 @@ import aiohttp
 import pytest
 import trustme
 
-from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
-from tests.running import FastTime, process, running
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults
+from tests.running import FastTime, process, running, simulated
+from tests.wire import eventually
 from tests.working_day import work
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
 SEEN_ON_A_GOOD_DAY = {200, 201, 409}
-
-
-@contextlib.asynccontextmanager
-async def simulated(**options: object) -> AsyncIterator[Sandbox]:
-    """Run a simulated Metquay, without a quota unless told otherwise."""
-    sandbox = Sandbox(**{"rate_limit": None, **options})  # type: ignore[arg-type]
-    await sandbox.start()
-    try:
-        yield sandbox
-    finally:
-        await sandbox.stop()
 
 
 async def test_working_day() -> None:
@@ -44,7 +32,7 @@ async def test_working_day() -> None:
         waited = []
         closed = proxy.telemetry.closed
         proxy.telemetry.closed = lambda exchange: (waited.append(exchange.waited), closed(exchange))  # type: ignore[method-assign,assignment]
-        await _until(proxy.ready)
+        await eventually(proxy.ready)
         statuses = await work(url, lambda: sandbox.logins > 5)
         assert set(statuses) <= SEEN_ON_A_GOOD_DAY
         assert 6 <= sandbox.logins
@@ -89,7 +77,7 @@ async def test_expired_token_makes_one_renewal() -> None:
     """100 concurrent 401s cause exactly one renewal, and no tool sees one."""
     slow = Faults(latency=0.02)
     async with simulated(faults=slow) as sandbox, running(sandbox.url, rate_limit="off") as (proxy, url):
-        await _until(proxy.ready)
+        await eventually(proxy.ready)
         await asyncio.sleep(1.0 - 0.02)  # the cache makes at most one login a second
         sandbox.faults = Faults(latency=0.02, expire_tokens=True)
         assert Counter({200: 100}) == Counter(await _get_many(url, 100))
@@ -136,9 +124,3 @@ async def _get_many(url: str, count: int) -> list[int]:
                 return response.status
 
         return await asyncio.gather(*(get() for _ in range(count)))
-
-
-async def _until(condition: object) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.005)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
 
-from metquay_proxy.exchange.tokens import Credentials
+from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Sandbox
 from tests.redis_server import needs_redis, redis_server
 from tests.running import process, running
@@ -27,29 +26,8 @@ if TYPE_CHECKING:
 
     from tests.redis_server import RedisServer
 
-CHROMIUM = shutil.which("chromium")
 ARTEFACTS = Path(__file__).parent.parent.parent / ".artefacts"
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")]
-
-
-@pytest.fixture
-async def browser() -> AsyncIterator[Browser]:
-    """Start a browser."""
-    async with async_api.async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        await browser.close()
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -137,11 +115,11 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-async def test_screenshots(browser: Browser, session: aiohttp.ClientSession, scheme: str, width: int) -> None:
+async def test_screenshots(
+    browser: Browser, session: aiohttp.ClientSession, scheme: str, width: int, sandbox: Sandbox
+) -> None:
     """Wide and narrow, light and dark: nothing sticks out of the page; a picture of each is kept."""
     ARTEFACTS.mkdir(exist_ok=True)
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
     async with running(sandbox.url) as (_, url):
         for path in ("/customers?limit=5", "/works", "/nothing", "/customer-instrument-details?first=50&limit=50"):
             for agent in ("Excel", "python-requests/2.32", "PowerShell/7.4"):
@@ -151,7 +129,6 @@ async def test_screenshots(browser: Browser, session: aiohttp.ClientSession, sch
             await expect(page.locator("#requests tbody tr")).to_have_count(12)
             await page.screenshot(path=ARTEFACTS / f"page-{width}-{scheme}.png", full_page=True)
             assert width >= await page.evaluate("document.documentElement.scrollWidth")
-    await sandbox.stop()
 
 
 @pytest.mark.parametrize(
@@ -224,11 +201,9 @@ async def test_with_whom_the_quota_is_shared(browser: Browser, redis: RedisServe
             await expect(page.locator("#sharing")).to_be_hidden()
 
 
-async def test_by_keyboard_with_a_client_key(browser: Browser) -> None:
+async def test_by_keyboard_with_a_client_key(browser: Browser, sandbox: Sandbox) -> None:
     """A browser logs in with a read-only key; Tab, Enter and arrows are enough; examples carry the key's header."""
     key = "reading-key-0123456789"
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
     login = {"username": "anyone", "password": key}
     async with (
         running(sandbox.url, client_keys=f"reading:{key}:read-only", read_only="true") as (_, url),
@@ -244,13 +219,12 @@ async def test_by_keyboard_with_a_client_key(browser: Browser) -> None:
         await expect(page.locator("#snippet")).to_contain_text("WinHttp.WinHttpRequest")
         await page.keyboard.press("Tab")
         await expect(page.locator("#snippet")).to_be_focused()
-    await sandbox.stop()
 
 
-async def test_polling_and_a_proxy_that_ends(browser: Browser, session: aiohttp.ClientSession) -> None:
+async def test_polling_and_a_proxy_that_ends(
+    browser: Browser, session: aiohttp.ClientSession, sandbox: Sandbox
+) -> None:
     """Where events don't get through, the page asks; when the proxy has ended, it says so and what to do."""
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
     async with running(sandbox.url) as (proxy, url), opened(browser, url, strict=False) as page:
         await expect(page.locator("#live")).to_have_text("live")
         await page.route("**/-/events", lambda route: route.abort())
@@ -266,7 +240,6 @@ async def test_polling_and_a_proxy_that_ends(browser: Browser, session: aiohttp.
         await asyncio.sleep(1.2)
         assert left == await page.locator("#left").text_content(), "figures that nobody brings do not tick on"
         assert "no contact" == await page.locator("main").get_attribute("data-stale")
-    await sandbox.stop()
 
 
 @pytest.mark.parametrize(
@@ -280,11 +253,9 @@ async def test_polling_and_a_proxy_that_ends(browser: Browser, session: aiohttp.
     ],
 )
 async def test_what_the_page_says_when_it_gets_no_figures(  # noqa: PLR0913 - the columns
-    browser: Browser, status: int, slug: str | None, body: str, sentence: str, cure: str
+    browser: Browser, status: int, slug: str | None, body: str, sentence: str, cure: str, sandbox: Sandbox
 ) -> None:
     """It tells a proxy that refuses it from one that is gone, and from another program; old figures are marked."""
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
     async with running(sandbox.url) as (_, url), opened(browser, url, strict=False) as page:
         await expect(page.locator("#live")).to_have_text("live")
         headers = {} if slug is None else {"X-Metquay-Proxy-Error": slug}
@@ -301,4 +272,3 @@ async def test_what_the_page_says_when_it_gets_no_figures(  # noqa: PLR0913 - th
         await page.unroute_all()
         await expect(page.locator("#sentence")).to_contain_text("Ready", timeout=10_000)
         assert await page.locator("main").get_attribute("data-stale") is None
-    await sandbox.stop()

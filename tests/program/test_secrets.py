@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from metquay_proxy.sandbox.server import Faults, Sandbox
-from tests.running import process
+from tests.running import process, simulated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -29,10 +29,8 @@ PASSWORDS = ("proxy-password-Hk3x", "redis-password-Wm2j")
 @pytest.fixture
 async def sandbox() -> AsyncIterator[Sandbox]:
     """Run a Metquay with keys of its own."""
-    sandbox = Sandbox(rate_limit=None, access_key=ACCESS_KEY, secret_key=SECRET_KEY)
-    await sandbox.start()
-    yield sandbox
-    await sandbox.stop()
+    async with simulated(access_key=ACCESS_KEY, secret_key=SECRET_KEY) as made:
+        yield made
 
 
 @pytest.mark.slow

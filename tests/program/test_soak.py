@@ -26,7 +26,7 @@ import pytest
 
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from tests.link import Link
-from tests.running import process, running
+from tests.running import process, running, simulated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -460,15 +460,13 @@ def check(books: Books, sandbox: Sandbox) -> None:
 @contextlib.asynccontextmanager
 async def metquay() -> AsyncIterator[tuple[Sandbox, Link]]:
     """Run a simulated Metquay at the end of a link."""
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
-    link = Link(sandbox.port)
-    link.listen()
-    try:
-        yield sandbox, link
-    finally:
-        await link.stop()
-        await sandbox.stop()
+    async with simulated() as sandbox:
+        link = Link(sandbox.port)
+        link.listen()
+        try:
+            yield sandbox, link
+        finally:
+            await link.stop()
 
 
 SETTINGS: dict[str, Any] = {
@@ -594,21 +592,23 @@ async def test_nothing_is_left() -> None:
         tools = Tools(url, books)
 
         async def rest() -> tuple[Counter[str], int]:
-            proxy._transport._warm_until = 0.0  # as though no tool had asked for a minute
+            proxy.pool.let_cool()
             async with asyncio.timeout(20):
-                while proxy.telemetry.active or proxy.server.connections or sum(proxy._transport.connections):
+                while proxy.telemetry.active or proxy.server.clients or sum(proxy.pool.connections):
                     await asyncio.sleep(0.05)
             link.cut()
             await asyncio.sleep(1.5)  # the quota's window is empty again
             tasks = Counter(task.get_coro().__qualname__ for task in asyncio.all_tasks())  # type: ignore[union-attr]
             gc.collect()
             objects = Counter(type(each).__name__ for each in gc.get_objects() if type(each).__module__ in PER_REQUEST)
-            exchanges, cells, targets = (
-                objects.pop(name, 0) - others[name] for name in ("Exchange", "_Cell", "Target")
+            exchanges, cells, targets, asked, answered = (
+                objects.pop(name, 0) - others[name]
+                for name in ("Exchange", "_Cell", "Target", "RequestFields", "ResponseHead")
             )
             assert exchanges <= 100 + 2, "those of the status page, and the last trouble"
             assert cells <= 300, "the quota's last window"
             assert targets <= 256, "those that are remembered"
+            assert max(asked, answered) <= 64, "heads that are remembered"
             descriptors = len(list(Path("/proc/self/fd").iterdir())) if sys.platform == "linux" else 0
             return tasks + objects, descriptors
 
@@ -626,14 +626,12 @@ async def test_nothing_is_left() -> None:
         check(books, sandbox)
         print(f"{books.statuses.total()} requests\n{books.answers}\n{after}")  # noqa: T201 - for the note
         assert before == after
-        assert {} == proxy.server._forwarder._writes
-        line = proxy._line
-        assert line is not None
-        assert 0 == line.snapshot().waiting
+        assert 0 == proxy.status()["quota"]["waiting"]
 
 
 PER_REQUEST = {
     "metquay_proxy.exchange.body",
+    "metquay_proxy.exchange.exchange",
     "metquay_proxy.exchange.forwarder",
     "metquay_proxy.rules.http1",
     "metquay_proxy.rules.quota",
@@ -641,5 +639,6 @@ PER_REQUEST = {
     "metquay_proxy.downstream.connection",
     "metquay_proxy.rules.target",
     "metquay_proxy.telemetry",
+    "metquay_proxy.upstream.connection",
     "metquay_proxy.upstream.pool",
 }

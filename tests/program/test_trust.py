@@ -14,8 +14,8 @@ import pytest
 import trustme
 
 from metquay_proxy.sandbox.server import Sandbox
-from metquay_proxy.upstream.pool import tls_context
-from tests.running import running
+from metquay_proxy.upstream.dial import tls_context
+from tests.running import running, simulated
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -43,12 +43,8 @@ async def tls_sandbox(cert: trustme.LeafCert) -> AsyncIterator[Sandbox]:
     """Run a simulated Metquay that shows this certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     cert.configure_cert(context)
-    sandbox = Sandbox(rate_limit=None, ssl_context=context)
-    await sandbox.start()
-    try:
+    async with simulated(ssl_context=context) as sandbox:
         yield sandbox
-    finally:
-        await sandbox.stop()
 
 
 @pytest.mark.skipif(sys.platform in {"win32", "darwin"}, reason="the store is the system's own there")
@@ -252,16 +248,11 @@ async def test_system_proxy(
         assert used is bool(corporate.asked)
 
 
-async def test_netrc_is_never_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_netrc_is_never_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sandbox: Sandbox) -> None:
     """A netrc entry for the upstream changes nothing."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login me password hunter2\n")
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
-    sandbox = Sandbox(rate_limit=None)
-    await sandbox.start()
-    try:
-        async with running(sandbox.url) as (_, url):
-            assert 200 == (await ask(url))[0]
-    finally:
-        await sandbox.stop()
+    async with running(sandbox.url) as (_, url):
+        assert 200 == (await ask(url))[0]

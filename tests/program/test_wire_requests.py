@@ -550,16 +550,28 @@ async def test_h2c_ignored(bench: Bench) -> None:
 @rule("9110 7.8")
 @pytest.mark.parametrize("cut", [0, 5])
 async def test_h2c_and_pipelining(bench: Bench, cut: int) -> None:
-    """After an upgrade request that was ignored no byte is read as half a request: the connection ends."""
+    """An upgrade that is ignored changes nothing: what follows is the next request, however it is cut."""
     client = await bench.client()
     bench.upstream.plays(OK)
     follow = get("/2")
     first = get("/1", "Connection: Upgrade", "Upgrade: h2c") + follow[:cut]
     await client.send(first, follow[cut:], pause=0.01)
-    answer = await client.answer()
-    assert (200, b"close") == (answer.status, answer.value(b"Connection"))
-    await client.gone()
-    assert 1 == len(bench.upstream.requests)
+    assert [200, 200] == [(await client.answer()).status for _ in range(2)]
+    assert 2 == len(bench.upstream.requests)
+
+
+@rule("9112 9.3")
+@pytest.mark.parametrize("field", ["Proxy-Connection: close", "Proxy-Connection: keep-alive", "Sec-WebSocket-Key1: x"])
+async def test_fields_that_decide_nothing(bench: Bench, field: str) -> None:
+    """Neither Proxy-Connection nor a leftover of old websockets makes the proxy deaf to the next request."""
+    client = await bench.client()
+    bench.upstream.plays(OK)
+    await client.send(get("/1", field))
+    assert 200 == (await client.answer()).status
+    await client.send(get("/2", field) + get("/3"))
+    assert [200, 200] == [(await client.answer()).status for _ in range(2)]
+    passed = [b"x", b"x", None] if "WebSocket" in field else [None] * 3
+    assert passed == [request.value(field.partition(":")[0].encode()) for request in bench.upstream.requests]
 
 
 @rule("9110 7.8")
@@ -575,26 +587,8 @@ async def test_upgrade_without_connection(bench: Bench) -> None:
 async def test_back_pressure_up(bench: Bench) -> None:
     """An upstream that does not read slows the client down instead of filling the proxy's memory."""
     client = await bench.client()
-    size = 200_000_000
-    await client.send(head("POST /x HTTP/1.1", f"Content-Length: {size}"))
-    await bench.upstream.peer()
-    sent = 0
-
-    async def pour() -> None:
-        nonlocal sent
-        piece = bytes(1 << 18)
-        while True:
-            client.writer.write(piece)
-            await client.writer.drain()
-            sent += len(piece)
-
-    task = asyncio.ensure_future(pour())
-    before = -1
-    while sent != before:
-        before = sent
-        await asyncio.sleep(0.1)
-    task.cancel()
-    assert sent < 40_000_000
+    pouring = client.pour_until_held_up(head("POST /x HTTP/1.1", "Content-Length: 200000000"), bytes(1 << 18))
+    assert await pouring < 40_000_000
     await bench.healthy()
 
 

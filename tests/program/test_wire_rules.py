@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -60,31 +57,3 @@ async def test_the_bench_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = [test.__name__ for _, test in ALL if await fails(test)]
     print(f"{len(broken)} of {len(ALL)}: {' '.join(broken)}")  # noqa: T201 - shown by pytest -s
     assert 40 <= len(broken) < len(ALL)
-
-
-@pytest.mark.slow
-def test_the_other_event_loop() -> None:
-    """Every rule holds on uvloop too."""
-    pytest.importorskip("uvloop", reason="uvloop is not installed")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "faulthandler_timeout=60",  # a test that hangs shows where
-        *[f"tests/program/{name}.py" for name in wire_rules.MODULES],
-    ]
-    environment = os.environ | {"WIRE_LOOP": "uvloop"}
-    done = subprocess.run(  # noqa: S603 - our own words
-        command,
-        cwd=wire_rules.PAGE.parent.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert 0 == done.returncode, done.stdout[-5000:]

@@ -1,37 +1,43 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from benchmarks.replicas import Simulation
-from benchmarks.window import Window
-from metquay_proxy.replicas.share import BEAT, LATE, OTHERS, UNKNOWN, Share
+from benchmarks.script import KEYS, QUOTA, Script
+from metquay_proxy.replicas.share import BEAT, LATE, OTHERS, UNKNOWN, Reply, Share
 from metquay_proxy.rules.quota import QuotaExceeded, Rate
+from tests.redis_server import needs_redis, redis_server
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from metquay_proxy.rules.quota import Ticket
+    from tests.redis_server import RedisServer
 
 MINUTE = Rate(100, 60.0)
 
 
-class Replica:
+class Partner:
     """A share, and a window in which it meets the others; time is the test's."""
 
-    def __init__(self, window: Window, name: str = "one", rate: Rate = MINUTE) -> None:
+    def __init__(self, window: Script, name: str = "one", rate: Rate = MINUTE) -> None:
         self.share = Share(rate, name, lambda: 0.5)
         self.window = window
         self.name = name
-        self.calls: list[dict[str, Any]] = []
 
     def call(self, now: float) -> bool:
         """Make one call; return whether it was carried out."""
-        call = json.loads(json.dumps(self.share.report(now, f"{self.name}-{now}")))
-        self.calls.append(call)
-        return self.share.replied(now, call, self.window.call(1000.0 + now, call))
+        call = self.share.report(now, f"{self.name}-{now}")
+        return self.share.replied(now, call, Reply.model_validate_json(self.window.call(1000.0 + now, call)))
 
-    def join(self, now: float = 0.0) -> Replica:
+    def join(self, now: float = 0.0) -> Partner:
         """Meet the others."""
         while not self.call(now):
             pass
@@ -49,17 +55,27 @@ class Replica:
         for _ in range(count):
             ticket = self.ask(now)
             assert ticket.granted
-            self.share.sent(ticket)
+            ticket.send()
             self.share.answered(ticket, now)
 
 
-def pair(now: float = 0.0, rate: Rate = MINUTE) -> tuple[Replica, Replica]:
+def take(share: Share, now: float) -> Ticket | None:
+    """Ask for a slot, and let it be if there is none at once."""
+    try:
+        ticket = share.ask(now, "tool", 0.0)
+    except QuotaExceeded:
+        return None
+    assert ticket.granted
+    return ticket
+
+
+def pair(now: float = 0.0, rate: Rate = MINUTE) -> tuple[Partner, Partner]:
     """Return two replicas that know of each other."""
-    window = Window()
-    one, two = Replica(window, "one", rate).join(now), Replica(window, "two", rate).join(now)
+    window = Script()
+    one, two = Partner(window, "one", rate).join(now), Partner(window, "two", rate).join(now)
     one.call(now + BEAT)
     two.call(now + BEAT)
-    assert (2, 2) == (one.share.replicas, two.share.replicas)
+    assert (2, 2) == (one.share.heard.replicas, two.share.heard.replicas)
     return one, two
 
 
@@ -67,27 +83,26 @@ def test_alone_at_first() -> None:
     """Before it heard of any other, a replica takes as many to be there as are usual, and keeps to its share."""
     share = Share(MINUTE, "one", lambda: 0.5)
     assert share.local
-    assert MINUTE.limit // UNKNOWN == share.share
-    assert share.take(0.0, "tool") is not None
+    assert MINUTE.limit // UNKNOWN == share.snapshot(0.0).limit
+    assert take(share, 0.0) is not None
     assert 0.0 >= share.next_call(0.0)
 
 
 def test_the_first_call_is_refused_and_says_in_which_window_to_tell_of_oneself() -> None:
     """Whoever does not know the window tells it all; then the quota is shared."""
-    replica = Replica(Window())
+    replica = Partner(Script())
     assert not replica.call(0.0)
     assert replica.share.local
     assert replica.share.next_call(0.0) <= 0.0
     assert replica.call(0.0)
     assert not replica.share.local
-    assert MINUTE.limit == replica.share.share
+    assert MINUTE.limit == replica.share.snapshot(0.0).limit
 
 
 def test_nothing_is_granted_before_the_others_were_asked() -> None:
     """Neither at once nor by the own books: only a call's answer grants."""
     one, two = pair()
     two.use(1.0, 40)
-    assert one.share.take(1.0, "tool") is None
     ticket = one.share.ask(1.0, "tool", 20.0)
     assert not ticket.granted
     assert one.share.poll(1.0) == 21.0
@@ -104,9 +119,9 @@ def test_a_slot_comes_back_a_window_after_the_answer() -> None:
     for now in (2.0, 10.9):
         one.call(now)
         two.call(now)
-    assert 7 == len(two.window.back)
+    assert 7 == two.window.redis("ZCARD", "back")
     two.call(11.02)
-    assert 0 == len(two.window.back)
+    assert 0 == two.window.redis("ZCARD", "back")
 
 
 def test_one_stands_in_line_and_is_told_when_to_ask_again() -> None:
@@ -118,16 +133,16 @@ def test_one_stands_in_line_and_is_told_when_to_ask_again() -> None:
     due = one.share.next_call(1.0)
     assert 1.0 + BEAT * 0.9 <= due <= 1.0 + BEAT * 1.1, "it tells that it lives before its turn"
     pace = 60.06 / 31
-    turn = one.window.line.scores["one"] - 1000.0
+    turn = one.window.redis("ZSCORE", "line", "one") - 1000.0
     assert 1.0 + pace == pytest.approx(turn, rel=0.01)
     assert 2 * turn - 1.0 == pytest.approx(1.0 + one.share.snapshot(1.0).next_free_in - pace, rel=0.02)
     one.call(2.0)
     one.call(turn)
     assert first.granted
     assert not second.granted
-    assert 1 == len(one.window.line)
+    assert 1 == one.window.redis("ZCARD", "line")
     assert two.ask(turn).state == "waiting"
-    assert 2 == len(one.window.line)
+    assert 2 == one.window.redis("ZCARD", "line")
 
 
 def test_slots_that_were_not_sent_go_to_who_waits() -> None:
@@ -147,7 +162,7 @@ def test_slots_that_were_not_sent_go_to_who_waits() -> None:
     assert due <= 1.0 + 1.1 * BEAT
     two.call(due)
     assert other.granted
-    assert (4, 0) == (len(one.window.flight), one.window.spare)
+    assert (4, 0) == (one.window.redis("ZCARD", "flight"), one.window.redis("HMGET", "state", "spare")[1])
 
 
 def test_a_slot_that_was_not_sent_keeps_the_order() -> None:
@@ -192,7 +207,7 @@ def test_fair_among_the_callers_of_a_replica() -> None:
         order += [name for name, ticket in (("g0", greedy[0]), ("g1", greedy[1]), ("m", modest)) if ticket.granted]
         for ticket in (*greedy, modest):
             if ticket.state == "granted":
-                one.share.sent(ticket)
+                ticket.send()
                 one.share.answered(ticket, now)
     assert ["g0", "m", "g1"] == order
 
@@ -212,7 +227,7 @@ def test_who_would_wait_too_long_is_refused_at_once_and_told_the_truth() -> None
     assert 0.5 < late.refused.retry_after
     assert refusal.value.retry_after > 20
     one.call(1.0)
-    assert 0 == len(one.window.line), "who left the line is not waited for"
+    assert 0 == one.window.redis("ZCARD", "line"), "who left the line is not waited for"
     back = 1.0 + late.refused.retry_after
     for now in (2.0, 3.0, 4.0, 5.0, 6.0, back):
         one.call(now)
@@ -231,29 +246,16 @@ def test_overdue() -> None:
     assert ticket.refused is not None
 
 
-def test_a_slot_that_is_given_back_is_there_for_others() -> None:
-    """It is told at once."""
-    one, two = pair()
-    ticket = one.ask(1.0)
-    one.share.answered(ticket, 1.0)
-    assert ticket.granted, "it was never sent"
-    one.share.cancel(ticket, 1.0)
-    assert 1.0 == one.share.next_call(1.0)
-    one.call(1.0)
-    two.call(1.0)
-    assert 0 == two.share.snapshot(1.0).used
-
-
 def test_a_grant_that_nobody_waits_for_any_more_is_given_back() -> None:
     """The tool left while the call was under way."""
     one, _ = pair()
     ticket = one.share.ask(1.0, "tool", 20.0)
     call = one.share.report(1.0, "x")
     one.share.cancel(ticket, 1.0)
-    one.share.replied(1.0, call, one.window.call(1001.0, call))
-    assert 1 == len(one.window.flight)
+    one.share.replied(1.0, call, Reply.model_validate_json(one.window.call(1001.0, call)))
+    assert 1 == one.window.redis("ZCARD", "flight")
     one.call(1.0)
-    assert 0 == len(one.window.flight)
+    assert 0 == one.window.redis("ZCARD", "flight")
 
 
 @pytest.mark.parametrize(("seconds", "closed"), [(30.0, 30.0), (None, 60.06)])
@@ -280,9 +282,30 @@ def test_a_second_failure_means_alone() -> None:
     assert 2.0 == one.share.next_call(2.0)
     assert one.share.missed(2.0)
     assert one.share.local
-    assert 50 == one.share.share
+    assert 50 == one.share.snapshot(2.0).limit
     assert 2.0 + BEAT == one.share.next_call(2.0)
     assert not one.share.missed(3.0), "it was alone already"
+    assert 1.0 == one.share.alone_for(3.0)
+    one.join(4.0)
+    assert 0.0 == one.share.alone_for(5.0)
+
+
+def test_a_first_failure_at_the_start_means_alone() -> None:
+    """It is known from then on that there are no others to ask; until then there may be."""
+    share = Share(MINUTE, "one", lambda: 0.5)
+    assert 0.0 == share.alone_for(1.0)
+    assert [True, False] == [share.missed(2.0), share.missed(3.0)]
+    assert 3.0 == share.alone_for(5.0)
+    assert 3.0 + BEAT == share.next_call(3.0)
+
+
+def test_a_share_that_is_closed_alone() -> None:
+    """Metquay's refusal holds for a replica alone, and is told when the others are there again."""
+    replica = Partner(Script())
+    replica.share.close(1.0, 30.0)
+    assert 29.0 == replica.share.snapshot(2.0).closed_for
+    replica.join(2.0)
+    assert 30.0 == pytest.approx(replica.share.snapshot(2.0).closed_for)
 
 
 def test_alone_as_much_counts_as_used_as_of_the_whole() -> None:
@@ -298,9 +321,9 @@ def test_alone_as_much_counts_as_used_as_of_the_whole() -> None:
     granted = 0
     for now in range(3, 60):
         for replica in (one, two):
-            ticket = replica.share.take(float(now), "tool")
+            ticket = take(replica.share, float(now))
             if ticket is not None:
-                replica.share.sent(ticket)
+                ticket.send()
                 replica.share.answered(ticket, float(now))
                 granted += 1
     assert 0 < granted <= 40
@@ -315,9 +338,9 @@ def test_back_from_alone_it_tells_what_it_sent() -> None:
         one.call(1.0)
         one.share.missed(1.0)
         one.share.missed(1.0)
-        ticket = one.share.take(1.5, "tool")
+        ticket = take(one.share, 1.5)
         assert ticket is not None
-        one.share.sent(ticket)
+        ticket.send()
         one.use(1.5)
         assert one.share.local
         if lost:
@@ -325,7 +348,7 @@ def test_back_from_alone_it_tells_what_it_sent() -> None:
         one.join(2.5)
         two.join(2.5)
         two.call(2.5)
-        assert (4, 1) == (len(two.window.back), len(two.window.flight))
+        assert (4, 1) == (two.window.redis("ZCARD", "back"), two.window.redis("ZCARD", "flight"))
         assert not one.share.local
         assert 5 == two.share.snapshot(2.5).used
         assert OTHERS not in one.share.snapshot(2.5).used_by_caller
@@ -351,9 +374,9 @@ def test_a_call_that_was_held_up_is_not_carried_out() -> None:
     one, _ = pair()
     ticket = one.share.ask(1.0, "tool", 20.0)
     call = one.share.report(1.0, "x")
-    answer = one.window.call(1001.0 + LATE + 0.1, call)
-    assert not answer["done"]
-    assert 0 == len(one.window.flight)
+    answer = Reply.model_validate_json(one.window.call(1001.0 + LATE + 0.1, call))
+    assert not answer.done
+    assert 0 == one.window.redis("ZCARD", "flight")
     assert not one.share.replied(1.3, call, answer)
     one.call(1.3)
     assert ticket.granted
@@ -367,7 +390,7 @@ def test_what_may_have_been_granted_in_a_failed_call_is_given_back() -> None:
     one.window.call(1001.0, call)
     one.share.missed(1.05)
     one.call(1.05)
-    assert 1 == len(one.window.flight)
+    assert 1 == one.window.redis("ZCARD", "flight")
 
 
 def test_leaving() -> None:
@@ -376,19 +399,19 @@ def test_leaving() -> None:
     call = one.share.report(1.5, "x", leaving=True)
     one.window.call(1001.5, call)
     two.call(5.0)
-    assert 1 == two.share.replicas
+    assert 1 == two.share.heard.replicas
 
 
 def test_more_replicas_than_slots() -> None:
     """Alone, each of 200 has one slot in two windows, and they do not all have theirs at once."""
-    window = Window()
-    replicas = [Replica(window, f"replica {number}").join() for number in range(200)]
+    window = Script()
+    replicas = [Partner(window, f"replica {number}").join() for number in range(200)]
     for number, replica in enumerate(replicas):
         replica.share._jitter = lambda number=number: number / 200  # type: ignore[misc]
         replica.call(1.0)
         replica.share.missed(1.0)
         replica.share.missed(1.0)
-    sent = [now for now in range(120) for replica in replicas if replica.share.take(1.0 + now, "tool") is not None]
+    sent = [now for now in range(120) for replica in replicas if take(replica.share, 1.0 + now) is not None]
     assert 200 == len(sent) + 1
     assert max(sum(now <= moment < now + 60 for moment in sent) for now in range(60)) <= 101
 
@@ -444,3 +467,176 @@ def test_what_comes_back_is_told_in_groups_where_it_is_much() -> None:
     two.share.missed(2.2)
     two.share.missed(2.2)
     assert 500 == two.share.snapshot(2.2).used
+
+
+CLOCK = "local time = redis.call('TIME')"
+START = 1_700_000_000.0
+
+
+class Real:
+    """The script in a real Redis, on a clock of the test's."""
+
+    def __init__(self, server: RedisServer) -> None:
+        assert 1 == QUOTA.count(CLOCK)
+        self._redis = redis.Redis(unix_socket_path=str(server.path))
+        self.clear = self._redis.flushall
+        self.close = self._redis.close
+        self._script = self._redis.register_script(QUOTA.replace(CLOCK, "local time = {ARGV[2], 0}"))
+
+    def call(self, now: float, call: dict[str, Any]) -> bytes:
+        """Run it."""
+        answer: bytes = self._script(keys=KEYS, args=[json.dumps(call), f"{now:.6f}"])
+        return answer
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    """Yield the script in a Redis of its own."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        found = Real(server)
+        yield found
+        found.close()
+
+
+class Play:
+    """Shares that call a window in invented time; what each of them did is told as a sequence of steps."""
+
+    def __init__(self, call: Callable[[float, dict[str, Any]], bytes], count: int, rate: Rate) -> None:
+        self.call = call
+        self.now = START
+        self.shares = [Share(rate, f"replica-{number}", lambda: 0.5) for number in range(count)]
+        self.tickets: list[list[Ticket]] = [[] for _ in range(count)]
+        self.replies: list[Reply] = []
+        self.sent: list[float] = []
+        self._fresh = 0
+
+    def exchange(self, number: int) -> None:
+        """Let one replica call."""
+        share = self.shares[number]
+        self._fresh += 1
+        call = share.report(self.now - START, f"window-{self._fresh}")
+        self.replies.append(Reply.model_validate_json(self.call(self.now, call)))
+        share.replied(self.now - START, call, self.replies[-1])
+
+    def step(self, number: int, what: str, seconds: float) -> None:
+        """Do one thing with one replica, ``seconds`` after the last."""
+        self.now = round(self.now + seconds, 6)
+        share, now = self.shares[number], self.now - START
+        number %= len(self.shares)
+        mine = self.tickets[number]
+        if what in {"ask", "connect"}:
+            with contextlib.suppress(QuotaExceeded):
+                mine.append(share.ask(now, f"tool {len(mine) % 2}", 20.0))
+        elif what == "close":
+            share.close(now, None if seconds > 0.5 else 3.0)
+        elif what in {"answer", "give back"}:
+            for ticket in mine:
+                if ticket.state == "sent" and what == "answer":
+                    share.answered(ticket, now)
+                    break
+                if ticket.state in {"waiting", "granted"} and what == "give back":
+                    share.cancel(ticket, now)
+                    break
+        self.exchange(number)
+        for ticket in mine:
+            if ticket.state == "granted" and what != "connect":
+                ticket.send()
+                self.sent.append(self.now)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.integers(0, 2),
+        st.sampled_from([*["ask"] * 4, *["connect"] * 2, *["answer"] * 3, *["give back"] * 2, "beat", "close"]),
+        st.floats(0, 1, allow_nan=False).map(lambda seconds: round(seconds**3 * 3, 3)),
+    ),
+    min_size=1,
+    max_size=120,
+)
+
+
+@pytest.mark.slow
+@needs_redis
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS, rate=st.sampled_from([Rate(4, 1.0), Rate(10, 10.0), Rate(300, 10.0)]))
+def test_what_stands_in_for_redis_is_like_it(real: Real, steps: list[tuple[int, str, float]], rate: Rate) -> None:
+    """The same sequence of calls gets the same answers from both, and never more than the limit in any window."""
+    real.clear()
+    both = Play(real.call, 3, rate), Play(Script().call, 3, rate)
+    for number, what, seconds in steps:
+        for replicas in both:
+            replicas.step(number, what, seconds)
+        expected, observed = (replicas.replies[-1].model_dump() for replicas in both)
+        assert expected.pop("now") == pytest.approx(observed.pop("now"), abs=2e-6)
+        assert expected.pop("returns") == pytest.approx(observed.pop("returns"), abs=1e-4)
+        assert expected.pop("generation") == observed.pop("generation")
+        assert expected == pytest.approx(observed, abs=1e-4)
+    assert both[0].sent == both[1].sent
+    assert never_more_than(rate, both[0].sent)
+
+
+def never_more_than(rate: Rate, moments: list[float]) -> bool:
+    """Whether no window holds more than the limit."""
+    return all(later - earlier >= rate.window for earlier, later in zip(moments, moments[rate.limit :], strict=False))
+
+
+@pytest.mark.parametrize("seconds", [-900.0, -45.0, 45.0, 3600.0])
+def test_redis_has_its_clock_set(seconds: float) -> None:
+    """The window begins anew, put together from what each tells of itself; soon all goes on as before."""
+    one, two = pair()
+    one.use(1.0, 40)
+    two.use(1.0, 25)
+    one.window.ahead += seconds
+    for replica in (one, two, one):
+        calls = replica.window.calls
+        replica.join(1.5)
+        assert replica.window.calls - calls <= 3
+    assert not one.share.local
+    assert (65, 2) == (one.share.snapshot(1.5).used, one.share.heard.replicas)
+    assert one.ask(1.5).granted
+
+
+def test_what_is_never_carried_out_is_missed() -> None:
+    """A Redis that answers and does nothing is told apart from one that was started anew."""
+    share = pair()[0].share
+    refusal = Reply(done=False, generation="another", now=0.0)
+    for number in (1, 2, 3):
+        assert not share.replied(1.0, share.report(1.0, "x"), refusal)
+        assert number == share.refusals
+
+
+def answer(**changed: object) -> bytes:
+    """Return an answer of the script to one that waits, with something changed."""
+    share = pair(rate=Rate(2, 60.0))[0].share
+    for _ in range(3):
+        share.ask(1.0, "tool", 100.0)
+    window = Script()
+    share.replied(1.0, call := share.report(1.0, "x"), Reply.model_validate_json(window.call(1001.0, call)))
+    told = json.loads(window.call(1001.0, share.report(1.0, "x"))) | changed
+    return json.dumps({name: value for name, value in told.items() if value != "gone"}).encode()
+
+
+def test_what_redis_answers() -> None:
+    """It is read as it was meant."""
+    reply = Reply.model_validate_json(answer())
+    assert (True, 1, True) == (reply.done, reply.granted, reply.in_line)
+    assert 30.03 == reply.due
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *(b"", b"[]", b"null", b"\xff", b'{"done": false}', answer(done=1), answer(evil=1)),
+        *(answer(generation=said) for said in (5, "gone")),
+        *(answer(now=said) for said in ("soon", "nan", "1e300", None)),
+        *(answer(replicas=said) for said in (-1, 1.5)),
+        *(answer(used="7"), answer(granted=1e12), answer(in_line="no"), answer(round=None), answer(each=1_000_000)),
+        *(answer(due=said) for said in (-1, float("nan"))),
+        *(answer(closed=said) for said in (1e12, "30")),
+        *(answer(returns=said) for said in ([1.0, float("inf")], 5, [1.0] * 999)),
+    ],
+)
+def test_what_no_script_of_ours_answers(said: bytes) -> None:
+    """It is refused before anything is made of it."""
+    with pytest.raises(ValueError, match="validation error"):
+        Reply.model_validate_json(said)

@@ -13,10 +13,10 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from metquay_proxy.replicas.store import Away, Shared, Store, namespace
+from metquay_proxy.replicas.store import Away, Replica, Store, namespace
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.idempotency import Answer, Claim, record_name
-from metquay_proxy.rules.quota import QuotaExceeded, Rate
+from metquay_proxy.rules.quota import Rate
 from metquay_proxy.settings import RedisAddress
 from tests.redis_server import needs_redis, redis_server
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from metquay_proxy.replicas.store import SharedLine
+    from metquay_proxy.exchange.line import Line
     from tests.redis_server import RedisServer
 
 PREFIX = namespace("lab.metquay.co", "the access key")
@@ -56,10 +56,11 @@ async def store(
 
 
 @contextlib.asynccontextmanager
-async def replica(redis: RedisServer, rate: Rate | None = RATE) -> AsyncIterator[Shared]:
+async def replica(redis: RedisServer, rate: Rate | None = RATE) -> AsyncIterator[Replica]:
     """Yield one replica that has joined the others, and leaves them in the end."""
-    found = Shared(Store(RedisAddress("unix", path=str(redis.path)), lambda: None), PREFIX, rate, time.monotonic)
+    found = Replica(Store(RedisAddress("unix", path=str(redis.path)), lambda: None), PREFIX, rate, time.monotonic)
     await found.start()
+    await until(lambda: found.status()["shared"] or found.status()["trouble"])
     try:
         yield found
     finally:
@@ -67,7 +68,7 @@ async def replica(redis: RedisServer, rate: Rate | None = RATE) -> AsyncIterator
 
 
 @contextlib.asynccontextmanager
-async def replicas(redis: RedisServer) -> AsyncIterator[tuple[Shared, Shared]]:
+async def replicas(redis: RedisServer) -> AsyncIterator[tuple[Replica, Replica]]:
     """Yield two that know of each other, in a window that has been there for a while."""
     async with replica(redis) as one:
         grow_old(redis)
@@ -126,7 +127,7 @@ def local(redis: RedisServer) -> RedisAddress:
     return RedisAddress("redis", "127.0.0.1", redis.port)
 
 
-async def send(line: SharedLine, caller: str = "tool", max_wait: float = 10.0) -> float:
+async def send(line: Line, caller: str = "tool", max_wait: float = 10.0) -> float:
     """Have one request's turn and its answer; return when that came."""
     ticket = line.ask(caller, max_wait)
     if ticket.state == "waiting":
@@ -136,14 +137,14 @@ async def send(line: SharedLine, caller: str = "tool", max_wait: float = 10.0) -
     return time.monotonic()
 
 
-async def claimed(one: Shared) -> Claim:
+async def claimed(one: Replica) -> Claim:
     """Claim a key that must be free."""
     found = await one.records.claim(NAME, BODY, time.monotonic())
     assert isinstance(found, Claim)
     return found
 
 
-async def answered(one: Shared) -> Claim | Answer:
+async def answered(one: Replica) -> Claim | Answer:
     """Ask for the key again."""
     return await one.records.claim(NAME, BODY, time.monotonic())
 
@@ -239,49 +240,6 @@ class TestStore:
 class TestLine:
     """The quota of two replicas."""
 
-    @pytest.mark.slow
-    async def test_they_share_one_quota(self, redis: RedisServer) -> None:
-        """Four times the limit through two replicas: no window in which more arrive than the limit."""
-        async with replicas(redis) as both:
-            lines = [one.line for one in both]
-            assert lines[0] is not None
-            assert lines[1] is not None
-            sent = sorted(await asyncio.gather(*(send(lines[n % 2]) for n in range(4 * RATE.limit))))  # type: ignore[arg-type]
-            gaps = [late - early for early, late in zip(sent, sent[RATE.limit :], strict=False)]
-            assert min(gaps) >= RATE.window * 0.99
-
-    async def test_metquays_refusal_closes_the_window_for_both(self, redis: RedisServer) -> None:
-        """What one was told, the other keeps to; who cannot wait for so long is told when to come again."""
-        async with replicas(redis) as (one, two):
-            assert one.line is not None
-            assert two.line is not None
-            one.line.close(30.0)
-            await until(lambda: two.line is not None and two.line.snapshot().closed_for > 25)
-            with pytest.raises(QuotaExceeded) as caught:
-                await send(two.line, max_wait=1.0)
-            assert 25 < caught.value.retry_after <= 31
-
-    @pytest.mark.slow
-    async def test_what_was_not_sent_goes_to_the_others(self, redis: RedisServer) -> None:
-        """Slots that are given back are free in Redis too, and who stands in line there gets one at its next call."""
-        rate = Rate(10, 60.0)
-        async with replica(redis, rate) as one, replica(redis, rate) as two:
-            grow_old(redis)
-            await until(lambda: one.status()["replicas"] == two.status()["replicas"] == 2)
-            assert one.line is not None
-            assert two.line is not None
-            held = [one.line.ask("tool", 10.0) for _ in range(7)]
-            await asyncio.gather(*(one.line.wait(ticket) for ticket in held))
-            ticket = two.line.ask("tool", 20.0)
-            waiting = asyncio.ensure_future(two.line.wait(ticket))
-            await until(lambda: redis.run("ZCARD", f"{PREFIX}line").strip() == "1")
-            began = time.monotonic()
-            for slot in held:
-                one.line.give_back(slot)
-            await waiting
-            assert time.monotonic() - began < 2.0, "by its pace it would have to wait for five seconds"
-            await until(lambda: one.line is not None and one.line.snapshot().used == 1)
-
     async def test_who_leaves_leaves_its_part(self, redis: RedisServer) -> None:
         """The others know at their next call that one less shares, and Redis keeps nothing of it for long."""
         async with replica(redis) as one:
@@ -317,9 +275,9 @@ class TestLine:
     async def test_a_redis_that_is_slow_is_away(self, redis: RedisServer) -> None:
         """What takes longer than 50 ms to answer is not waited for; once it is quick again, all share."""
         async with relay(redis) as way:
-            shared = Shared(Store(way.address, lambda: None), PREFIX, RATE, time.monotonic)
+            shared = Replica(Store(way.address, lambda: None), PREFIX, RATE, time.monotonic)
             await shared.start()
-            assert shared.status()["shared"]
+            await until(lambda: shared.status()["shared"])
             way.seconds = 0.1
             await until(lambda: not shared.status()["shared"])
             assert "it takes longer than 50 ms to answer" == shared.status()["trouble"]
@@ -340,6 +298,41 @@ class TestLine:
                 await send(one.line)
                 redis.start()
                 await until(lambda: one.status()["shared"])
+
+    @pytest.mark.parametrize(
+        ("said", "why"),
+        [
+            (b'{"done": false, "generation": "another", "now": "0"}', "it carries out no call"),
+            (
+                b'{"done": true, "generation": "x", "now": "0", "closed": 1e12}',
+                "it answers what no script of ours does",
+            ),
+            (b"garbage", "it answers what no script of ours does"),
+            (7, "it answers what no script of ours does"),
+        ],
+    )
+    async def test_a_redis_that_answers_and_does_nothing(self, redis: RedisServer, said: object, why: str) -> None:
+        """It is as though it were away: the replica goes on alone, asks again now and then, and ends when told to."""
+
+        class Odd(Store):
+            calls = 0
+
+            async def _run(self, *_: object) -> object:
+                self.calls += 1
+                return said
+
+        found = Odd(local(redis), lambda: None)
+        one = Replica(found, PREFIX, RATE, time.monotonic)
+        await one.start()
+        await until(lambda: one.status()["trouble"])
+        await asyncio.sleep(0.5)
+        assert found.calls < 20
+        assert why in one.status()["trouble"]
+        assert not one.status()["shared"]
+        assert one.line is not None
+        await send(one.line)
+        assert isinstance(await answered(one), Claim)
+        await one.stop()
 
     async def test_a_mistake_of_ours_is_no_end(self, redis: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
         """An answer that makes no sense is logged, counts as missed, and the replica goes on."""
@@ -459,13 +452,13 @@ class TestRecords:
 
             one.records._untold[NAME] = None
             monkeypatch.setattr(one._store, "run", late)
-            telling = asyncio.create_task(one.records.catch_up())
-            await asyncio.sleep(0)
+            one.records.heard()
+            await asyncio.sleep(0.01)
             monkeypatch.setattr(one._store, "run", never)
             await one.records.complete(claim, ANSWER, time.monotonic())
             monkeypatch.setattr(one._store, "run", run)
             through.set()
-            await telling
+            await until(lambda: not one.records._untold)
             assert ANSWER == await answered(two)
 
     @pytest.mark.slow

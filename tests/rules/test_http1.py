@@ -1,31 +1,36 @@
 from __future__ import annotations
 
-import ast
-import inspect
 import re
+import sys
 import time
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httptools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metquay_proxy.rules import http1
+from metquay_proxy.rules import faults, headers, http1
+from metquay_proxy.rules.errors import ProxyError
+from metquay_proxy.rules.faults import METHODS
 from metquay_proxy.rules.http1 import (
-    ChunkTracker,
+    MAX_FIELDS,
+    MAX_HEAD,
+    MAX_LINE,
     ClosedBeforeHead,
+    FieldsMemory,
     ProtocolError,
+    RequestHead,
+    RequestReader,
     ResponseHead,
     ResponseReader,
-    plain_fields,
-    read_plain,
-    request_fault,
 )
+from tests.readings import readings
+from tests.rules.test_faults import FAULTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from types import FrameType
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -34,43 +39,92 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 thorough = settings(deadline=None, max_examples=60)
 
 
-def read(stream: bytes | Iterable[bytes], method: bytes | str = b"GET", **bounds: int) -> tuple[ResponseReader, bytes]:
+def read(stream: bytes | Iterable[bytes], method: str = "GET") -> tuple[ResponseReader, bytes]:
     """Feed one answer, whole or in pieces; return the reader and the body."""
-    reader = ResponseReader(method, **bounds)
+    reader = ResponseReader(method)
     pieces = [stream] if isinstance(stream, bytes) else stream
     return reader, b"".join([reader.feed(piece) for piece in pieces])
 
 
-def head_of(stream: bytes, method: bytes | str = b"GET") -> ResponseHead:
+def head_of(stream: bytes, method: str = "GET") -> ResponseHead:
     """Return the final head of an answer."""
     head = read(stream, method)[0].head
     assert head is not None
     return head
 
 
+def in_pieces(stream: bytes, size: int) -> list[bytes]:
+    """Cut a stream into pieces of so many bytes."""
+    return [stream[index : index + size] for index in range(0, len(stream), size)]
+
+
 def in_bytes(stream: bytes) -> list[bytes]:
     """Cut a stream into single bytes."""
-    return [stream[index : index + 1] for index in range(len(stream))]
+    return in_pieces(stream, 1)
 
 
-def refusal(stream: bytes, method: bytes = b"GET", **bounds: int) -> str:
+def refusal(stream: bytes, method: str = "GET") -> str:
     """Assert that an answer is refused, whole, in two and byte by byte; return the text of the first."""
     with pytest.raises(ProtocolError) as whole:
-        read(stream, method, **bounds)
+        read(stream, method)
     half = len(stream) // 2
     for pieces in ([stream[:half], stream[half:]], in_bytes(stream)):
         with pytest.raises(ProtocolError):
-            read(pieces, method, **bounds)
+            read(pieces, method)
     return str(whole.value)
 
 
-def test_imports_are_pure() -> None:
-    """The module knows no I/O: it imports nothing but these, which know none either."""
-    tree = ast.parse(inspect.getsource(http1))
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    ours = {"metquay_proxy.rules.errors", "metquay_proxy.rules.target"}
-    assert {"__future__", "collections.abc", "dataclasses", "re", "typing"} | ours == imported
+BAD_LINES = [
+    *(b"A : 1", b"A\t: 1", b": 1", b"A"),  # the colon
+    *(b"A B: 1", b"A(B): 1", b"\xc4: 1", b"A\x00: 1"),  # the name
+    *(b" A: 1", b"A: 1\r\n folded", b"A: 1\r\n\tfolded", b"A: 1\r\n "),  # folded
+    *(b"A: 1\nB: 2", b"A: 1\rB: 2", b"A: 1\r", b"A: \n"),  # the end
+    *(b"A: 1\x00", b"A: 1\x0bB", b"A: \x1b[31m", b"A: 1\x7f"),  # controls in the value
+]
+"""Lines that are no fields, to neither side."""
+BAD_CHUNKS = [
+    *(b"\r\n", b"g\r\n", *(size + b"\r\nabc\r\n" for size in (b"0x3", b"-3", b"+3", b"1_0", b" 3"))),  # no size
+    *(b"0000000000000003\r\nabc\r\n", b"fffffffffffffffff\r\n"),  # too long a size
+    # padded, and the line's end
+    *(b"3%babc\r\n" % end for end in (b" \n", b" \r", b"\x0b\r\n", b" 3\r\n", b" ;\r\n", b" " * 4096 + b"\r\n")),
+    *(b"3%babc\r\n" % end for end in (b"\n", b"\r", b"\x00\r\n")),
+    *(b"3;%babc\r\n" % end for end in (b"a\x00\r\n", b"a\n", b"a\rb\r\n", b"\r\n", b"a=\r\n", b'a="b\r\n', b"a b\r\n")),
+    *(b"3\r\nabcd\r\n0\r\n\r\n", b"3\r\nab\r\n0\r\n\r\n"),  # another size than was said
+    *(b"3\r\nabc\n0\r\n\r\n", b"3\r\nabc\rX", b"3\r\nabc0\r\n\r\n"),  # the data's end
+    *(b"0\r\n%b\r\n\r\n" % line for line in (b"A : 1", b"A", b"A: 1\r\n folded", b" A: 1", b"A: \x00")),  # trailers
+    *(b"0\r\n\n", b"0\r\n\rX"),
+]
+"""Chunks that neither side takes."""
+GOOD_CHUNKS = [
+    (b"0\r\n\r\n", b""),
+    (b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n", b"abc"),
+    (b"A\r\n0123456789\r\n00a\r\n0\r\n\r\nGET /\r\n000\r\n\r\n", b"01234567890\r\n\r\nGET /"),
+    (b"000000000000003\r\nabc\r\n0\r\n\r\n", b"abc"),
+    (b'3;a;b=c;d="q\\"\t;\xe9";e\r\nabc\r\n0;x\r\n\r\n', b"abc"),
+    (b"3\r\nabc\r\n0\r\nX-Sum: 1\r\nContent-Length: 9 \r\nE:\r\n\r\n", b"abc"),
+    (b"1;" + b"x" * 4092 + b"\r\na\r\n0\r\n\r\n", b"a"),
+    (b"0" + b"\r\nA: 1" * MAX_FIELDS + b"\r\n\r\n", b""),
+]
+"""Chunks that both take, and what they hold."""
+PERSISTENCE = [
+    (1, b"", True),
+    (1, b"Connection: keep-alive\r\n", True),
+    (1, b"Connection: close\r\n", False),
+    (1, b"CONNECTION: foo ,\tCLOSE\r\n", False),
+    (1, b"Connection: foo\r\nconnection: close\r\n", False),
+    (1, b"Connection: close\r\nConnection: keep-alive\r\n", False),
+    (1, b"Connection: closed\r\n", True),
+    (1, b"Connection:\r\n", True),
+    (1, b"Proxy-Connection: close\r\n", True),
+    (1, b"Connection: Upgrade\r\nUpgrade: h2c\r\n", True),
+    (0, b"", False),
+    (0, b"Connection: Keep-Alive\r\n", True),
+    (0, b"Proxy-Connection: keep-alive\r\n", False),
+    (0, b"Connection: keep-alive, close\r\n", False),
+    (0, b"Connection: foo\r\nConnection: keep-alive\r\n", True),
+    (0, b"Connection: keep\r\n", False),
+]
+"""Minor version and lines of a head of either side, and whether its connection persists."""
 
 
 class TestHead:
@@ -95,36 +149,20 @@ class TestHead:
     @pytest.mark.parametrize(
         "line",
         [
-            b"HTTP/2.0 200 OK",
-            b"HTTP/2 200 OK",
-            b"HTTP/0.9 200 OK",
-            b"HTTP/1.2 200 OK",
-            b"HTTP/1.10 200 OK",
-            b"http/1.1 200 OK",
-            b"Http/1.1 200 OK",
-            b"ICY 200 OK",
-            b"\r\nHTTP/1.1 200 OK",
-            b" HTTP/1.1 200 OK",
-            b"HTTP/1.1  200 OK",
-            b"HTTP/1.1\t200 OK",
-            b"HTTP/1.1 200\tOK",
-            b"HTTP/1.1 20 OK",
-            b"HTTP/1.1 2000 OK",
-            b"HTTP/1.1 000 OK",
-            b"HTTP/1.1 099 OK",
-            b"HTTP/1.1 2x0 OK",
-            b"HTTP/1.1 +20 OK",
-            b"HTTP/1.1 \xb2\xb3\xb9 OK",
-            b"HTTP/1.1 200OK",
-            b"HTTP/1.1 ",
-            b"HTTP/1.1",
-            b"HTTP/1.1 200 O\x00K",
-            b"HTTP/1.1 200 O\x7fK",
-            b"HTTP/1.1 200 O\rK",
-            b"HTTP/1.1 200 O\nK",
-            b"GET / HTTP/1.1",
-            b"{}",
-            b"",
+            *[
+                version + b" 200 OK"
+                for version in b"HTTP/2.0 HTTP/2 HTTP/0.9 HTTP/1.2 HTTP/1.10 http/1.1 Http/1.1 ICY".split()
+            ],
+            *(
+                b"\r\nHTTP/1.1 200 OK",
+                b" HTTP/1.1 200 OK",
+                b"HTTP/1.1  200 OK",
+                b"HTTP/1.1\t200 OK",
+                b"HTTP/1.1 200\tOK",
+            ),
+            *[b"HTTP/1.1 %b OK" % status for status in b"20 2000 000 099 2x0 +20 \xb2\xb3\xb9".split()],
+            *(b"HTTP/1.1 200OK", b"HTTP/1.1 ", b"HTTP/1.1", b"GET / HTTP/1.1", b"{}", b""),
+            *[b"HTTP/1.1 200 O%bK" % control for control in (b"\x00", b"\x7f", b"\r", b"\n")],
         ],
     )
     def test_status_line_refused(self, line: bytes) -> None:
@@ -153,31 +191,7 @@ class TestHead:
             (b"!#$%&'*+-.^_`|~0Zz", b"a:b"),
         ] == head.headers
 
-    @pytest.mark.parametrize(
-        "line",
-        [
-            pytest.param(b"A : 1", id="space-before-colon"),
-            pytest.param(b"A\t: 1", id="tab-before-colon"),
-            pytest.param(b": 1", id="empty-name"),
-            pytest.param(b"A", id="no-colon"),
-            pytest.param(b"A B: 1", id="space-in-name"),
-            pytest.param(b"A(B): 1", id="delimiters-in-name"),
-            pytest.param(b"\xc4: 1", id="obs-text-in-name"),
-            pytest.param(b"A\x00: 1", id="nul-in-name"),
-            pytest.param(b" A: 1", id="leading-space"),
-            pytest.param(b"A: 1\r\n folded", id="obs-fold"),
-            pytest.param(b"A: 1\r\n\tfolded", id="obs-fold-tab"),
-            pytest.param(b"A: 1\r\n ", id="obs-fold-empty"),
-            pytest.param(b"A: 1\nB: 2", id="bare-lf"),
-            pytest.param(b"A: 1\rB: 2", id="bare-cr"),
-            pytest.param(b"A: 1\r", id="double-cr"),
-            pytest.param(b"A: \n", id="lf-before-crlf"),
-            pytest.param(b"A: 1\x00", id="nul"),
-            pytest.param(b"A: 1\x0bB", id="vertical-tab"),
-            pytest.param(b"A: \x1b[31m", id="escape"),
-            pytest.param(b"A: 1\x7f", id="delete"),
-        ],
-    )
+    @pytest.mark.parametrize("line", BAD_LINES)
     def test_fields_refused(self, line: bytes) -> None:
         """A name is a token up to its colon; a value holds no controls but HTAB; a line ends with CRLF and only so."""
         for head in (OK, b"HTTP/1.1 103 Early Hints\r\n"):
@@ -206,35 +220,36 @@ class TestHead:
 
 class TestBounds:
     def test_head_size(self) -> None:
-        """A head of max_head bytes is taken, and one byte more refused, whole or not."""
-        stream = OK + b"A: " + b"x" * 100 + b"\r\n\r\n"
-        for pieces in ([stream], in_bytes(stream)):
-            assert read(pieces, max_head=len(stream))[0].head is not None
-        assert "longer than" in refusal(stream, max_head=len(stream) - 1)
+        """A head of 128 KiB is taken, and one byte more refused, whole or not."""
+        stream = OK + b"A: " + b"x" * (MAX_HEAD - len(OK) - 7) + b"\r\n\r\n"
+        for size in (len(stream), 1000):
+            assert read(in_pieces(stream, size))[0].head is not None
+        assert "longer than" in refusal(OK + b"x" + stream[len(OK) :])
 
     def test_endless_head(self) -> None:
-        """A head without an end is refused at max_head bytes."""
-        reader, _ = read(OK + b"A: ", max_head=1000)
-        with pytest.raises(ProtocolError, match=r"head .* longer than 1000 bytes"):
-            reader.feed(b"x" * 1000)
+        """A head without an end is refused at 128 KiB."""
+        reader, _ = read(OK + b"A: ")
+        with pytest.raises(ProtocolError, match=r"head .* longer than 131072 bytes"):
+            reader.feed(b"x" * MAX_HEAD)
 
     def test_head_bound_is_each_heads_own(self) -> None:
         """Interim heads and the body in the same piece don't count as the final head's bytes."""
-        stream = b"HTTP/1.1 103 Early Hints\r\n\r\n" * 3 + OK + b"Content-Length: 500\r\n\r\n" + b"x" * 500
-        for pieces in ([stream], in_bytes(stream)):
-            assert b"x" * 500 == read(pieces, max_head=60)[1]
+        early = b"HTTP/1.1 103 Early Hints\r\nA: " + b"x" * 100_000 + b"\r\n\r\n"
+        stream = early * 3 + OK + b"Content-Length: 200000\r\n\r\n" + bytes(200_000)
+        for size in (len(stream), 1000):
+            assert bytes(200_000) == read(in_pieces(stream, size))[1]
 
     def test_field_count(self) -> None:
-        """max_fields fields are taken, and one more refused."""
-        fields = b"A: 1\r\n" * 3
-        assert 3 == len(head_of(OK + fields + b"\r\n").headers)
-        assert "more than 2" in refusal(OK + fields + b"\r\n", max_fields=2)
+        """256 fields are taken, and one more refused."""
+        fields = b"A: 1\r\n" * 256
+        assert 256 == len(head_of(OK + fields + b"\r\n").headers)
+        assert "more than 256" in refusal(OK + fields + b"A: 1\r\n\r\n")
 
     def test_interim_count(self) -> None:
-        """max_interim interim answers are taken, and one more refused."""
-        stream = b"HTTP/1.1 103 Early Hints\r\n\r\n" * 3 + OK + b"\r\n"
-        assert read(stream, max_interim=3)[0].head is not None
-        assert "too many interim" in refusal(stream, max_interim=2)
+        """32 interim answers are taken, and one more refused."""
+        early = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+        assert read(early * 32 + OK + b"\r\n")[0].head is not None
+        assert "too many interim" in refusal(early * 33 + OK + b"\r\n")
 
     @pytest.mark.parametrize(
         "stream",
@@ -251,7 +266,7 @@ class TestBounds:
     def test_time_is_linear(self, stream: bytes) -> None:
         """Hostile text of 60 KiB costs no quadratic time, whole or byte by byte."""
         for pieces in ([stream], in_bytes(stream)):
-            reader = ResponseReader(b"GET")
+            reader = ResponseReader("GET")
             began = time.process_time()
             try:
                 for piece in pieces:
@@ -279,17 +294,17 @@ class TestInterim:
                 reader.complete,
             )
 
-    def test_no_body_after_interim(self) -> None:
-        """A body after a 1xx answer is taken for a head, and refused."""
-        assert refusal(b"HTTP/1.1 100 Continue\r\nContent-Length: 3\r\n\r\nabc" + OK + b"\r\n")
-
-    def test_http_1_0_refused(self) -> None:
-        """HTTP/1.0 knows no interim answers."""
-        assert "HTTP/1.0" in refusal(b"HTTP/1.0 100 Continue\r\n\r\n" + OK + b"\r\n")
-
-    def test_switching_protocols_refused(self) -> None:
-        """101 is refused: nobody asked for an upgrade."""
-        assert "switched" in refusal(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n")
+    @pytest.mark.parametrize(
+        ("stream", "why"),
+        [
+            (b"HTTP/1.1 100 Continue\r\nContent-Length: 3\r\n\r\nabc" + OK + b"\r\n", "status line"),  # a body
+            (b"HTTP/1.0 100 Continue\r\n\r\n" + OK + b"\r\n", "HTTP/1.0"),
+            (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n", "switched"),
+        ],
+    )
+    def test_refused(self, stream: bytes, why: str) -> None:
+        """No body follows an interim answer, HTTP/1.0 knows none, and nobody asked for an upgrade."""
+        assert why in refusal(stream)
 
 
 class TestFraming:
@@ -299,54 +314,45 @@ class TestFraming:
     def test_content_length(self, digits: bytes, length: int) -> None:
         """One to eighteen digits are a length in bytes."""
         head = head_of(OK + b"content-LENGTH: " + digits + b"\r\n\r\n")
-        assert (length, False, False, False) == (head.length, head.chunked, head.until_close, head.no_body)
+        assert (length, False) == (head.length, head.until_close)
 
     @pytest.mark.parametrize(
         "fields",
         [
-            pytest.param(b"Content-Length:", id="empty"),
-            pytest.param(b"Content-Length: +3", id="plus"),
-            pytest.param(b"Content-Length: -3", id="minus"),
-            pytest.param(b"Content-Length: 0x3", id="hexadecimal"),
-            pytest.param(b"Content-Length: 1_0", id="underscore"),
-            pytest.param(b"Content-Length: 1 0", id="inner-space"),
-            pytest.param(b"Content-Length: 3.0", id="fraction"),
-            pytest.param(b"Content-Length: \xb2", id="latin-1-digit"),
-            pytest.param(b"Content-Length: 1000000000000000000", id="nineteen-digits"),
-            pytest.param(b"Content-Length: 3, 3", id="list"),
-            pytest.param(b"Content-Length: 3\r\nContent-Length: 3", id="repeated"),
-            pytest.param(b"Content-Length: 3\r\ncontent-length: 4", id="contradicting"),
-            pytest.param(b"Content-Length: 3\r\nTransfer-Encoding: chunked", id="length-and-coding"),
-            pytest.param(b"Transfer-Encoding: chunked\r\nContent-Length: 3", id="coding-and-length"),
-            pytest.param(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", id="coding-repeated"),
-            pytest.param(b"Transfer-Encoding: chunked, chunked", id="coding-list"),
-            pytest.param(b"Transfer-Encoding: gzip, chunked", id="gzip-chunked"),
-            pytest.param(b"Transfer-Encoding: chunked, gzip", id="chunked-gzip"),
-            pytest.param(b"Transfer-Encoding: gzip", id="gzip"),
-            pytest.param(b"Transfer-Encoding: identity", id="identity"),
-            pytest.param(b"Transfer-Encoding: chunked;q=1", id="coding-parameter"),
-            pytest.param(b"Transfer-Encoding: xchunked", id="xchunked"),
-            pytest.param(b"Transfer-Encoding:", id="coding-empty"),
+            *[
+                b"Content-Length:" + value
+                for value in b"|+3|-3|0x3|1_0|1 0|3.0|\xb2|1000000000000000000|3, 3".split(b"|")
+            ],
+            *[b"Content-Length: 3\r\n" + more for more in (b"Content-Length: 3", b"content-length: 4")],
+            b"Content-Length: 3\r\nTransfer-Encoding: chunked",
+            *[
+                b"Transfer-Encoding: chunked\r\n" + more
+                for more in (b"Content-Length: 3", b"Transfer-Encoding: chunked")
+            ],
+            *[
+                b"Transfer-Encoding:" + value
+                for value in b"|chunked, chunked|gzip, chunked|chunked, gzip|gzip|identity|chunked;q=1|xchunked".split(
+                    b"|"
+                )
+            ],
         ],
     )
-    @pytest.mark.parametrize(("method", "status"), [(b"GET", b"200"), (b"HEAD", b"200"), (b"GET", b"304")])
+    @pytest.mark.parametrize(("method", "status"), [("GET", b"200"), ("HEAD", b"200"), ("GET", b"304")])
     def test_framing_refused(self, fields: bytes, method: bytes, status: bytes) -> None:
         """Doubtful framing is refused, also where no body follows: one number, or one `chunked`, once."""
         assert refusal(b"HTTP/1.1 " + status + b" X\r\n" + fields + b"\r\n\r\n", method)
+        coded = status + b" X\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert "how long its body is" in refusal(b"HTTP/1.0 " + coded, method)
 
-    def test_coding_in_http_1_0_refused(self) -> None:
-        """Transfer-Encoding is a fault in HTTP/1.0."""
-        assert "HTTP/1.0" in refusal(b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-
-    def test_length_is_handed_on_uncopied(self) -> None:
-        """Pieces of a body of known length are returned as they came, up to its end and not beyond."""
-        reader, body = read(OK + b"Content-Length: 9\r\n\r\nab")
-        piece, last = b"cde", b"fghi"
+    @pytest.mark.parametrize("head", [OK + b"Content-Length: 1009\r\n\r\n", CHUNKED + b"3f1\r\n"])
+    def test_handed_on_uncopied(self, head: bytes) -> None:
+        """Pieces of a body are returned as they came, up to its end and not beyond."""
+        reader, body = read(head + b"ab")
+        piece, last = b"x" * 1000, b"fghi"
         assert b"ab" == body
         assert piece is reader.feed(piece)
         assert not reader.complete
-        assert last is reader.feed(last)
-        assert (True, False) == (reader.complete, reader.surplus)
+        assert [last, b"jkl"] == [reader.feed(last), reader.feed(b"jkl")]
 
     @pytest.mark.parametrize("version", [b"HTTP/1.0", b"HTTP/1.1"])
     def test_until_close(self, version: bytes) -> None:
@@ -368,28 +374,18 @@ class TestFraming:
     @pytest.mark.parametrize("fields", [b"", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"])
     @pytest.mark.parametrize(
         ("method", "status"),
-        [("HEAD", b"200"), (b"HEAD", b"404"), (b"GET", b"204"), (b"GET", b"304"), (b"CONNECT", b"204")],
+        [("HEAD", b"200"), ("HEAD", b"404"), ("GET", b"204"), ("GET", b"304"), ("CONNECT", b"204")],
     )
-    def test_no_body(self, fields: bytes, method: bytes | str, status: bytes) -> None:
+    def test_no_body(self, fields: bytes, method: str, status: bytes) -> None:
         """HEAD, 204 and 304 end with their head, keep their fields, and anything after it is surplus."""
         stream = b"HTTP/1.1 " + status + b" X\r\n" + fields + b"\r\n"
         reader, body = read(stream, method)
         assert reader.head is not None
         assert (b"", True, False) == (body, reader.complete, reader.surplus)
-        assert (0, False, False, True, True) == (
-            reader.head.length,
-            reader.head.chunked,
-            reader.head.until_close,
-            reader.head.keep_alive,
-            reader.head.no_body,
-        )
+        assert (0, False, True) == (reader.head.length, reader.head.until_close, reader.head.keep_alive)
         assert bool(fields) == bool(reader.head.headers)
         reader, body = read(stream + b"12345", method)
         assert (b"", True, True) == (body, reader.complete, reader.surplus)
-
-    def test_method_is_case_sensitive(self) -> None:
-        """`head` is another method than HEAD, and has a body."""
-        assert b"x" == read(OK + b"Content-Length: 1\r\n\r\nx", b"head")[1]
 
     @pytest.mark.parametrize(
         "fields",
@@ -400,38 +396,20 @@ class TestFraming:
         """A 2xx to CONNECT is whole at the end of its head, whatever its framing fields say."""
         stream = version + b" 200 Connection established\r\n" + fields + b"\r\n"
         for pieces in ([stream], in_bytes(stream)):
-            reader, _ = read(pieces, b"CONNECT")
+            reader, _ = read(pieces, "CONNECT")
             assert (True, False) == (reader.complete, reader.surplus)
-        assert read(stream + b"\x16\x03", b"CONNECT")[0].surplus
+        assert read(stream + b"\x16\x03", "CONNECT")[0].surplus
 
     def test_tunnel_refused_by_the_proxy(self) -> None:
         """Any other answer to CONNECT has a body as usual."""
         stream = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 2\r\n\r\nno"
-        assert b"no" == read(stream, b"CONNECT")[1]
+        assert b"no" == read(stream, "CONNECT")[1]
 
-    @pytest.mark.parametrize(
-        ("version", "fields", "expected"),
-        [
-            (b"1.1", b"", True),
-            (b"1.1", b"Connection: keep-alive\r\n", True),
-            (b"1.1", b"Connection: close\r\n", False),
-            (b"1.1", b"CONNECTION: foo ,\tCLOSE\r\n", False),
-            (b"1.1", b"Connection: foo\r\nconnection: close\r\n", False),
-            (b"1.1", b"Connection: closed\r\n", True),
-            (b"1.1", b"Connection:\r\n", True),
-            (b"1.1", b"Proxy-Connection: close\r\n", True),
-            (b"1.0", b"", False),
-            (b"1.0", b"Connection: Keep-Alive\r\n", True),
-            (b"1.0", b"Connection: keep-alive, close\r\n", False),
-            (b"1.0", b"Connection: foo\r\nConnection: keep-alive\r\n", True),
-            (b"1.0", b"Connection: keep\r\n", False),
-        ],
-    )
-    def test_keep_alive(self, version: bytes, fields: bytes, expected: bool) -> None:  # noqa: FBT001 - a table's column
+    @pytest.mark.parametrize(("minor", "lines", "expected"), PERSISTENCE)
+    def test_keep_alive(self, minor: int, lines: bytes, expected: bool) -> None:  # noqa: FBT001 - a table's column
         """1.1 persists but for `close`; 1.0 only with `keep-alive`."""
-        assert (
-            expected == head_of(b"HTTP/" + version + b" 200 OK\r\nContent-Length: 0\r\n" + fields + b"\r\n").keep_alive
-        )
+        stream = b"HTTP/1.%d 200 OK\r\nContent-Length: 0\r\n%b\r\n" % (minor, lines)
+        assert expected == head_of(stream).keep_alive
 
     @pytest.mark.parametrize(
         ("value", "expected"),
@@ -460,16 +438,10 @@ class TestChunked:
     @pytest.mark.parametrize(
         ("stream", "expected"),
         [
-            pytest.param(b"0\r\n\r\n", b"", id="empty"),
-            pytest.param(b"3\r\nabc\r\n0\r\n\r\n", b"abc", id="one"),
-            pytest.param(b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n", b"abc", id="several"),
-            pytest.param(b"A\r\n0123456789\r\na\r\n0123456789\r\n000\r\n\r\n", b"0123456789" * 2, id="hexadecimal"),
-            pytest.param(b"000000000000003\r\nabc\r\n0\r\n\r\n", b"abc", id="fifteen-digits"),
-            pytest.param(b"5\r\n0\r\n\r\n\r\n0\r\n\r\n", b"0\r\n\r\n", id="data-like-an-end"),
-            pytest.param(b'3;a;b=c ; d\t=\t"q\\"\t;\xe9" \t;e\r\nabc\r\n0;x\r\n\r\n', b"abc", id="extensions"),
-            pytest.param(b"3\r\nabc\r\n0\r\nA: 1\r\nContent-Length: 9 \r\nE:\r\n\r\n", b"abc", id="trailers"),
-            pytest.param(b"3   \r\nabc\r\n0     \r\n\r\n", b"abc", id="padded"),
-            pytest.param(b"3\t \r\nabc\r\n0;a=b \t\r\n\r\n", b"abc", id="padded-with-tabs-and-after-extensions"),
+            *GOOD_CHUNKS,
+            (b'3;a;b=c ; d\t=\t"q\\"\t;\xe9" \t;e\r\nabc\r\n0;x\r\n\r\n', b"abc"),
+            (b"3   \r\nabc\r\n0     \r\n\r\n", b"abc"),
+            (b"3\t \r\nabc\r\n0;a=b \t\r\n\r\n", b"abc"),
         ],
     )
     def test_decoded(self, stream: bytes, expected: bytes) -> None:
@@ -478,55 +450,9 @@ class TestChunked:
             reader, body = read(pieces)
             assert (expected, True, False) == (body, reader.complete, reader.surplus)
             assert reader.head is not None
-            assert (None, True, False, True) == (
-                reader.head.length,
-                reader.head.chunked,
-                reader.head.until_close,
-                reader.head.keep_alive,
-            )
+            assert (None, False, True) == (reader.head.length, reader.head.until_close, reader.head.keep_alive)
 
-    @pytest.mark.parametrize(
-        "stream",
-        [
-            pytest.param(b"\r\n", id="no-size"),
-            pytest.param(b"g\r\n", id="not-hexadecimal"),
-            pytest.param(b"0x3\r\nabc\r\n", id="prefix"),
-            pytest.param(b"-3\r\nabc\r\n", id="minus"),
-            pytest.param(b"+3\r\nabc\r\n", id="plus"),
-            pytest.param(b"1_0\r\n", id="underscore"),
-            pytest.param(b" 3\r\nabc\r\n", id="leading-space"),
-            pytest.param(b"3 \nabc\r\n", id="padded-bare-lf"),
-            pytest.param(b"3 \rabc\r\n", id="padded-bare-cr"),
-            pytest.param(b"3\x0b\r\nabc\r\n", id="padded-with-another-control"),
-            pytest.param(b"3 3\r\nabc\r\n", id="padded-between-digits"),
-            pytest.param(b"3 ;\r\nabc\r\n", id="padded-extension-empty"),
-            pytest.param(b"3" + b" " * 4096 + b"\r\nabc\r\n", id="padded-too-long"),
-            pytest.param(b"0000000000000003\r\nabc\r\n", id="sixteen-digits"),
-            pytest.param(b"fffffffffffffffff\r\n", id="overflow"),
-            pytest.param(b"3\nabc\r\n", id="bare-lf"),
-            pytest.param(b"3\rabc\r\n", id="bare-cr"),
-            pytest.param(b"3\x00\r\nabc\r\n", id="nul"),
-            pytest.param(b"3;a\x00\r\nabc\r\n", id="extension-nul"),
-            pytest.param(b"3;a\nabc\r\n", id="extension-bare-lf"),
-            pytest.param(b"3;a\rb\r\nabc\r\n", id="extension-bare-cr"),
-            pytest.param(b"3;\r\nabc\r\n", id="extension-empty"),
-            pytest.param(b"3;a=\r\nabc\r\n", id="extension-no-value"),
-            pytest.param(b'3;a="b\r\nabc\r\n', id="extension-open-quote"),
-            pytest.param(b"3;a b\r\nabc\r\n", id="extension-space"),
-            pytest.param(b"3\r\nabcd\r\n0\r\n\r\n", id="data-too-long"),
-            pytest.param(b"3\r\nab\r\n0\r\n\r\n", id="data-too-short"),
-            pytest.param(b"3\r\nabc\n0\r\n\r\n", id="data-bare-lf"),
-            pytest.param(b"3\r\nabc\rX", id="data-bare-cr"),
-            pytest.param(b"3\r\nabc0\r\n\r\n", id="data-no-crlf"),
-            pytest.param(b"0\r\nA : 1\r\n\r\n", id="trailer-space-before-colon"),
-            pytest.param(b"0\r\nA\r\n\r\n", id="trailer-no-colon"),
-            pytest.param(b"0\r\nA: 1\r\n folded\r\n\r\n", id="trailer-obs-fold"),
-            pytest.param(b"0\r\n A: 1\r\n\r\n", id="trailer-leading-space"),
-            pytest.param(b"0\r\nA: \x00\r\n\r\n", id="trailer-nul"),
-            pytest.param(b"0\r\n\n", id="trailer-bare-lf"),
-            pytest.param(b"0\r\n\rX", id="trailer-bare-cr"),
-        ],
-    )
+    @pytest.mark.parametrize("stream", BAD_CHUNKS)
     def test_refused(self, stream: bytes) -> None:
         """A chunk is 1 to 15 hexadecimal digits, well-formed extensions, CRLF, its data, CRLF; trailers are fields."""
         assert refusal(CHUNKED + stream)
@@ -541,34 +467,25 @@ class TestChunked:
 
     def test_trailer_bounds(self) -> None:
         """Trailers have the bounds of a head, in bytes and in fields."""
-        trailers = b"0\r\n" + b"A: 1\r\n" * 30 + b"\r\n"
-        assert read(CHUNKED + trailers, max_fields=30)[0].complete
-        assert "more than 29" in refusal(CHUNKED + trailers, max_fields=29)
-        assert "trailer section" in refusal(CHUNKED + trailers, max_head=100)
-
-    def test_large_chunk_is_handed_on_uncopied(self) -> None:
-        """A piece that lies inside one chunk is returned as it came."""
-        reader, _ = read(CHUNKED + b"ffff\r\n")
-        piece = b"x" * 1000
-        assert piece is reader.feed(piece)
-
-    @pytest.mark.parametrize("end", [b"0\r\n\r\n", b"00\r\n\r\n", b"0\r\nA: 1\r\n\r\n"])
-    def test_surplus(self, end: bytes) -> None:
-        """Bytes after the last chunk are ignored and set surplus, in the same piece or in a later one."""
-        stream = CHUNKED + b"1\r\na\r\n" + end
-        for pieces in ([stream + b"HTTP"], [stream, b"HTTP"], in_bytes(stream + b"H")):
-            reader, body = read(pieces)
-            assert (b"a", True, True) == (body, reader.complete, reader.surplus)
+        assert read(CHUNKED + b"0\r\n" + b"A: 1\r\n" * 128 + b"\r\n")[0].complete
+        assert "too many" in refusal(CHUNKED + b"0\r\n" + b"A: 1\r\n" * 129 + b"\r\n")
+        assert "trailer section" in refusal(CHUNKED + b"0\r\nA: " + bytes(MAX_HEAD).replace(b"\0", b"a"))
 
 
 class TestEnd:
     @pytest.mark.parametrize("extra", [b"\r\n", b"x", b"HTTP/1.1 200 OK\r\n\r\n", b"\x00"])
-    def test_surplus(self, extra: bytes) -> None:
+    @pytest.mark.parametrize(
+        "stream",
+        [
+            OK + b"Content-Length: 1\r\n\r\na",
+            *[CHUNKED + b"1\r\na\r\n" + end for end in (b"0\r\n\r\n", b"00\r\n\r\n", b"0\r\nA: 1\r\n\r\n")],
+        ],
+    )
+    def test_surplus(self, stream: bytes, extra: bytes) -> None:
         """Bytes after the answer are ignored, never raise, and set surplus."""
-        stream = OK + b"Content-Length: 2\r\n\r\nab"
-        for pieces in ([stream + extra], [stream, extra]):
+        for pieces in ([stream + extra], [stream, extra], in_bytes(stream + extra)):
             reader, body = read(pieces)
-            assert (b"ab", True, True) == (body, reader.complete, reader.surplus)
+            assert (b"a", True, True) == (body, reader.complete, reader.surplus)
             reader.eof()
             assert (b"", True) == (reader.feed(b"more"), reader.surplus)
 
@@ -581,7 +498,7 @@ class TestEnd:
 
     def test_closed_before_head(self) -> None:
         """A close before any byte is told apart: the request may never have been read."""
-        reader = ResponseReader(b"GET")
+        reader = ResponseReader("GET")
         with pytest.raises(ClosedBeforeHead, match="before it answered"):
             reader.eof()
         assert not reader.started
@@ -598,15 +515,8 @@ class TestEnd:
     @pytest.mark.parametrize(
         "stream",
         [
-            OK + b"Content-Length: 3\r\n\r\n",
-            OK + b"Content-Length: 3\r\n\r\nab",
-            CHUNKED,
-            CHUNKED + b"3",
-            CHUNKED + b"3\r\nab",
-            CHUNKED + b"3\r\nabc",
-            CHUNKED + b"3\r\nabc\r\n",
-            CHUNKED + b"0\r\n",
-            CHUNKED + b"0\r\nA: 1\r\n",
+            *[OK + b"Content-Length: 3\r\n\r\n" + body for body in (b"", b"ab")],
+            *[CHUNKED + b"3\r\nabc\r\n0\r\nA: 1\r\n"[:size] for size in (0, 1, 5, 6, 8, 11, 17)],
         ],
     )
     def test_closed_in_body(self, stream: bytes) -> None:
@@ -620,10 +530,10 @@ class TestEnd:
     def test_refusal_is_final(self) -> None:
         """After a refusal every piece is refused, and a close completes nothing."""
         for stream in (b"x", OK + b"A\r\n\r\n", CHUNKED + b"x\r\n"):
-            reader = ResponseReader(b"GET")
+            reader = ResponseReader("GET")
             with pytest.raises(ProtocolError):
                 reader.feed(stream)
-            with pytest.raises(ProtocolError, match="refused already"):
+            with pytest.raises(ProtocolError):
                 reader.feed(OK + b"\r\n")
             with pytest.raises(ProtocolError):
                 reader.eof()
@@ -696,39 +606,48 @@ def cut(draw: st.DrawFn, streams: st.SearchStrategy[bytes]) -> tuple[bytes, list
 
 
 class Oracle:
-    """What llhttp makes of an answer to a GET."""
+    """What llhttp makes of a request, or of an answer to a GET."""
 
-    def __init__(self, stream: bytes) -> None:
+    def __init__(self, stream: bytes, parser: Callable[[Oracle], Any] = httptools.HttpResponseParser) -> None:
         """Parse the stream, and note whether it was refused."""
         self.headers: list[tuple[bytes, bytes]] = []
-        self.body = b""
-        self.summary: tuple[int, str, bool] | None = None
-        self.refused = False
-        self.parser = httptools.HttpResponseParser(self)
+        self.target = self.body = b""
+        self.head: tuple[object, str, bool] | None = None
+        self.complete = self.refused = False
+        self.parser = parser(self)
         try:
             self.parser.feed_data(stream)
         except httptools.HttpParserError:
             self.refused = True
 
+    def on_url(self, url: bytes) -> None:
+        """Collect the target."""
+        self.target += url
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """Collect the fields of a head, not of trailers."""
-        if self.summary is None:
+        if self.head is None:
             self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        """Keep the final head, and forget interim ones."""
-        status = self.parser.get_status_code()
-        if status < 200:
+        """Keep method or status, version and persistence of the final head, and forget interim ones."""
+        answer = isinstance(self.parser, httptools.HttpResponseParser)
+        first = self.parser.get_status_code() if answer else self.parser.get_method().decode()
+        if answer and first < 200:
             self.headers = []
         else:
-            self.summary = status, self.parser.get_http_version(), self.parser.should_keep_alive()
+            self.head = first, self.parser.get_http_version(), self.parser.should_keep_alive()
 
     def on_body(self, data: bytes) -> None:
         """Collect the body."""
         self.body += data
 
+    def on_message_complete(self) -> None:
+        """Note the end."""
+        self.complete = True
 
-def outcome(pieces: Iterable[bytes], method: bytes = b"GET") -> tuple[ResponseHead | None, bytes, bool, bool]:
+
+def outcome(pieces: Iterable[bytes], method: str = "GET") -> tuple[ResponseHead | None, bytes, bool, bool]:
     """Read an answer to its end and the connection's."""
     reader, body = read(pieces, method)
     reader.eof()
@@ -736,24 +655,14 @@ def outcome(pieces: Iterable[bytes], method: bytes = b"GET") -> tuple[ResponseHe
 
 
 @thorough
-@given(cut(answers()), st.sampled_from([b"GET", b"POST", b"HEAD", b"CONNECT"]))
-def test_any_split_reads_the_same(stream: tuple[bytes, list[bytes]], method: bytes) -> None:
-    """A valid answer reads the same whole, in any pieces, and byte by byte."""
-    whole, pieces = stream
-    expected = outcome([whole], method)
-    assert expected == outcome(pieces, method)
-    assert expected == outcome(in_bytes(whole), method)
-
-
-@thorough
-@given(answers())
-def test_valid_answers_read_as_by_llhttp(stream: bytes) -> None:
-    """Head, persistence and body are those that llhttp finds."""
-    oracle = Oracle(stream)
-    head, body, complete, surplus = outcome([stream])
+@given(cut(answers()))
+def test_valid_answers_read_as_by_llhttp(stream: tuple[bytes, list[bytes]]) -> None:
+    """Head, persistence and body are those that llhttp finds, whole or in any pieces."""
+    oracle = Oracle(stream[0])
+    head, body, complete, surplus = outcome(stream[1])
     assert head is not None
     assert (False, True, False) == (oracle.refused, complete, surplus)
-    assert oracle.summary == (head.status, f"1.{head.minor}", head.keep_alive)
+    assert oracle.head == (head.status, f"1.{head.minor}", head.keep_alive)
     headers = [(name, value.rstrip(b" \t")) for name, value in oracle.headers]  # llhttp leaves the space at the end
     assert (headers, oracle.body) == (head.headers, body)
 
@@ -788,7 +697,7 @@ def test_what_llhttp_refuses_is_refused(stream: bytes, byte: int) -> None:
             max_size=8,
         ).map(b"".join)
     ),
-    st.sampled_from([b"GET", b"HEAD", b"CONNECT"]),
+    st.sampled_from(["GET", "HEAD", b"CONNECT"]),
 )
 def test_nothing_but_protocol_errors(stream: tuple[bytes, list[bytes]], method: bytes) -> None:
     """Whatever comes gives bytes or ProtocolError, and in any pieces the same verdict."""
@@ -801,235 +710,410 @@ def test_nothing_but_protocol_errors(stream: tuple[bytes, list[bytes]], method: 
     assert [verdicts[0]] * 3 == verdicts
 
 
-def track(*pieces: bytes, max_trailers: int = 1000, max_fields: int = 5) -> tuple[bytes, bytes, bool]:
-    """Follow a chunked body; return its chunks, what came after its end, and whether it ended."""
-    tracker = ChunkTracker(max_trailers=max_trailers, max_fields=max_fields)
-    chunks = rest = b""
-    for piece in pieces:
-        if tracker.ended:
-            rest += piece
-            continue
-        upto, end = tracker.scan(piece, 0)
-        chunks += piece[:upto]
-        rest += piece[end:] if tracker.ended else b""
-    return chunks, rest, tracker.ended
-
-
-class TestChunkTracker:
-    @pytest.mark.parametrize(
-        ("chunks", "trailers"),
-        [
-            (b"0\r\n", b""),
-            (b"3\r\nabc\r\n0\r\n", b""),
-            (b"3\r\na\r\n\r\n0\r\n", b""),
-            (b'A;x="\\"y";z\r\n0\r\n\r\n0\r\n\r\n\r\n00\r\n', b""),
-            (b"0\r\n", b"X: y\r\nContent-Length:\t5\r\nY:\r\n"),
-            (b"1\r\na\r\n0\r\n", b"X: \xff\r\n"),
-        ],
-    )
-    def test_end(self, chunks: bytes, trailers: bytes) -> None:
-        """The end of a body is found in any pieces; trailers stand between its chunks and its end."""
-        data = chunks + trailers + b"\r\n" + b"GET / HTTP/1.1\r\n\r\n"
-        assert (chunks, b"GET / HTTP/1.1\r\n\r\n", True) == track(data)
-        assert (chunks, b"GET / HTTP/1.1\r\n\r\n", True) == track(*in_bytes(data))
-        for cut in range(len(chunks + trailers) + 1):
-            assert not track(data[:cut])[2]
-
-    @pytest.mark.parametrize(
-        "data",
-        [
-            b"\r\n",
-            b"x\r\n",
-            b" 1\r\n",
-            b"+1\r\n",
-            b"-1\r\n",
-            b"0x1\r\n",
-            b"1 \r\n",
-            b"1\t\r\n",
-            b"0  \r\n\r\n",
-            b"1;a \r\n",
-            b"1\n",
-            b"1;\r\n",
-            b"1;a\x00\r\n",
-            b"1" * 16 + b"\r\n",
-            b"1;" + b"a" * 5000,
-            b"0\r\nX : y\r\n",
-            b"0\r\nX: y\n",
-            b"0\r\n y\r\n",
-            b"0\r\n: y\r\n",
-            b"0\r\nX: a\x00\r\n",
-            b"0\r\nX: a\rb\r\n",
-            b"0\r\nX: " + b"a" * 2000,
-            b"0\r\n" + b"X: y\r\n" * 6,
-            b"0\r\n" + (b"X: " + b"a" * 300 + b"\r\n") * 4,
-        ],
-    )
-    def test_refused(self, data: bytes) -> None:
-        """Malformed or endless sizes, extensions and trailers are refused, in any pieces."""
-        with pytest.raises(ProtocolError):
-            track(data)
-        with pytest.raises(ProtocolError):
-            track(*in_bytes(data))
-
-    @thorough
-    @given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), st.lists(st.integers(0, 400), max_size=5))
-    def test_any_cut(self, parts: list[bytes], cuts: list[int]) -> None:
-        """Whatever the chunks hold and wherever they are cut, the end is the same."""
-        data = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n"
-        whole = data + b"\r\nnext"
-        ends = sorted({min(cut, len(whole)) for cut in cuts} | {0, len(whole)})
-        assert (data, b"next", True) == track(*[whole[a:b] for a, b in pairwise(ends)])
-
-
-class TestPlainRequest:
-    """What one whole GET or HEAD in its tidiest form is taken for; everything else is somebody else's."""
-
-    FIELDS = b"Host: x\r\nX-Empty:\r\nX: a  b\xff\r\n\r\n"
-
-    @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
-    def test_taken(self, method: bytes) -> None:
-        """Method, target and fields are there, byte for byte."""
-        plain = read_plain(method + b" /a%2F?b HTTP/1.1\r\n" + self.FIELDS)
-        assert plain == (method.decode(), "/a%2F?b", b"\r\n" + self.FIELDS)
-        assert [(b"Host", b"x"), (b"X-Empty", b""), (b"X", b"a  b\xff")] == plain_fields(plain[2], 3)
-
-    @pytest.mark.parametrize(
-        "data",
-        [
-            b"",
-            b"\r\n",
-            b"POST /a HTTP/1.1\r\n" + FIELDS,
-            b"get /a HTTP/1.1\r\n" + FIELDS,
-            b"GET a HTTP/1.1\r\n" + FIELDS,
-            b"GET http://x/ HTTP/1.1\r\n" + FIELDS,
-            b"GET  /a HTTP/1.1\r\n" + FIELDS,
-            b"GET /\xe9 HTTP/1.1\r\n" + FIELDS,
-            b"GET /a HTTP/1.0\r\n" + FIELDS,
-            b"GET /a HTTP/1.1\n" + FIELDS,
-            b"\r\nGET /a HTTP/1.1\r\n" + FIELDS,
-            b"GET /a HTTP/1.1\r\n\r\n",
-            b"GET /a HTTP/1.1\r\n" + FIELDS[:-2],
-            b"GET /a HTTP/1.1\r\n" + FIELDS + b"x",
-            b"GET /a HTTP/1.1\r\n" + FIELDS + FIELDS,
-            b"GET /a HTTP/1.1\r\n" + FIELDS + b"GET /b HTTP/1.1\r\n" + FIELDS,
-            b"GET /a HTTP/1.1\r\nHost : x\r\n\r\n",
-            b"GET /a HTTP/1.1\r\nHost: x \r\n\r\n",
-            b"GET /a HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
-            b"GET /a HTTP/1.1\r\nHost: x\nY: z\r\n\r\n",
-            b"GET /a HTTP/1.1\r\nHost: x\rY\r\n\r\n",
-            b"GET /a HTTP/1.1\r\nHost: \0\r\n\r\n",
-            b"GET /a HTTP/1.1\r\n: x\r\n\r\n",
-            b"GET /a HTTP/1.1\r\nHost\r\n\r\n",
-            b"GET /a HTTP/1.1\r\nA: 1\r\nB: 2\r\nC: 3\r\nD: 4\r\n\r\n",
-        ],
-    )
-    def test_left_alone(self, data: bytes) -> None:
-        """Other methods, versions and forms, more than one message, too many fields, and whatever is untidy."""
-        plain = read_plain(data)
-        assert plain is None or plain_fields(plain[2], 3) is None
-
-
-def test_no_possessive_groups() -> None:
+@pytest.mark.parametrize("place", [http1, faults, headers, headers.NAMES, RequestReader, ResponseReader])
+def test_no_possessive_groups(place: object) -> None:
     """No quantifier of a group is possessive: CPython before 3.11.5 lets some of those match what they must not."""
-    patterns = [value.pattern for value in vars(http1).values() if isinstance(value, re.Pattern)]
+    patterns = [value.pattern for value in vars(place).values() if isinstance(value, re.Pattern)]
+    assert patterns
     assert not [pattern for pattern in patterns if re.search(rb"\)(?:[*+?]|\{[^}]*\})\+", pattern)]
 
 
-@pytest.mark.parametrize(("length", "chunked"), [(3, False), (None, True)])
-def test_a_head_that_no_upstream_sent(length: int | None, *, chunked: bool) -> None:
+@pytest.mark.parametrize("length", [3, None])
+def test_a_head_that_no_upstream_sent(length: int | None) -> None:
     """A recorded answer's head says of its fields and its body what one that was read would."""
     fields = [(b"Content-Type", b"text/plain"), (b"Connection", b"X-A, close"), (b"X-A", b"1")]
     head = ResponseHead.made(201, b"Created", fields, length)
-    assert (201, b"Created", 1, length, chunked) == (head.status, head.reason, head.minor, head.length, head.chunked)
+    assert (201, b"Created", 1, length, False) == (head.status, head.reason, head.minor, head.length, head.until_close)
     assert fields == head.headers
     assert [(b"connection", b"x-a, close")] == head.noted
-    assert {b"x-a", b"close"} == head.options
+    assert b"\r\nContent-Type: text/plain" == head.kept
+    assert frozenset() == head.passed
 
 
-H = b"\r\nHost: x"
-END = b"\r\n\r\n"
-FAULTS = [
-    ("bad-request", "https where http is expected", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
-    ("bad-request", "begins with HTTP/2", b"PRI * HTTP/2.0\r\n\r\n"),
-    ("bad-request", "SOCKS", b"\x05\x01\x00"),
-    ("bad-request", "SOCKS", b"\x04\x01\x00\x50"),
-    ("head-too-large", "64 KiB", b"GET /" + b"a" * 65536 + b" HTTP/1.1" + H + END),
-    ("head-too-large", "128 KiB", b"GET / HTTP/1.1\r\nA: " + b"a" * 131072),
-    ("head-too-large", "128 fields", b"GET / HTTP/1.1" + b"\r\nA: b" * 129 + END),
-    ("bad-request", "CR or LF alone", b"GET /x HTTP/1.1\nHost: x\n\n"),
-    ("bad-request", "CR or LF alone", b"GET /x HTTP/1.1" + H + b"\r\nA: b\rC: d" + END),
-    ("bad-target", "a space, which must be written %20", b"GET /customers?name=ACME Ltd HTTP/1.1" + H + END),
-    ("bad-target", "a space, which must be written %20", b"GET /a b"),
-    ("bad-target", "\xe9, which must be written %C3%A9", "GET /caf\xe9 HTTP/1.1\r\nHost: x\r\n\r\n".encode()),
-    ("bad-target", "UTF-8 and percent-encoded (%C3%A9 for \xe9)", b"GET /caf\xe9 HTTP/1.1" + H + END),
-    ("bad-target", "a control character, which must be written %0B", b"GET /\x0b HTTP/1.1" + H + END),
-    ("bad-target", "a control character, which must be written %C2%9B", b"GET /\xc2\x9b HTTP/1.1" + H + END),
-    ("bad-target", "a number sign (#), which must be written %23", b"GET /#1 HTTP/1.1" + H + END),
-    ("bad-target", "begin with a slash", b"GET customers HTTP/1.1" + H + END),
-    ("bad-request", "method, one space, address", b"GET" + H + END),
-    ("bad-request", "method, one space, address", b"GET /customers" + H + END),
-    ("bad-request", "method, one space, address", b"GET  /customers HTTP/1.1" + H + END),
-    ("bad-request", "method, one space, address", b"GET /customers  HTTP/1.1" + H + END),
-    ("bad-request", "method, one space, address", b"GET /customers HTTP/1.1 " + H + END),
-    ("bad-request", "method, one space, address", b"/customers HTTP/1.1" + H + END),
-    ("bad-request", "its version is none that this proxy knows", b"GET / HTTP/1.2" + H + END),
-    ("bad-request", "its version is none that this proxy knows", b"GET / http/1.1" + H + END),
-    ("not-supported", "The method BREW is none that HTTP knows, so", b"BREW / HTTP/1.1" + H + END),
-    ("not-supported", "The method get is none that HTTP knows (methods are written in capitals: GET)", b"get /"),
-    ("not-supported", "begins with no method that HTTP knows", b"NONSENSE\r\n\r\n"),
-    ("not-supported", "longer than its Content-Length says?", b'{"secretKey":"a-secret-key-of-18"}'),
-    ("not-supported", "begins with no method that HTTP knows", b"a-secret-key-of-18"),
-    ("not-supported", "begins with no method that HTTP knows", b"a-secret-key-of-18 /x HTTP/1.1" + H + END),
-    ("bad-request", "line 3 begins with a blank", b"GET / HTTP/1.1" + H + b"\r\n folded" + END),
-    ("bad-request", "line 3 is no field", b"GET / HTTP/1.1" + H + b"\r\nSecret text" + END),
-    ("bad-request", "line 3 is no field", b"GET / HTTP/1.1" + H + b"\r\n: y" + END),
-    ("bad-request", "line 2 is no field", b"GET / HTTP/1.1\r\nH(st"),
-    ("bad-request", "a blank between X-Tool and its colon", b"GET / HTTP/1.1" + H + b"\r\nx-tool : y" + END),
-    ("bad-request", "the value of X-Tool holds a control character", b"GET / HTTP/1.1" + H + b"\r\nX-Tool: \0" + END),
-    (
-        "bad-request",
-        "Content-Type stands in it more than once",
-        b"PUT / HTTP/1.1" + H + b"\r\nContent-Type: a" * 2 + END,
-    ),
-    ("bad-request", "User-Agent stands in it more than once", b"GET / HTTP/1.1" + H + b"\r\nuser-agent: a" * 2 + END),
-    ("bad-request", "Host stands in it more than once", b"GET / HTTP/1.1" + H + H + END),
-    ("bad-request", "method, one space, address", b""),
-    ("bad-request", "no Host field", b"GET / HTTP/1.1" + END),
-    ("bad-request", "no Host field", b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked" + END),
-    ("bad-request", "not allowed in HTTP/1.0", b"PUT / HTTP/1.0\r\nTransfer-Encoding: chunked" + END),
-    (
-        "bad-request",
-        "both Content-Length and Transfer-Encoding",
-        b"PUT / HTTP/1.1" + H + b"\r\nContent-Length: 1\r\nTransfer-Encoding: chunked" + END,
-    ),
-    (
-        "not-supported",
-        "Only the transfer encoding chunked",
-        b"PUT / HTTP/1.1" + H + b"\r\nTransfer-Encoding: gzip" + END,
-    ),
-    ("bad-request", "not a plain number", b"PUT / HTTP/1.1" + H + b"\r\nContent-Length: +1" + END),
-    ("not-supported", "no tunnels", b"CONNECT lab.metquay.co:443 HTTP/1.1" + H + END),
-    ("bad-request", "method, one space, address", b"GET / HTTP/1.1" + H + END),
-    ("not-supported", "The method BREW", b"BREW / HTTP/1.1" + H + b"\r\nHalf"),
+# --- requests --------------------------------------------------------------------------------------------------------
+
+H = b"\r\nHost: x\r\n\r\n"
+GET = b"GET /customers?first=0 HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n"
+CHUNKS = b"PUT /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+Asked = tuple[str, str, int, bytes, int | None, bool, bytes]
+
+
+def posted(body: bytes, target: bytes = b"/x") -> bytes:
+    """Return a request with a body of its length."""
+    return b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (target, len(body), body)
+
+
+def asked(head: RequestHead | None, body: bytes = b"") -> Asked:
+    """Return what can be compared of a request."""
+    assert head is not None
+    sent = head.fields.outbound("M", "/", host=b"h", authorization=None, chunked=False)
+    return head.method, head.target, head.minor, sent, head.length, head.keep_alive, body
+
+
+def take(pieces: Iterable[bytes], memory: FieldsMemory | None = None) -> tuple[list[Asked], str | None]:
+    """Return the complete requests of a connection, and how it ended: a refusal's slug, "begun", "body" or None."""
+    reader, found, body = RequestReader(memory), [], b""
+    try:
+        for piece in pieces:
+            body += reader.feed(piece)
+            while reader.complete:
+                found.append(asked(reader.head, body))
+                body = reader.next()
+    except ProxyError as refusal:
+        return found, refusal.slug
+    return found, "body" if reader.head is not None else "begun" if reader.begun else None
+
+
+def refused(stream: bytes) -> tuple[int, str | None]:
+    """Read a stream whole, in two and byte by byte; return how many requests were complete, and how it ended."""
+    half = len(stream) // 2
+    whole, *others = [take(pieces) for pieces in ([stream], [stream[:half], stream[half:]], in_bytes(stream))]
+    assert [whole] * 2 == others
+    return len(whole[0]), whole[1]
+
+
+def request(stream: bytes) -> RequestHead:
+    """Return the head of a request."""
+    reader = RequestReader()
+    reader.feed(stream)
+    assert reader.head is not None
+    return reader.head
+
+
+class TestRequestHead:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_methods(self, method: str) -> None:
+        """Every method that HTTP knows is taken, in capitals, and CONNECT is not."""
+        assert (method, "/x") == request(f"{method} /x HTTP/1.1\r\nHost: x\r\n\r\n".encode())[:2]
+        assert (0, "not-supported") == refused(f"{method.lower()} /x HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+
+    @pytest.mark.parametrize(
+        "target", ["/", "*", "/a%2F?b", "http://x/y", "/!$&'()*+,-.:;<=>@[\\]^_`{|}~\"#", "x", "?"]
+    )
+    def test_targets(self, target: str) -> None:
+        """A target is any text of visible ASCII, byte for byte: what it means is for the target's own rules."""
+        assert target == request(b"GET %b HTTP/1.0\r\n\r\n" % target.encode()).target
+
+    def test_fields(self) -> None:
+        """Fields keep order, case and bytes, and are judged by the rules of headers."""
+        lines = b"hOST:\tx \r\nA:\r\nX-Caf\xe9: 1\r\n".replace(b"\xe9", b"e") + b"B: caf\xe9\xff\t z\r\na: 2"
+        head = request(b"GET / HTTP/1.1\r\n" + lines + b"\r\n\r\n")
+        assert {b"host": b"x"} == head.fields.judged
+        sent = head.fields.outbound("GET", "/", host=b"h", authorization=None, chunked=False)
+        assert b"GET / HTTP/1.1\r\nHost: h\r\n" + lines.partition(b"\r\n")[2] + b"\r\n\r\n" == sent
+
+    @pytest.mark.parametrize(
+        ("lines", "length"),
+        [
+            (b"", 0),
+            (b"Content-Length: 0\r\n", 0),
+            (b"content-length:\t12 \r\n", 12),
+            (b"Content-Length: 999999999999999999\r\n", 999999999999999999),
+            (b"Transfer-Encoding: chunked\r\n", None),
+            (b"transfer-encoding: CHUNKED \r\n", None),
+            (b"Upgrade: websocket\r\nConnection: Upgrade\r\n", 0),
+            (b"Sec-WebSocket-Key1: x\r\nExpect: 100-continue\r\n", 0),
+        ],
+    )
+    def test_length(self, lines: bytes, length: int | None) -> None:
+        """The length is in bytes, None where the body is chunked; only these two fields say that there is one."""
+        assert length == request(b"GET / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n").length
+
+    @pytest.mark.parametrize(("minor", "lines", "expected"), PERSISTENCE)
+    def test_keep_alive(self, minor: int, lines: bytes, expected: bool) -> None:  # noqa: FBT001 - a table's column
+        """1.1 persists but for `close`; 1.0 only with `keep-alive`; Proxy-Connection and Upgrade decide nothing."""
+        head = request(b"GET / HTTP/1.%d\r\nHost: x\r\n%b\r\n" % (minor, lines))
+        assert (minor, expected) == (head.minor, head.keep_alive)
+
+    @pytest.mark.parametrize(
+        ("slug", "stream"),
+        [
+            *[
+                (slug, head)
+                for slug, _, head in FAULTS
+                if head.endswith(b"\r\n\r\n") and head != b"GET / HTTP/1.1" + H and b"#" not in head
+            ],
+            *[
+                ("bad-request", stream)
+                for stream in (b"\x16\x03\x01", b"\x05", b" GET", b"GET /x HTTP/1.1\nHost: localhost")
+            ],
+            *[("bad-request", b"GET /x HTTP/1.1\r\nHost: " + value) for value in (b"localhost\r\r", b"\x7f")],
+            *[("bad-target", stream) for stream in (b"GET /\x00", b"GET /x\tHTTP/1.1\r\nHost: x\r\n\r\n")],
+            *[("not-supported", stream) for stream in (b"(x)", b'{"a": 1}', b"get /", b"GET2 /", b"GET\t/", b"a" * 21)],
+            ("not-supported", b"BREW /\x00 HTTP/1.1\nHost: x"),
+            ("bad-request", b"GET / HTTP/1.1\r\nHost: x\r\nA: \0" + b"\r\nA: b" * 200),
+            *[("bad-request", b"GET /x HTTP/1.1\r\nHost: x\r\n" + line + H[-4:]) for line in BAD_LINES],
+            *[
+                (slug, b"POST /x HTTP/1.%d\r\nHost: x\r\n%b\r\n\r\n0\r\n\r\n" % (minor, lines) + GET)
+                for slug, minor, lines in [
+                    *[
+                        ("bad-request", 1, b"Content-Length:" + value)
+                        for value in b",+3,-3,0x3,3 3,3;,3.0,3_0,\xb3,03,00,003,18446744073709551615,3\x0b".split(b",")
+                    ],
+                    ("bad-request", 1, b"Content-Length: 3,3"),
+                    ("bad-request", 1, b"Content-Length: 5\r\nContent-Length: 5"),
+                    ("bad-request", 1, b"Content-Length: 5\r\nTransfer-Encoding: chunked"),
+                    ("bad-request", 1, b"Transfer-Encoding: gzip\r\nContent-Length: 5"),
+                    ("bad-request", 1, b"Transfer-Encoding: chunked\r\ntransfer-encoding: chunked"),
+                    ("bad-request", 0, b"Transfer-Encoding: chunked\r\nConnection: keep-alive"),
+                    ("bad-request", 1, b"Transfer-Encoding\x0b: chunked"),
+                    *[
+                        ("not-supported", 1, b"Transfer-Encoding:" + value)
+                        for value in b"/gzip, chunked/chunked, chunked/chunked,/xchunked/chunked;q=1/chunked\xa0".split(
+                            b"/"
+                        )
+                    ],
+                ]
+            ],
+        ],
+    )
+    def test_refused(self, slug: str, stream: bytes) -> None:
+        """What is no HTTP/1.1, or could be taken for two things, is refused at the first byte that shows it."""
+        assert (0, slug) == refused(stream)
+        assert (1, slug) == refused(GET + stream)
+
+    @pytest.mark.parametrize("stream", [b"G", b"GET", b"GET /a b", b"get", b"GET / HTTP/1.1\r\nH(st", GET[:-1]])
+    def test_begun(self, stream: bytes) -> None:
+        """What may still become a request, or a fault that has a better sentence, is waited for."""
+        assert (0, "begun") == refused(stream)
+
+    @pytest.mark.parametrize(
+        ("most", "slug"), [(MAX_LINE, None), (MAX_LINE + 1, "head-too-large"), (3 * MAX_HEAD, "head-too-large")]
+    )
+    def test_line_bound(self, most: int, slug: str | None) -> None:
+        """A first line of 64 KiB is taken, and a longer one told so."""
+        stream = b"GET /" + b"a" * (most - len("GET / HTTP/1.1")) + b" HTTP/1.1" + H
+        for size in (len(stream), 997, 1):
+            assert slug == take(in_pieces(stream, size))[1]
+
+    def test_head_bounds(self) -> None:
+        """A head of 128 KiB and 128 fields is taken, one byte or field more told so; each head is counted apart."""
+        start = b"GET / HTTP/1.1" + H[:-4]
+        for more, expected in ((0, (2, None)), (1, (0, "head-too-large"))):
+            large = start + b"\r\nA: " + b"a" * (MAX_HEAD - len(start) - 9 + more) + b"\r\n\r\n"
+            many = start + b"\r\nA:" * (MAX_FIELDS - 1 + more) + b"\r\n\r\n"
+            assert MAX_HEAD + more == len(large)
+            for stream, size in ((large, MAX_HEAD * 2), (large, 997), (many, MAX_HEAD), (many, 1)):
+                found, end = take(in_pieces(stream * 2, size))
+                assert expected == (len(found), end)
+
+    def test_empty_lines(self) -> None:
+        """Up to eight empty lines before each request are skipped and begin none; further ones are refused."""
+        assert (0, None) == refused(b"\r\n" * 8)
+        assert (3, None) == refused((b"\r\n" * 8 + GET) * 3)
+        assert (1, "bad-request") == refused(GET + b"\r\n" * 8 + b"\r")
+
+
+class TestRequestBody:
+    @pytest.mark.parametrize(("chunks", "body"), GOOD_CHUNKS)
+    def test_chunks(self, chunks: bytes, body: bytes) -> None:
+        """Chunks are joined, extensions and trailers dropped, and the next request begins where they end."""
+        for pieces in ([CHUNKS + chunks + GET], [CHUNKS, chunks, GET], in_bytes(CHUNKS + chunks + GET)):
+            found, end = take(pieces)
+            assert ([body, b""], None) == ([each[-1] for each in found], end)
+
+    @pytest.mark.parametrize(
+        "chunks",
+        [
+            *BAD_CHUNKS,
+            *[b"3%b\r\nabc\r\n" % bad for bad in b" /\t/ ;a/; a/;a /;a =b/;a= b".split(b"/")],
+            b"0" + b"\r\nA: 1" * (MAX_FIELDS + 1) + b"\r\n\r\n",
+            b"0\r\nA: " + b"a" * MAX_HEAD,
+        ],
+    )
+    def test_refused(self, chunks: bytes) -> None:
+        """Of a request's chunks nothing is taken that is not exactly right, and no bound is stretched."""
+        assert (1, "bad-request") == refused(GET + CHUNKS + chunks)
+        with pytest.raises(ProxyError, match="its chunks were not valid HTTP"):
+            RequestReader().feed(CHUNKS + b"1\r\na\r\n" + chunks)
+
+    def test_handed_on_uncopied(self) -> None:
+        """Pieces within a body are returned as they came."""
+        piece = b"x" * 1000
+        for head in (CHUNKS + b"ffff\r\n", b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n"):
+            reader = RequestReader()
+            assert (b"", False) == (reader.feed(head), reader.begun)
+            assert piece is reader.feed(piece)
+            assert (False, "body") == (reader.complete, take([head, piece])[1])
+
+    def test_what_follows_waits(self) -> None:
+        """Nothing is read beyond a request's end until the next one is begun, however much waits."""
+        reader = RequestReader()
+        assert (b"", None, False, False) == (reader.next(), reader.head, reader.complete, reader.begun)
+        assert (b"", b"abc") == (reader.feed(b""), reader.feed(posted(b"abc") + GET[:9]))
+        assert (True, 9, False) == (reader.complete, reader.held, reader.begun)
+        rest = [GET[9:] + posted(b"de", b"/3"), b"NONSENSE ", b"x"]
+        assert [b""] * 3 == [reader.feed(piece) for piece in rest]
+        assert ("/x", 9 + sum(map(len, rest))) == (asked(reader.head)[1], reader.held)
+        assert (b"", "/customers?first=0", True) == (reader.next(), asked(reader.head)[1], reader.complete)
+        assert (b"de", "/3", 10) == (reader.next(), asked(reader.head)[1], reader.held)
+        for again in (reader.next, lambda: reader.feed(b"x"), lambda: reader.feed(GET)):
+            with pytest.raises(ProxyError, match="no method that HTTP knows"):
+                again()
+        assert (None, False) == (reader.head, reader.complete)
+
+    def test_a_body_that_waited(self) -> None:
+        """What waits of a body is returned when its request begins, and goes on where it ended."""
+        reader = RequestReader()
+        stream = GET + posted(b"abcdef")
+        reader.feed(stream[:-5])
+        reader.feed(b"bcd")
+        assert (b"abcd", False, 0) == (reader.next(), reader.complete, reader.held)
+        assert (b"ef", True, 1) == (reader.feed(b"efG"), reader.complete, reader.held)
+        assert (b"", True) == (reader.next(), reader.begun)
+
+
+class TestFieldsMemory:
+    def test_the_same_lines_are_judged_once(self) -> None:
+        """All readers of a server share what they found out; the version is a part of it, method and target are not."""
+        memory = FieldsMemory()
+        first, second = RequestReader(memory), RequestReader(memory)
+        first.feed(GET)
+        second.feed(GET.replace(b"GET /customers", b"PUT /works"))
+        assert asked(first.head)[0] != asked(second.head)[0]
+        assert first.head is not None
+        assert second.head is not None
+        assert first.head.fields is second.head.fields
+        second.next()
+        second.feed(GET.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert (0, False) == (second.head.minor, second.head.keep_alive)
+
+    @pytest.mark.parametrize("name", [b"authorization", b"Proxy-Authorization", b"X-PROXY-KEY", b"cookie"])
+    def test_no_secrets(self, name: bytes) -> None:
+        """Lines with a secret are never remembered, nor long ones, nor those that are refused."""
+        memory = FieldsMemory()
+        lines = [name + b": s3cr3t", b"A: " + b"a" * 2048, b"A : b", b"Content-Length: x"]
+        for line in lines:
+            take([GET[:-2] + line + b"\r\n\r\n"], memory)
+        assert 0 == len(memory)
+
+    def test_a_few(self) -> None:
+        """It never holds more than 64."""
+        memory = FieldsMemory()
+        for number in range(200):
+            assert 1 == len(take([GET[:-2] + b"A: %d\r\n\r\n" % number], memory)[0])
+            assert 0 < len(memory) <= 64
+
+
+def work(pieces: Iterable[bytes], reader: RequestReader | ResponseReader) -> int:
+    """Return how many instructions of byte code a stream costs."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _arg: object) -> Callable[..., object]:
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()  # who measures coverage traces too
+    sys.settrace(trace)
+    try:
+        for piece in pieces:
+            reader.feed(piece)
+            while isinstance(reader, RequestReader) and reader.complete:
+                reader.next()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("before", "again"),
+    [
+        (b"", GET),
+        (b"GET / HTTP/1.1\r\nHost: x", b"\r\nA: 1"),
+        (b"GET /", b"aaaaaa"),
+        (CHUNKS, b"1;a=b\r\na\r\n"),
+        (CHUNKS + b"0", b"\r\nA: 1"),
+        (b"", posted(b"")),
+    ],
+)
+@pytest.mark.parametrize("cut", [in_bytes, lambda stream: [stream]])
+def test_work_is_linear(before: bytes, again: bytes, cut: Callable[[bytes], Iterable[bytes]]) -> None:
+    """Four times the bytes cost at most four times the work, whole or byte by byte."""
+    work(cut(before + again * 2), RequestReader())  # CPython 3.12 counts only from the second call on
+    little, much = (work(cut(before + again * count), RequestReader()) for count in (25, 100))
+    assert little <= much <= 4 * little
+
+
+def test_a_remembered_read_is_cheap() -> None:
+    """A plain GET whose lines are known costs no work for each of its fields."""
+    memory = FieldsMemory()
+    for _ in range(2):
+        counts = [work([GET[:-2] + b"A: 1\r\n" * count + b"\r\n"], RequestReader(memory)) for count in (0, 100, 0, 100)]
+    assert counts[0] == counts[1] < 160
+
+
+@st.composite
+def framed(draw: st.DrawFn) -> bytes:
+    """Draw a valid request."""
+    method = draw(st.sampled_from(["GET", "POST", "DELETE", "PROPFIND", "M-SEARCH", "OPTIONS"])).encode()
+    minor = draw(st.integers(0, 1))
+    target = b"/" + draw(st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), max_size=9)).encode()
+    data = draw(st.binary(max_size=60))
+    field, body = draw(st.sampled_from([(b"", b""), (b"Content-Length: %d\r\n" % len(data), data)]))
+    if minor and draw(st.booleans()):
+        field, body = b"Transfer-Encoding: Chunked\r\n", draw(chunked_bodies())
+    head = b"%b %b HTTP/1.%d\r\nHost: x\r\n" % (method, target, minor)
+    return head + draw(lines()) + field + draw(connections) + draw(lines()) + b"\r\n" + body
+
+
+@thorough
+@given(framed())
+def test_valid_requests_read_as_by_llhttp(stream: bytes) -> None:
+    """Head, persistence and body are those that llhttp finds."""
+    found, end = take([stream])
+    assert (1, None) == (len(found), end)
+    oracle = Oracle(stream, httptools.HttpRequestParser)
+    method, target, minor, _, _, keep, body = found[0]
+    assert ((method, f"1.{minor}", keep), target.encode(), body) == (oracle.head, oracle.target, oracle.body)
+    assert (True, False) == (oracle.complete, oracle.refused)
+
+
+@thorough
+@given(framed(), st.sampled_from([*b"\r\n \t:;,0\x00\x7f\xff"]) | st.integers(0, 255))
+def test_no_laxer_than_others(stream: bytes, byte: int) -> None:
+    """With a byte inserted, replaced or left out anywhere, what is taken is what two other readers take it for.
+
+    We may refuse what they take. Allowed differences: the form of a target is left to its own rules, while llhttp
+    refuses some; and a tab after a value is a blank (RFC 9110 section 5.6.3), which llhttp takes for a part of it.
+    """
+    spice = bytes([byte])
+    for place in range(len(stream)):
+        before, after = stream[:place], stream[place + 1 :]
+        for mutant in (before + spice + stream[place:], before + spice + after, before + after):
+            found, _ = take([mutant])
+            assert [(method.encode(), body) for method, *_, body in found] == readings(mutant)[: len(found)]
+            for method, target, minor, _, _, keep, body in found[:1]:
+                oracle = Oracle(mutant, httptools.HttpRequestParser)
+                if target.startswith("/") and not re.search(rb"\t *\r\n", mutant):
+                    assert oracle.complete, mutant
+                    assert (method, f"1.{minor}", keep) == oracle.head, mutant
+                    assert (target.encode(), body) == (oracle.target, oracle.body[: len(body)]), mutant
+
+
+PARTS = [
+    GET,
+    posted(b"ab"),
+    CHUNKS,
+    b"3\r\nabc\r\n",
+    b"0\r\n\r\n",
+    b"\r\n",
+    b"POST / HTTP/1.1\r\n",
+    b"A: 1\r\n",
+    b"1;a",
 ]
-
-
-@pytest.mark.parametrize(("slug", "text", "head"), FAULTS, ids=range(len(FAULTS)))
-def test_what_is_wrong_with_a_request(slug: str, text: str, head: bytes) -> None:
-    """Each fault of a head has a sentence of its own, which is true, and no value of a field stands in it."""
-    fault = request_fault(head)
-    assert (slug, "no") == (fault.slug, fault.sent)
-    assert text in fault.message
-    assert ("https" in fault.message) == head.startswith(b"\x16\x03")
-    assert "Secret" not in fault.message
 
 
 @thorough
 @given(
-    st.binary(max_size=200) | st.lists(st.sampled_from([head for *_, head in FAULTS if len(head) < 200]), max_size=3)
+    cut(
+        st.lists(
+            st.binary(max_size=20) | framed() | st.sampled_from([*PARTS, *[head for *_, head in FAULTS]]), max_size=6
+        ).map(b"".join)
+    )
 )
-def test_every_refused_head_has_a_sentence(head: bytes | list[bytes]) -> None:
-    """Whatever came, the sentence is short and has nothing in it that a terminal would obey."""
-    message = request_fault(head if isinstance(head, bytes) else b"".join(head)).message
-    assert message.isprintable()
-    assert len(message) < 400
+def test_requests_in_any_pieces(stream: tuple[bytes, list[bytes]]) -> None:
+    """Whatever comes, in any pieces the same requests are found, and the same end."""
+    whole = take([stream[0]])
+    assert [whole] * 2 == [take(stream[1]), take(in_bytes(stream[0]))]

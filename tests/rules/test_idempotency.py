@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.idempotency import (
+    ABANDONED,
     LIFETIME,
+    MAX_ANSWER,
     Answer,
     Claim,
     Records,
     decoded,
     encoded,
+    judged_elsewhere,
     proves_nothing_was_executed,
     record_name,
 )
@@ -52,40 +55,28 @@ async def test_the_second_gets_the_first_ones_answer_for_a_day() -> None:
     await claimed(records, now=100.0 + LIFETIME)
 
 
-async def test_in_progress() -> None:
-    """While the first runs, a second one is told so and executes nothing."""
-    records = Records()
-    await claimed(records)
-    error = await refused(records)
-    assert (409, "in-progress", "unknown") == (error.status, error.slug, error.sent)
+RUNS = "the first still runs"
+LONG = Answer(201, b"Created", [], None)
 
 
-async def test_outcome_unknown() -> None:
-    """After a first request that broke off, nobody can say whether it was executed."""
-    records = Records()
-    await records.complete(await claimed(records), None, 0.0)
-    error = await refused(records)
-    assert (409, "outcome-unknown", "unknown") == (error.status, error.slug, error.sent)
-
-
-async def test_an_answer_too_long_to_keep() -> None:
-    """Where the answer was too long, its status is known and it was executed."""
-    records = Records()
-    await records.complete(await claimed(records), Answer(201, b"Created", [], None), 0.0)
-    error = await refused(records)
-    assert (409, "outcome-unknown", "yes") == (error.status, error.slug, error.sent)
-    assert "201" in error.message
-
-
-@pytest.mark.parametrize("ended", [False, True])
-async def test_another_body(*, ended: bool) -> None:
-    """A key is good for one body: another one is refused, while the first runs and after it."""
+@pytest.mark.parametrize(
+    ("first", "digest", "expected", "text"),
+    [
+        (RUNS, BODY, (409, "in-progress", "unknown"), ""),
+        (None, BODY, (409, "outcome-unknown", "unknown"), ""),  # nobody can say whether it was executed
+        (LONG, BODY, (409, "outcome-unknown", "yes"), "201"),  # too long to keep, but its status is known
+        *[(first, b"other", (422, "idempotency-key-reused", "no"), "") for first in (RUNS, ANSWER)],
+    ],
+)
+async def test_refused(first: Answer | str | None, digest: bytes, expected: tuple[int, str, str], text: str) -> None:
+    """While the first runs, after one that broke off, and with another body a second one executes nothing."""
     records = Records()
     claim = await claimed(records)
-    if ended:
-        await records.complete(claim, ANSWER, 0.0)
-    error = await refused(records, digest=b"other")
-    assert (422, "idempotency-key-reused", "no") == (error.status, error.slug, error.sent)
+    if not isinstance(first, str):
+        await records.complete(claim, first, 0.0)
+    error = await refused(records, digest=digest)
+    assert expected == (error.status, error.slug, error.sent)
+    assert text in error.message
 
 
 async def test_freed() -> None:
@@ -147,9 +138,10 @@ def test_proof(status: int, *, proof: bool) -> None:
     assert proof is proves_nothing_was_executed(status)
 
 
-_FIELDS = st.lists(st.tuples(st.binary(max_size=8), st.binary(max_size=8)), max_size=3)
+_TEXT = st.from_regex(rb"([!-~\x80-\xff]([\t -~\x80-\xff]{0,6}[!-~\x80-\xff])?)?", fullmatch=True)
+_FIELDS = st.lists(st.tuples(st.from_regex(rb"X-[A-Za-z]{1,6}", fullmatch=True), _TEXT), max_size=3)
 _BODIES = st.none() | st.binary(max_size=32) | st.just(b"\n{}\n")
-_ANSWERS = st.none() | st.builds(Answer, st.integers(200, 299), st.binary(max_size=8), _FIELDS, _BODIES)
+_ANSWERS = st.none() | st.builds(Answer, st.integers(200, 299), _TEXT, _FIELDS, _BODIES)
 
 
 @given(st.binary(min_size=32, max_size=32), _ANSWERS)
@@ -158,11 +150,59 @@ def test_a_record_beyond_this_process(digest: bytes, answer: Answer | None) -> N
     assert (digest, None, answer) == decoded(encoded(digest, answer))
 
 
+async def test_what_a_store_beyond_this_process_is_told() -> None:
+    """Of a record that runs, one that has ended, and one that is free or was never there."""
+    records = Records()
+    for name in (b"runs", b"ended", b"freed"):
+        claim = await records.claim(name, BODY, 0.0)
+        assert isinstance(claim, Claim)
+        if name == b"ended":
+            await records.complete(claim, ANSWER, 100.0)
+        elif name == b"freed":
+            await records.free(claim)
+    assert [b"runs", b"ended"] == list(records.known())
+    assert ("keep", encoded(BODY, None, running="a"), LIFETIME) == records.told(b"runs", "a", 200.0)
+    assert ("keep", encoded(BODY, ANSWER), LIFETIME - 100.0) == records.told(b"ended", "a", 200.0)
+    assert ("keep", encoded(BODY, ANSWER), 1.0) == records.told(b"ended", "a", LIFETIME + 99.5)
+    assert [("free", b"", LIFETIME)] * 2 == [records.told(name, "a", 200.0) for name in (b"freed", b"never")]
+
+
 def test_a_running_request_beyond_this_process() -> None:
     """Who executes is written and read; the first line is JSON, which the store's script reads too."""
     written = encoded(BODY, None, running="replica-1")
     assert {"digest": BODY.hex(), "running": "replica-1"} == json.loads(written.split(b"\n")[0])
     assert (BODY, "replica-1", None) == decoded(written)
+
+
+@pytest.mark.parametrize(("age", "slug"), [(ABANDONED - 1, "in-progress"), (ABANDONED, "outcome-unknown")])
+def test_judged_elsewhere(age: float, slug: str) -> None:
+    """An answer is passed on; a request that another replica began long ago has an unknown outcome."""
+    assert ANSWER == judged_elsewhere(BODY, encoded(BODY, ANSWER), age)
+    with pytest.raises(ProxyError) as caught:
+        judged_elsewhere(BODY, encoded(BODY, None, running="replica-1"), age)
+    assert slug == caught.value.slug
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *[{"digest": said} for said in (5, "no digits")],
+        *[{"status": said} for said in ("201", 99, 103, 1e999)],
+        *[{"reason": said} for said in ("Created\r\nEvil: 1", "\u20ac")],
+        *[{"fields": [["Location", said]]} for said in ("/\r\nEvil: 1", "/\r\n\r\nevil")],
+        *[{"fields": said} for said in ([["Evil :", "1"]], [["Evil", "1", "2"]], [["Evil", "\0"]], None)],
+        {"body": "x" * (MAX_ANSWER + 1)},
+    ],
+)
+def test_a_record_that_nobody_of_us_wrote(changed: dict[str, object]) -> None:
+    """What can't be read is no answer; it may have been executed, so that it is not done again."""
+    told = json.loads(encoded(BODY, ANSWER).split(b"\n")[0]) | changed
+    for record in (json.dumps(told).encode() + b"\n" + str(told.get("body", "")).encode(), b"", b"[]", b"\xff"):
+        with pytest.raises(ValueError, match="no record"):
+            decoded(record)
+        with pytest.raises(ProxyError) as caught:
+            judged_elsewhere(BODY, record, 0.0)
+        assert ("outcome-unknown", "unknown") == (caught.value.slug, caught.value.sent)
 
 
 @given(

@@ -8,7 +8,6 @@ from metquay_proxy.sandbox.records import (
     CATEGORIES,
     CUSTOMERS,
     INSTRUMENTS,
-    LEGACY_CALLS,
     WORKS,
     Records,
     Refusal,
@@ -19,6 +18,7 @@ from metquay_proxy.sandbox.records import (
 )
 
 TODAY = date(2024, 1, 31)
+EVERY_9999_YEARS = {"calibrationFrequency": "9999", "calibrationFrequencySpan": "YEAR"}
 INSTRUMENT = {"name": "Caliper 150 mm", "companyId": "ACM", "instrumentCategoryName": "Caliper"}
 
 
@@ -61,14 +61,8 @@ def test_a_date_is_read_in_both_forms(text: str, day: date) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "22-01-2024",
-        "02-30-2024",
-        "2024-1-2",
-        "20240122",
-        "2024-01-22T25:00:00",
-        "01/22/2024",
-        "\u0660\u0661-22-2024",
+        *("", "22-01-2024", "02-30-2024", "2024-1-2", "20240122", "01/22/2024"),
+        *("2024-01-22T25:00:00", "\u0660\u0661-22-2024"),
     ],
 )
 def test_what_is_no_date_is_refused(text: str) -> None:
@@ -119,7 +113,7 @@ def test_an_instrument_is_due_one_frequency_after_its_calibration(records: Recor
             CUSTOMERS,
             {"companyName": "B", "companyCode": "acm"},
             409,
-            "because it violates unique constraints. A customer with this company code already exists.",
+            "unique constraints. A customer with this company code",
         ),
         (CATEGORIES, {"name": "CALIPER"}, 409, "An instrument category with this name already exists."),
         (INSTRUMENTS, {"name": "A"}, 422, "Company ID is required. Instrument category name is required."),
@@ -128,12 +122,7 @@ def test_an_instrument_is_due_one_frequency_after_its_calibration(records: Recor
         (INSTRUMENTS, INSTRUMENT | {"instrumentCategoryName": "X"}, 422, "Instrument category X does not exist."),
         (INSTRUMENTS, INSTRUMENT | {"calibrationFrequencySpan": "day"}, 400, "one of DAY, WEEK, MONTH, YEAR"),
         (INSTRUMENTS, INSTRUMENT | {"calibrationFrequency": "often"}, 422, "must be a whole number"),
-        (
-            INSTRUMENTS,
-            INSTRUMENT | {"calibrationFrequency": "9999", "calibrationFrequencySpan": "YEAR"},
-            422,
-            "after the year 9999",
-        ),
+        (INSTRUMENTS, INSTRUMENT | EVERY_9999_YEARS, 422, "after the year 9999"),
         (WORKS, {"customerInstrumentId": 1.5}, 400, "customerInstrumentId must be an integer"),
         (WORKS, {"customerInstrumentId": 8002}, 422, "Customer instrument with ID 8002 does not exist."),
         (WORKS, {"customerInstrumentId": 8001, "inDate": "soon"}, 400, "inDate must be a date"),
@@ -293,16 +282,6 @@ def test_a_work_that_is_over_stays_as_it_is(records: Records, status: str) -> No
     assert 422 == refusal.value.status
 
 
-def test_pages_cut_and_filter(records: Records) -> None:
-    """The end is reached when a page is shorter than its limit; a workspace sees its own alone."""
-    for number in range(5):
-        records.create(CUSTOMERS, {"companyName": f"C{number}", "workspaceCode": "EU" if number % 2 else "NA"})
-    assert ["C1", "C2"] == [row["companyName"] for row in records.page(CUSTOMERS, 2, 2)]
-    assert ["C4"] == [row["companyName"] for row in records.page(CUSTOMERS, 5, 2)]
-    assert ["C1", "C3"] == [row["companyName"] for row in records.page(CUSTOMERS, workspace="EU")]
-    assert [] == records.page(CUSTOMERS, 99)
-
-
 def test_a_copy_lives_its_own_life(records: Records) -> None:
     """Writes to a copy leave the original and its unique values alone."""
     twin = records.copy(lambda: TODAY)
@@ -312,28 +291,7 @@ def test_a_copy_lives_its_own_life(records: Records) -> None:
     assert 10302 == records.create(CUSTOMERS, {"companyName": "Beta"})
 
 
-def test_each_write_changes_the_version(records: Records) -> None:
-    """A cache can tell that it is out of date; refusals and reads change nothing."""
-    versions = [records.version]
-    records.replace(CUSTOMERS, 10301, {"companyName": "Beta"})
-    versions.append(records.version)
-    row = records.create(CUSTOMERS, {"companyName": "Gamma"})
-    versions.append(records.version)
-    records.delete(CUSTOMERS, row)
-    versions.append(records.version)
-    assert 4 == len(set(versions))
-    with pytest.raises(Refusal):
-        records.delete(CUSTOMERS, row)
-    records.page(CUSTOMERS)
-    assert versions[-1] == records.version
-
-
 class TestLegacy:
-    def test_the_seven_calls_are_known(self) -> None:
-        """The older interface has what the add-on uses, and no more."""
-        assert 7 == len(LEGACY_CALLS)
-        assert {"customerInstrument/deleteCustomerInstrument", "work/createOrUpdateWork"} < LEGACY_CALLS
-
     def test_a_customer_is_created_changed_and_deleted(self, records: Records) -> None:
         """The same records in other words: calibrId 0 is new, and "False" or "None" is nothing."""
         model = {

@@ -1,0 +1,435 @@
+"""What is done with one request of a tool: judge it, answer it, relay Metquay's answer.
+
+Owns the order in which the rules are asked, the proxy's own answers as bytes, and the pump of answer bodies. Must not
+hold a rule that ``target``, ``gate``, ``headers`` or the forwarder could hold.
+
+Facts: RFC 9112 section 6.1 and 9.6; RFC 9110 section 10.1.1 (Expect). Once a byte of an answer was written, a failure
+breaks the connection: a second answer in its place would be taken for a part of the first one's body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from datetime import UTC, datetime
+from functools import partial
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from metquay_proxy.downstream.pages import own_fields, wrong_method
+from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
+from metquay_proxy.exchange.exchange import Exchange, Response
+from metquay_proxy.rules.errors import ProxyError
+from metquay_proxy.rules.gate import PLACEHOLDER_LIFETIME, PROBES
+from metquay_proxy.rules.headers import RequestFields, inbound
+from metquay_proxy.rules.retries import READING
+from metquay_proxy.rules.target import LOGIN_PATH
+from metquay_proxy.telemetry import masked
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from metquay_proxy.audit import AuditLog
+    from metquay_proxy.downstream.connection import ClientConnection
+    from metquay_proxy.downstream.pages import Pages
+    from metquay_proxy.exchange.forwarder import Forwarder
+    from metquay_proxy.rules.gate import Gate
+    from metquay_proxy.rules.http1 import RequestHead, ResponseHead
+    from metquay_proxy.rules.target import BaseURL, TargetRules
+    from metquay_proxy.telemetry import Telemetry
+
+_REPLAY_TOTAL: Final = 64 * 1024 * 1024
+_OWN_LIMIT: Final = 64 * 1024
+"""Bytes of a body that the proxy's own paths read."""
+_WORTH_TELLING: Final = 0.1
+"""Seconds; shorter waits are not worth telling."""
+_LAST_CHUNK: Final = b"0\r\n\r\n"
+_QUIET: Final = PROBES | {"/-/metrics", "/-/events"}
+_METHODS: Final = "GET, HEAD, POST, PUT, DELETE, OPTIONS, PATCH"
+
+log = structlog.get_logger("metquay_proxy")
+
+
+class Handler:
+    """Serves the requests of all connections."""
+
+    def __init__(  # noqa: PLR0913 - the collaborators of one exchange
+        self,
+        *,
+        rules: TargetRules,
+        gate: Gate,
+        forwarder: Forwarder,
+        pages: Pages,
+        telemetry: Telemetry,
+        base: BaseURL,
+        scheme: str,
+        audit: AuditLog | None,
+        replay_limit: int,
+        read_timeout: float,
+    ) -> None:
+        """``scheme`` is what clients speak to us; sizes in bytes, times in seconds."""
+        self._rules = rules
+        self._gate = gate
+        self._forwarder = forwarder
+        self._pages = pages
+        self._telemetry = telemetry
+        self._base = base
+        self._origin = f"{scheme}://".encode()
+        self._audit = audit
+        self._read_timeout = read_timeout
+        budget = ReplayBudget(_REPLAY_TOTAL)
+        self._body = partial(RequestBody, limit=replay_limit, budget=budget, timeout=read_timeout)
+        self._alone: set[asyncio.Task[Any] | None] = set()
+        """The tasks of writes that run on without their clients."""
+        self.draining = False
+        self._stopping = False
+
+    def drain(self) -> None:
+        """Take no new requests; those that are under way are the last of their connections."""
+        self.draining = True
+
+    def stop(self) -> None:
+        """Tell whoever is cancelled from now on that the proxy is being stopped."""
+        self._stopping = True
+        for task in tuple(self._alone):
+            if task is not None:
+                task.cancel()
+
+    async def serve(self, client: ClientConnection, head: RequestHead, stream: Stream) -> bool:
+        """Serve one request; whatever happens, exactly one answer or one broken connection comes of it.
+
+        Return whether another request may follow on the connection.
+        """
+        exchange = Exchange(head.method)
+        exchange.address = client.address
+        exchange.fields = head.fields
+        exchange.minor = head.minor
+        exchange.keep = head.keep_alive
+        exchange.body = self._body(stream, chunked=head.length is None)
+        self._telemetry.opened()
+        try:
+            await self._judge(client, exchange, head)
+        except asyncio.CancelledError:
+            self._cancelled(client, exchange)
+        except Exception as failure:  # noqa: BLE001 - whatever it is, the client gets an answer or sees it break
+            self._failed(client, exchange, failure)
+        finally:
+            self._close(exchange)
+        return exchange.keep and not self.draining
+
+    def refuse(self, client: ClientConnection, error: ProxyError) -> None:
+        """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""
+        exchange = Exchange("-")
+        exchange.address = client.address
+        exchange.reason = error.message
+        self._telemetry.opened()
+        try:
+            _write_error(client, exchange, error)
+        finally:
+            self._telemetry.closed(exchange)
+
+    async def test(self) -> dict[str, Any]:
+        """Read one customer as a tool would; return whether that went well (``ok``) and a ``text`` for people."""
+        exchange = Exchange("GET")
+        exchange.fields = RequestFields(b"\r\nAccept: application/json")
+        exchange.target = self._rules.parse("GET", "/customers?limit=1")
+        exchange.path = exchange.target.sent
+        exchange.body = self._body(Stream.of(), chunked=False)
+        exchange.caller = "test of the connection"
+        self._telemetry.opened()
+        try:
+            response = await self._forwarder.forward(exchange)
+            exchange.head_at = time.perf_counter()
+            exchange.status = response.head.status
+            exchange.answered_by = "metquay"
+            response.close()
+        except ProxyError as error:
+            exchange.status = error.status
+            exchange.error = error.slug
+            return {"ok": False, "text": error.message}
+        finally:
+            exchange.let_go()
+            self._telemetry.closed(exchange)
+        if exchange.status != HTTPStatus.OK:
+            why = "`metquay-proxy check` says more."
+            return {"ok": False, "text": f"Metquay answered, but not with customers (status {exchange.status}): {why}"}
+        waited = ""
+        if exchange.waited >= _WORTH_TELLING:
+            waited = f", after {exchange.waited:.1f} s in which the request waited"
+        return {"ok": True, "text": f"Metquay answered in {exchange.upstream * 1000:.0f} ms{waited}."}
+
+    def _judge(self, client: ClientConnection, exchange: Exchange, head: RequestHead) -> Coroutine[Any, Any, None]:
+        """Judge the request; return what answers it."""
+        method, fields = exchange.method, exchange.fields
+        exchange.agent = fields.agent
+        if b"origin" in fields.judged:
+            exchange.cors = self._gate.cors(fields)
+        if self.draining:
+            raise _shutting_down()
+        target = exchange.target = self._rules.parse(method, head.target)
+        exchange.path = target.local if target.own else target.sent
+        now = time.time()
+        admission = self._gate.check(method, target, fields, now)
+        exchange.client, exchange.read_only = admission.client, admission.read_only
+        exchange.caller = admission.client or exchange.agent
+        if admission.preflight:
+            return self._preflight(client, exchange)
+        if b"upgrade" in fields.judged and _wants_websocket(fields):
+            raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
+        if target.own:
+            return self._answer_here(client, exchange, now)
+        if target.pass_through:
+            exchange.keep_authorization = not self._gate.is_ours(fields.text(b"authorization"), now)
+        if b"idempotency-key" in fields.judged:
+            exchange.scope = self._gate.scope(admission.client)
+        if b"expect" in fields.judged:
+            _continue(client, exchange)
+        return self._forward(client, exchange)
+
+    async def _answer_here(self, client: ClientConnection, exchange: Exchange, now: float) -> None:
+        """Answer what is never forwarded."""
+        target = exchange.target
+        if target.local == LOGIN_PATH:
+            if exchange.method != "POST":
+                raise wrong_method(exchange.method, LOGIN_PATH, "POST")
+            _continue(client, exchange)
+            granted = self._login(exchange.client, await exchange.body.all(_OWN_LIMIT), now)
+            _write_own(client, exchange, 200, [("Content-Type", "application/json")], granted)
+            return
+        exchange.quiet = target.unasked or target.local in _QUIET
+        answer = self._pages.answer(exchange.method, target.local)
+        _continue(client, exchange)
+        await exchange.body.all(_OWN_LIMIT)
+        exchange.keep = False
+        await self._pages.send(client, exchange, answer)
+
+    async def _forward(self, client: ClientConnection, exchange: Exchange) -> None:
+        """Pass the answer on: head and what is there of the body in one write, then piece by piece."""
+        forwarding = self._forwarder.forward(exchange)
+        response = await (forwarding if exchange.method in READING else self._write(exchange, forwarding))
+        head, body = response.head, response.body
+        exchange.status = head.status
+        exchange.answered_by = "proxy" if exchange.replayed else "metquay"
+        try:
+            if exchange.client_left:
+                exchange.error = "client-left"
+                return
+            chunked = head.length is None and exchange.minor == 1
+            if (head.length is None and not chunked) or self.draining or not exchange.body.arrived:
+                exchange.keep = False
+            data = self._answer_head(exchange, head, chunked=chunked)
+            piece = body.read_nowait()
+            while True:
+                if piece:
+                    data += b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
+                ended = body.ended
+                if ended and chunked:
+                    data += _LAST_CHUNK
+                if data:
+                    exchange.head_sent = True
+                    client.write(data)
+                if ended:
+                    return
+                if client.full:
+                    await client.drained()
+                data = b""
+                piece = await body.read()
+        finally:
+            response.close()
+
+    async def _write(self, exchange: Exchange, forwarding: Coroutine[Any, Any, Response]) -> Response:
+        """Forward a write; once its body was sent whole it runs on without its client, so that its outcome is known."""
+        exchange.audited = True
+        task = asyncio.ensure_future(forwarding)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if self._stopping or not exchange.body.sent:
+                task.cancel()
+                [result] = await asyncio.gather(task, return_exceptions=True)
+                if isinstance(result, Response):
+                    result.close()
+                raise
+            exchange.client_left = True
+        me = asyncio.current_task()
+        self._alone.add(me)
+        try:
+            async with asyncio.timeout(self._read_timeout):
+                return await task
+        except (TimeoutError, asyncio.CancelledError):
+            exchange.note_sent("unknown")
+            raise asyncio.CancelledError from None
+        finally:
+            self._alone.discard(me)
+
+    def _answer_head(self, exchange: Exchange, head: ResponseHead, *, chunked: bool) -> bytes:
+        """Return the head of Metquay's answer as the client gets it, and note that it is there."""
+        exchange.head_at = time.perf_counter()
+        added = b"Transfer-Encoding: chunked\r\n" if chunked else b""
+        if not exchange.keep:
+            added += b"Connection: close\r\n"
+        elif not exchange.minor:
+            added += b"Connection: keep-alive\r\n"
+        if exchange.cors:
+            added += "".join(f"{name}: {value}\r\n" for name, value in exchange.cors).encode("latin-1")
+        if exchange.note is not None:
+            added += b"X-Metquay-Proxy-Note: %b\r\n" % exchange.note.encode()
+        host = exchange.fields.judged.get(b"host")
+        return inbound(
+            head,
+            base=self._base,
+            origin=None if exchange.target.absolute or host is None else self._origin + host,
+            request_id=exchange.id.encode(),
+            added=added,
+            hide_challenge=exchange.hide_challenge,
+            cors=bool(exchange.cors),
+        )
+
+    def _cancelled(self, client: ClientConnection, exchange: Exchange) -> None:
+        """End a request whose client has left, or that is cut short by the end of a drain."""
+        exchange.keep = False
+        left = client.gone or exchange.client_left
+        if left or exchange.head_sent:
+            exchange.error = "client-left" if left else "shutting-down"
+            client.abort()
+            return
+        sent = exchange.body.sent
+        exchange.note_sent("unknown" if sent else "no")
+        doubtful = exchange.sent != "no" and exchange.method not in READING
+        self._answer_error(client, exchange, _shutting_down(doubtful=doubtful))
+
+    def _failed(self, client: ClientConnection, exchange: Exchange, failure: Exception) -> None:
+        """Answer a request that can't be carried out, or break the connection where its answer has begun."""
+        if isinstance(failure, ProxyError):
+            error = failure
+            exchange.error = error.slug
+        elif isinstance(failure, ConnectionError):
+            exchange.error = "client-left"
+            error = ProxyError("bad-request", "The client left in the middle of its request.", sent=exchange.sent)
+        else:
+            exchange.error = "internal-error"
+            log.error("internal error", id=exchange.id, exc_info=failure)
+            why = f"The proxy made a mistake with this request; its log says more under id {exchange.id}."
+            error = ProxyError("internal-error", why, sent="unknown")
+        if exchange.head_sent or client.gone:
+            exchange.keep = False
+            exchange.note_sent(error.sent)
+            client.abort()
+        else:
+            self._answer_error(client, exchange, error)
+
+    def _answer_error(self, client: ClientConnection, exchange: Exchange, error: ProxyError) -> None:
+        if not exchange.body.arrived or b"expect" in exchange.fields.judged or self.draining:
+            exchange.keep = False
+        with contextlib.suppress(ConnectionResetError):  # the client left: the exchange is told all the same
+            _write_error(client, exchange, error)
+
+    def _close(self, exchange: Exchange) -> None:
+        """End an exchange: one log line, one update of the figures, and one line of the audit log if it was a write."""
+        exchange.body.close()
+        exchange.let_go()
+        self._telemetry.closed(exchange)
+        if self._audit is not None and exchange.audited:
+            self._audit.write(
+                {
+                    "time": datetime.fromtimestamp(exchange.ended, UTC).isoformat(timespec="milliseconds"),
+                    "client": exchange.client,
+                    "user_agent": exchange.agent or None,
+                    "address": exchange.address,
+                    "method": exchange.method,
+                    "path": masked(exchange.path),
+                    "status": exchange.status or None,
+                    "error": exchange.error,
+                    "sent": "yes" if exchange.answered_by == "metquay" else exchange.sent,
+                    "id": exchange.id,
+                }
+                | ({"replayed": True} if exchange.replayed else {})
+            )
+
+    async def _preflight(self, client: ClientConnection, exchange: Exchange) -> None:
+        fields = [("Access-Control-Allow-Methods", _METHODS), ("Access-Control-Max-Age", "600")]
+        asked = exchange.fields.text(b"access-control-request-headers")
+        if asked is not None:
+            fields.append(("Access-Control-Allow-Headers", asked))
+        if not exchange.body.arrived:
+            exchange.keep = False
+        _write_own(client, exchange, 204, fields)
+
+    def _login(self, client: str | None, body: bytes, now: float) -> bytes:
+        """Answer a login here, with a placeholder: SDKs that insist on logging in work with any keys."""
+        secret = _secret_key(body)
+        key = self._gate.key_of(client)
+        placeholder = self._gate.placeholder(key, now) if key is not None else self._gate.login(secret or "", now)
+        if placeholder is None:
+            msg = "This proxy takes its own client keys for a login: put one into secretKey (any accessKey will do)."
+            raise ProxyError("client-key-required", msg)
+        if secret is None:
+            msg = 'A login is a JSON object with two texts, {"accessKey": "...", "secretKey": "..."}; here any will do.'
+            raise ProxyError("bad-request", msg)
+        granted = {"accessToken": placeholder, "tokenType": "bearer", "expiresIn": PLACEHOLDER_LIFETIME}
+        return json.dumps(granted).encode()
+
+
+def _write_error(client: ClientConnection, exchange: Exchange, error: ProxyError) -> None:
+    """Write one of the proxy's own errors (part 8 of the contract)."""
+    exchange.note_sent(error.sent)
+    exchange.error = error.slug
+    fields = [
+        ("Content-Type", "application/json"),
+        ("X-Metquay-Proxy-Error", error.slug),
+        ("X-Metquay-Proxy-Sent", exchange.sent),
+        ("X-Metquay-Proxy-Attempts", str(exchange.attempts)),
+        *error.headers,
+    ]
+    if error.retry_after is not None:
+        fields.append(("Retry-After", str(error.retry_after)))
+    _write_own(client, exchange, error.status, fields, error.body())
+
+
+def _write_own(
+    client: ClientConnection, exchange: Exchange, status: int, fields: list[tuple[str, str]], body: bytes = b""
+) -> None:
+    exchange.status = status
+    exchange.head_sent = True
+    fields += own_fields(exchange)
+    fields.append(("Connection", "keep-alive" if exchange.keep else "close"))
+    if status != HTTPStatus.NO_CONTENT:
+        fields.append(("Content-Length", str(len(body))))
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in fields)]
+    head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+    client.write(head if exchange.method == "HEAD" else head + body)
+
+
+def _continue(client: ClientConnection, exchange: Exchange) -> None:
+    """Answer Expect: 100-continue here: the gate has admitted the request, and its body is wanted."""
+    wanted = (exchange.fields.text(b"expect") or "").lower() == "100-continue"
+    if wanted and exchange.minor and not exchange.body.arrived:
+        client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
+def _wants_websocket(fields: RequestFields) -> bool:
+    wanted = (fields.text(b"upgrade") or "").lower() == "websocket"
+    return wanted and "upgrade" in (fields.text(b"connection") or "").lower()
+
+
+def _shutting_down(*, doubtful: bool = False) -> ProxyError:
+    what_to_do = "Send the request again when it runs again."
+    if doubtful:
+        what_to_do = "Nobody knows whether Metquay carried this request out: look there before you send it again."
+    return ProxyError("shutting-down", f"The proxy is being stopped. {what_to_do}", retry_after=5)
+
+
+def _secret_key(data: bytes) -> str | None:
+    """Return the secret key of a login's body; None where that is not of the vendor's form."""
+    try:
+        login = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    match login:
+        case {"accessKey": str(), "secretKey": str() as secret}:
+            return secret
+    return None

@@ -1,0 +1,68 @@
+"""The simulator as a command: its flags, what it prints for whoever wants to use it, and its life until a signal.
+
+Must not decide how it is listened, nor what goes to which stream: both are handed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox, load_seed
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from metquay_proxy.sandbox.server import Listen
+
+_FAULTS: Final[tuple[tuple[str, str, str, dict[str, Any]], ...]] = (
+    ("--latency", "SECONDS", "seconds before each answer", {}),
+    ("--jitter", "SECONDS", "up to so many seconds more, by chance", {}),
+    ("--retry-after", "on|off", "whether a 429 carries Retry-After (default: off)", {}),
+    ("--lose-answer", "RATE", "requests (0 to 1) that are executed and then dropped without an answer", {}),
+    ("--reset", "RATE", "answers (0 to 1) whose connection is reset in mid-body", {}),
+    ("--slow-body", "BYTES/S", "bytes a second of an answer's body", {}),
+    ("--fail", "STATUS=RATE", "requests that get that status; repeatable", {"action": "append"}),
+    ("--login-outage", "SECONDS", "answer logins with 503", {"nargs": "?", "const": "on"}),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of all that ``simulator`` reads."""
+    rates = "N/second, N/minute, N/hour or off (default: %(default)s)"
+    parser.add_argument("--rate-limit", default="100/minute", metavar="RATE", help=rates)
+    parser.add_argument("--token-lifetime", metavar="SECONDS", help="seconds that a token lives (default: 900)")
+    parser.add_argument("--seed-file", metavar="FILE", help="JSON file with the records to begin with")
+    faults = parser.add_argument_group("faults, which POST /_sandbox/faults changes later")
+    for flag, metavar, text, more in _FAULTS:
+        faults.add_argument(flag, metavar=metavar, help=text, **more)
+
+
+def simulator(values: dict[str, Any], parse_rate: Callable[[str], Any]) -> Sandbox:
+    """Return one that is as the flags say; raise ``ValueError`` with a text for people."""
+    rate_limit, seed_file = parse_rate(values.pop("rate_limit")), values.pop("seed_file")
+    faults = Faults().changed({name: value for name, value in values.items() if value is not None})
+    return Sandbox(rate_limit=rate_limit, records=load_seed(seed_file) if seed_file else None, faults=faults)
+
+
+async def run(made: Sandbox, host: str, port: int, listen: Listen, tell: Callable[..., None]) -> None:
+    """Simulate until SIGINT or SIGTERM; ``tell`` prints lines. Raises ``OSError`` where it can't listen."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    await made.start(host, port, listen)
+    try:
+        login = f'{{\\"accessKey\\":\\"{ACCESS_KEY}\\",\\"secretKey\\":\\"{SECRET_KEY}\\"}}'
+        tell(
+            f"The Metquay simulator listens on {made.url}",
+            f"METQUAY_HOST={made.url}",
+            f"METQUAY_ACCESS_KEY={ACCESS_KEY}",
+            f"METQUAY_SECRET_KEY={SECRET_KEY}",
+            f'{"curl.exe" if sys.platform == "win32" else "curl"} -d "{login}" "{made.url}/authenticate"',
+        )
+        await stop.wait()
+    finally:
+        await made.stop()

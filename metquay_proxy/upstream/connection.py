@@ -1,0 +1,293 @@
+"""One connection to Metquay: it carries one exchange at a time, from a request's first byte to its answer's last.
+
+Owns what is on the wire: how a body is framed, what came back (``ResponseReader`` judges it), whether the request went
+out whole, and what the end of the connection means. Must not know who uses the connection next, nor whether a request
+is repeated.
+
+Facts: a loop whose write fails closes the connection without reading what had come before, such as the 413 to an upload
+that the server does not want and then resets (RFC 9112 section 9.5); Linux and BSD keep that for whoever reads on.
+uvloop raises RuntimeError where a closed transport is written to. RFC 9112 section 6.3: bytes that nobody asked for
+belong to no answer, so that such a connection is thrown away; some servers send them a moment late, when the next
+request is on its way. Section 9.3: a server may close an idle connection at any moment, and a client that reuses it
+can't know whether its request was read. Section 9.8: over TLS an answer that lasts until the connection closes is whole
+only where the peer said so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import selectors
+import ssl
+import sys
+from typing import TYPE_CHECKING, Final, cast
+
+from metquay_proxy.exchange.body import RequestBody, Stream
+from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
+from metquay_proxy.rules.http1 import ProtocolError, ResponseHead, ResponseReader
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from metquay_proxy.rules.http1 import AnswersMemory
+
+
+_NO_MORE: Final = 300
+"""An answer with this status or a higher one says that the rest of the request's body is not wanted."""
+_Selector: Final = getattr(selectors, "PollSelector", selectors.SelectSelector)
+_BEFORE_A_REPEAT: Final = "A read can simply be repeated; before you repeat a change, look whether it was made."
+
+
+class Connection(asyncio.Protocol):
+    """One connection to the upstream, over TLS or not."""
+
+    _transport: asyncio.Transport
+    _stream: Stream | None = None
+    """The body of the answer that comes; there while an exchange runs, and then the next two are its own."""
+    _answer: asyncio.Future[ResponseHead]
+    _reader: ResponseReader
+    _upload: asyncio.Task[None] | None = None
+    """What sends a body that comes piece by piece, until it is sent or no longer wanted."""
+    _sent = False
+    """Whether all of the request was handed to the network."""
+    _reused = False
+    """Whether the connection had idled before this exchange,"""
+    _used = False
+    """and whether it has carried another one before."""
+    _cut = False
+    """Whether the end of the connection is not what the peer meant for the end of its answer."""
+    _silent = 0.0
+    _unsent = 0
+
+    def __init__(
+        self,
+        memory: AnswersMemory,
+        on_free: Callable[[Connection, float | None], object],
+        on_lost: Callable[[Connection], object],
+    ) -> None:
+        """``on_free``: an exchange ended well; with the seconds for which the upstream keeps the connection, if told.
+
+        ``on_lost``: the connection has closed.
+        """
+        self._memory = memory
+        self._on_free = on_free
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin: the connection is open, over TLS where that is asked for."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        self._cut = self._tls is not None  # until the peer has said otherwise
+
+    def data_received(self, data: bytes) -> None:
+        """Take a piece of the answer, or close where nobody waits for one."""
+        stream = self._stream
+        if stream is None:
+            self.abort()
+            return
+        self._silent = 0.0
+        reader = self._reader
+        try:
+            piece = reader.feed(data)
+        except ProtocolError as error:
+            self._announce()
+            message = f"Metquay's answer was not valid HTTP ({error}). Try again; if it stays, tell your administrator."
+            left_over = self._used and reader.head is None  # of the exchange before, a moment late
+            self._fail(stream, "upstream-protocol", message, repeatable=left_over, stale=left_over)
+            return
+        if piece:
+            stream.feed(piece)
+        self._announce()
+        if reader.complete:
+            self._finish(stream)
+
+    def eof_received(self) -> bool:
+        """Note whether the peer ended in order; over TLS it says so (RFC 8446 section 6.1)."""
+        if self._tls is not None:
+            with contextlib.suppress(ssl.SSLError):  # it wants more: the alert that TLS ends with has not come
+                self._cut = self._tls.read(1) != b""
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End: an answer that lasts until the connection closes is whole now, any other is broken."""
+        if exc is not None and self._tls is None:
+            for data in left_behind(self._transport):
+                self.data_received(data)
+        self._on_lost(self)
+        stream = self._stream
+        if stream is None:
+            return
+        if exc is None and not self._cut:
+            with contextlib.suppress(ProtocolError):
+                self._reader.eof()
+        if self._reader.complete:
+            self._finish(stream)
+        elif self._reader.head is not None:
+            self._fail(stream, "upstream-closed", "Metquay broke the connection in the middle of its answer.")
+        else:
+            message = f"Metquay closed the connection without an answer. {_BEFORE_A_REPEAT}"
+            stale = self._reused and not self._reader.started
+            self._fail(stream, "upstream-closed", message, repeatable=True, stale=stale)
+
+    def pause_writing(self) -> None:
+        """Note that the upstream is slower than the client."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Note that it takes bytes again."""
+        self._writable.set()
+
+    @property
+    def open(self) -> bool:
+        """Whether it can carry an exchange."""
+        return not self._transport.is_closing()
+
+    def has_unread(self) -> bool:
+        """Ask the system whether bytes, or the peer's end, have come to it that the loop has not read yet."""
+        with _Selector() as selector:
+            selector.register(self._transport.get_extra_info("socket"), selectors.EVENT_READ)
+            return bool(selector.select(0))
+
+    def watch(self, timeout: float, interval: float) -> None:
+        """Look, each ``interval`` seconds, whether anything moves; end an exchange where for ``timeout`` nothing did.
+
+        Bytes that come move, and bytes of the request that leave. Where the client is waited for, no time counts.
+        """
+        stream = self._stream
+        unsent = 0 if self._transport.is_closing() else _unsent(self._transport)
+        waits_for_client = self._upload is not None and self._writable.is_set()
+        if stream is None or stream.held_up or waits_for_client or unsent != self._unsent:
+            self._silent = 0.0
+        elif (silent := self._silent + interval) <= timeout:
+            self._silent = silent
+        else:
+            message = f"Metquay did not answer: nothing came for {timeout:g} seconds. {_BEFORE_A_REPEAT}"
+            self._fail(stream, "upstream-timeout", message)
+        self._unsent = unsent
+
+    def send(
+        self, method: str, head: bytes, body: RequestBody, *, reused: bool
+    ) -> tuple[asyncio.Future[ResponseHead], Stream]:
+        """Send one request; return the head and the body of its answer to come, which raise ``ProxyError``.
+
+        A body that is not there yet follows by a task of its own. ``reused``: the connection had idled. Raises
+        ``UpstreamFailure`` where the connection has closed.
+        """
+        transport = self._transport
+        if transport.is_closing():
+            message = "Metquay closed the connection before the request could be sent. Try again."
+            raise UpstreamFailure("upstream-closed", message, repeatable=True)
+        data = body.whole()
+        self._reader = ResponseReader(method, self._memory)
+        self._stream = stream = Stream(self._hold_up)
+        self._reused = reused
+        self._silent = 0.0
+        self._answer = self._loop.create_future()
+        if data is None:
+            self._sent = False
+            transport.write(head)
+            self._upload = self._loop.create_task(self._send_rest(transport, body, stream))
+        else:
+            if body.chunked:
+                data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+            transport.write(head + data)
+            self._sent = body.sent = True
+        return self._answer, stream
+
+    def give_up(self, stream: Stream | None) -> None:
+        """End the exchange of ``stream``, if it still runs, and the connection with it; None: none had begun."""
+        if self._stream is stream:
+            self._detach()
+            self.abort()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._cut = True
+        self._transport.abort()
+
+    def _announce(self) -> None:
+        """Hand the head of the answer over where it has just come."""
+        head = self._reader.head
+        if head is not None and not self._answer.done():
+            self._answer.set_result(head)
+            if head.status >= _NO_MORE:
+                self._stop_sending()
+
+    def _finish(self, stream: Stream) -> None:
+        """End the exchange, whose answer has come whole; what of it is still unread is its reader's."""
+        head = self._reader.head
+        self._detach()
+        stream.end()  # which reads on, where it had been held up
+        self._used = True
+        if head is not None and head.keep_alive and self._sent and not self._reader.surplus:
+            self._on_free(self, head.kept_for)
+        else:
+            self.abort()
+
+    def _fail(self, stream: Stream, slug: str, message: str, *, repeatable: bool = False, stale: bool = False) -> None:
+        """End the exchange, which the upstream broke."""
+        sent: Sent = "yes" if self._reader.head is not None else "unknown" if self._sent else "no"
+        self._end(stream, UpstreamFailure(slug, message, sent=sent, repeatable=repeatable, stale=stale))
+
+    def _end(self, stream: Stream, error: ProxyError) -> None:
+        self._detach()
+        stream.fail(error)
+        if not self._answer.done():
+            self._answer.set_exception(error)
+        self.abort()
+
+    def _detach(self) -> None:
+        self._stream = None
+        self._stop_sending()
+
+    def _stop_sending(self) -> None:
+        if self._upload is not None:
+            self._upload.cancel()
+            self._upload = None
+
+    def _hold_up(self, stop: bool) -> None:  # noqa: FBT001 - a stream's one question
+        if not self._transport.is_closing():
+            (self._transport.pause_reading if stop else self._transport.resume_reading)()
+
+    async def _send_rest(self, transport: asyncio.Transport, body: RequestBody, stream: Stream) -> None:
+        """Send a body as it comes; cancelled where the exchange ends before."""
+        try:
+            async for chunk in body.chunks():
+                if transport.is_closing():
+                    return
+                transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if body.chunked else chunk)
+                await self._writable.wait()
+        except Exception as error:  # noqa: BLE001 - whatever the client's side raised, the upstream is not to blame
+            broke = "The body of this request ended early or was not valid HTTP; nothing was sent to Metquay."
+            self._end(stream, error if isinstance(error, ProxyError) else ProxyError("bad-request", broke))
+            return
+        if body.chunked:
+            if transport.is_closing():
+                return
+            transport.write(b"0\r\n\r\n")
+        self._sent = body.sent = True
+        self._upload = None
+
+
+def left_behind(transport: asyncio.BaseTransport) -> Iterator[bytes]:
+    """Yield what a peer sent before it reset the connection: a loop whose write fails does not look for it."""
+    handle = transport.get_extra_info("socket")
+    with contextlib.suppress(OSError), handle.dup() as sock:
+        while data := sock.recv(65536):
+            yield data
+
+
+def _unsent(transport: asyncio.Transport) -> int:
+    """Return how many bytes have not yet come to the peer, where the kernel can be asked for its own."""
+    waiting = transport.get_write_buffer_size()
+    if sys.platform != "linux":
+        return waiting
+    queue = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    return waiting + int.from_bytes(queue, sys.byteorder)
