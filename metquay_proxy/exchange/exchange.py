@@ -101,8 +101,8 @@ class Exchange:
 
     def let_go(self) -> None:
         """Forget what served the way alone: finished exchanges are kept for people, and heads may hold secrets."""
-        for name in ("target", "fields", "body"):
-            vars(self).pop(name, None)  # a refused one never had them all
+        vars(self).pop("target", None)  # a refused one has none
+        del self.fields, self.body
 
     def note_sent(self, sent: Sent) -> None:
         """Remember the worst that an attempt may have done."""

@@ -143,7 +143,7 @@ class Forwarder:
         try:
             while True:
                 token = self._tokens.current()
-                if token is None or (attempts.rejected is not None and token == attempts.rejected):
+                if token is None or token is attempts.rejected:
                     token = await self._token(attempts)
                 ticket = None
                 if self._line is not None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.rules.headers import RequestFields
 
@@ -36,7 +37,7 @@ def test_what_is_kept_of_a_finished_one_holds_no_head() -> None:
     """The last ones are kept for the status page: neither keys in a head nor bodies are among that."""
     exchange = Exchange("PUT", "/api/v1/customers/1")
     exchange.fields = RequestFields(b"\r\nX-Proxy-Key: key-of-the-shop")
-    exchange.let_go()
+    exchange.body = RequestBody(Stream.of(), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
     exchange.let_go()
     assert not hasattr(exchange, "fields")
     assert "/api/v1/customers/1" == exchange.path
