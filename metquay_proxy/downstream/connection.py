@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import ipaddress
 import math
+import select
 import socket
 import struct
 import sys
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _HIGH_WATER: Final = 64 * 1024
 """Bytes of answers that may wait for the client before whoever writes them must."""
+_CLOSED: Final = getattr(select, "POLLRDHUP", 0)
+"""What poll(2) calls a peer that has closed its side; only Linux knows that."""
 _NO_BODY: Final = Stream.of()
 
 if sys.version_info >= (3, 12):
@@ -231,6 +234,9 @@ class ClientConnection(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """End what takes too long; ``now`` is the loop's time."""
+        if self._paused and self._has_left():
+            self.abort()
+            return
         unsent = self.unsent
         if unsent != self._unsent or not unsent:
             self._unsent, self._moved = unsent, now
@@ -334,6 +340,14 @@ class ClientConnection(asyncio.Protocol):
                 transport.write_eof()
         self._hold_up(False)  # noqa: FBT003 - its one argument
         self._deadline = self._loop.time() + self._bounds.linger
+
+    def _has_left(self) -> bool:
+        """Ask the system whether the client has closed its side: while reading is paused, nobody is told of it."""
+        if not _CLOSED:
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), _CLOSED)
+        return bool(poll.poll(0))
 
     def _hold_up(self, stop: bool) -> None:  # noqa: FBT001 - as streams call it
         if stop != self._paused and not self.transport.is_closing():

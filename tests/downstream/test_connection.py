@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import tracemalloc
 from typing import TYPE_CHECKING
 
@@ -164,6 +165,30 @@ async def test_a_body_comes_piece_by_piece() -> None:
         await client.send(head("POST /a HTTP/1.1", "Content-Length: 4"), b"ab", b"cd" + get("/b"), pause=0.01)
         assert [200, 200] == [(await client.answer()).status for _ in range(2)]
         assert ["/a", "/b"] == made.asked
+
+
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="only Linux tells of it")
+@pytest.mark.parametrize("how", ["finish", "reset"])
+async def test_a_client_that_leaves_while_nobody_reads(how: str) -> None:
+    """It is noticed at the next look, though what it sent has not been read to the end."""
+    ended: list[bool] = []
+
+    async def endless(client: ClientConnection, _head: RequestHead, _body: Stream) -> bool:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(client.gone)
+        return True
+
+    async with served(endless) as (made, client):
+        await client.send(head("PUT /x HTTP/1.1", "Content-Length: 3000000") + bytes(1_000_000))
+        await eventually(lambda: made.asked and not made.client.transport.is_reading())
+        made.look(0.0)
+        assert made.clients
+        getattr(client, how)()
+        await asyncio.sleep(0.01)
+        made.look(0.0)
+        await eventually(lambda: [True] == ended)
 
 
 async def test_a_broken_body_is_told_to_its_reader() -> None:
