@@ -17,9 +17,10 @@ from blockbuster import BlockingError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from pydantic_settings import BaseSettings
 
 import metquay_proxy
-from metquay_proxy import sources
+from metquay_proxy import settings, sources
 from tests.conftest import MAY_BLOCK
 
 ROOT = Path(__file__).parent.parent.parent
@@ -226,6 +227,14 @@ def test_a_lock_satisfies_what_the_project_asks_for(lock: str, requirements: lis
         versions = locked.get(canonicalize_name(requirement.name), set())
         assert versions, f"{lock} lacks {requirement}: run .ci/lock"
         assert all(requirement.specifier.contains(version) for version in versions), f"{requirement}: run .ci/lock"
+
+
+def test_what_the_program_is_built_on() -> None:
+    """These packages are what its users asked for, whatever else would do as well."""
+    project = PROJECT["project"]
+    asked = {Requirement(text).name for text in (*project["dependencies"], *project["optional-dependencies"]["test"])}
+    assert {"aiohttp", "pydantic-settings", "structlog", "pytest-aiohttp"} <= asked
+    assert issubclass(settings.Settings, BaseSettings)
 
 
 def test_the_locks_agree() -> None:
