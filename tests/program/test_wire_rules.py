@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -55,5 +56,6 @@ async def test_the_bench_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proxy that one writes in an hour breaks at least 40 of the rules, and keeps some."""
     monkeypatch.setattr(wire, "PATIENCE", 0.7)
     broken = [test.__name__ for _, test in ALL if await fails(test)]
+    gc.collect()  # what a broken rule left unfinished warns here, not in a later test
     print(f"{len(broken)} of {len(ALL)}: {' '.join(broken)}")  # noqa: T201 - shown by pytest -s
     assert 40 <= len(broken) < len(ALL)
