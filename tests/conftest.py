@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
 from blockbuster import blockbuster_ctx
 
 pytest.register_assert_rewrite("tests.wire")
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the programs that tests start would ignore it
 
 from tests.wire import bench  # noqa: E402, F401 - a fixture; its asserts are rewritten only if it is loaded after that call
 
