@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from metquay_proxy.downstream.pages import Pages
     from metquay_proxy.exchange.forwarder import Forwarder
     from metquay_proxy.rules.gate import Gate
-    from metquay_proxy.rules.http1 import RequestHead, ResponseHead
+    from metquay_proxy.rules.headers import ResponseHead
+    from metquay_proxy.rules.http1 import RequestHead
     from metquay_proxy.rules.target import BaseURL, TargetRules
     from metquay_proxy.telemetry import Telemetry
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from metquay_proxy.exchange.body import RequestBody, Stream
     from metquay_proxy.rules.errors import Sent
-    from metquay_proxy.rules.headers import RequestFields
-    from metquay_proxy.rules.http1 import ResponseHead
+    from metquay_proxy.rules.headers import RequestFields, ResponseHead
     from metquay_proxy.rules.target import Target
 
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}

@@ -22,7 +22,7 @@ from metquay_proxy.exchange.body import Stream
 from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules import retries
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
-from metquay_proxy.rules.http1 import ResponseHead
+from metquay_proxy.rules.headers import ResponseHead
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Answer, Records, proves_nothing_was_executed, record_name
 from metquay_proxy.rules.quota import QuotaExceeded, retry_after_seconds
 from metquay_proxy.rules.renewal import Refusals

@@ -12,6 +12,7 @@ a Transfer-Encoding overrides it); RFC 9111 section 4.2.2 (a cache may keep an a
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.target import rewrite_location
@@ -19,7 +20,6 @@ from metquay_proxy.rules.target import rewrite_location
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from metquay_proxy.rules.http1 import ResponseHead
     from metquay_proxy.rules.target import BaseURL
 
 FIELDS: Final = {
@@ -79,7 +79,7 @@ def _field(names: frozenset[bytes]) -> re.Pattern[bytes]:
 
 NAMES: Final = FieldNames(FIELDS)
 
-_LINE: Final = re.compile(rb"\r\n([^:\r]++):[^\r]*+")
+_LINE: Final = re.compile(rb"\r\n([^:\r]++):[ \t]*+([^\r]*+)")
 _LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*+)")
 _OPTION: Final = re.compile(rb"[^ \t,](?:[^,]*[^ \t,])?")
 _NO_HOP: Final = frozenset({b"close", b"keep-alive", b"content-length"})
@@ -147,6 +147,43 @@ class RequestFields:
             attached += b"\r\nAuthorization: %b" % authorization
         line = f"{method} {target} HTTP/1.1".encode("ascii")
         return b"%b\r\nHost: %b%b%b\r\n\r\n" % (line, host, kept, attached)
+
+
+@dataclass(frozen=True, slots=True, repr=False)  # no repr, since field values can be secrets
+class ResponseHead:
+    """A final answer's head, and what it says about the body. Nothing of it ever changes: many answers may share it.
+
+    ``lines`` holds its field lines as they came, each after its CRLF; ``kept`` those of them that any client gets.
+    ``noted`` are the fields of those names that somebody reads, names and values in lower case, in order; ``passed``
+    the names of those among them that are kept. ``length`` is in bytes: None when chunked or until close, 0 without a
+    body. ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus bytes;
+    ``kept_for``: for how many seconds, if the upstream says.
+    """
+
+    status: int
+    reason: bytes
+    minor: int
+    lines: bytes
+    kept: bytes
+    noted: list[tuple[bytes, bytes]]
+    passed: frozenset[bytes]
+    length: int | None
+    until_close: bool
+    keep_alive: bool
+    kept_for: float | None = None
+
+    @classmethod
+    def made(cls, status: int, reason: bytes, fields: list[tuple[bytes, bytes]], length: int | None) -> ResponseHead:
+        """Make one that no upstream sent just now."""
+        lines = b"".join(b"\r\n%b: %b" % field for field in fields)
+        noted = noted_fields(lines)
+        kept, passed = passed_on(status, lines, noted)
+        return cls(status, reason, 1, lines, kept, noted, passed, length, until_close=False, keep_alive=True)
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Its fields, in order and case, values without the space around them."""
+        return [(name, value.rstrip(b" \t")) for name, value in _LINE.findall(self.lines)]
 
 
 def noted_fields(lines: bytes) -> list[tuple[bytes, bytes]]:

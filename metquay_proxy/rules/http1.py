@@ -31,11 +31,18 @@ Facts, RFC 9112 unless said otherwise:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
 
 from metquay_proxy.rules import faults
-from metquay_proxy.rules.headers import NAMES, RequestFields, connection_options, noted_fields, passed_on
+from metquay_proxy.rules.headers import (
+    NAMES,
+    RequestFields,
+    ResponseHead,
+    connection_options,
+    noted_fields,
+    passed_on,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +67,6 @@ _REQUEST_HEAD: Final = re.compile(
     % (MAX_LINE, "|".join(faults.METHODS).encode())
 )
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?(?=\r\n)")
-_FIELD: Final = re.compile(rb"\r\n(" + faults.TOKEN + rb"):[ \t]*+(" + _TEXT + rb")(?=\r\n)")
 _FIELD_LINES: Final = re.compile(rb"(?:\r\n" + faults.TOKEN + rb":" + _TEXT + rb")*\r\n\r\n")
 _KEPT_FOR: Final = re.compile(rb"(?:\A|[,; \t])timeout[ \t]*+=[ \t]*+\"?([0-9]{1,9})(?![0-9])")
 _VERSION: Final = len(b"HTTP/1.1")
@@ -96,43 +102,6 @@ class ProtocolError(Exception):
 
 class ClosedBeforeHead(ProtocolError):
     """The upstream closed before the first byte of an answer, as it does to a connection that idled too long."""
-
-
-@dataclass(frozen=True, slots=True, repr=False)  # no repr, since field values can be secrets
-class ResponseHead:
-    """A final answer's head, and what it says about the body. Nothing of it ever changes: many answers may share it.
-
-    ``lines`` holds its field lines as they came, each after its CRLF; ``kept`` those of them that any client gets.
-    ``noted`` are the fields of those names that somebody reads, names and values in lower case, in order; ``passed``
-    the names of those among them that are kept. ``length`` is in bytes: None when chunked or until close, 0 without a
-    body. ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus bytes;
-    ``kept_for``: for how many seconds, if the upstream says.
-    """
-
-    status: int
-    reason: bytes
-    minor: int
-    lines: bytes
-    kept: bytes
-    noted: list[tuple[bytes, bytes]]
-    passed: frozenset[bytes]
-    length: int | None
-    until_close: bool
-    keep_alive: bool
-    kept_for: float | None = None
-
-    @classmethod
-    def made(cls, status: int, reason: bytes, fields: list[tuple[bytes, bytes]], length: int | None) -> ResponseHead:
-        """Make one that no upstream sent just now."""
-        lines = b"".join(b"\r\n%b: %b" % field for field in fields)
-        noted = noted_fields(lines)
-        kept, passed = passed_on(status, lines, noted)
-        return cls(status, reason, 1, lines, kept, noted, passed, length, until_close=False, keep_alive=True)
-
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Its fields, in order and case, values without the space around them."""
-        return [(name, value.rstrip(b" \t")) for name, value in _FIELD.findall(self.lines + _CRLF)]
 
 
 class _Reader:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from metquay_proxy.exchange.body import RequestBody, Stream
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
-from metquay_proxy.rules.http1 import ProtocolError, ResponseHead, ResponseReader
+from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
 
 if sys.platform == "linux":
     import fcntl
@@ -33,6 +33,7 @@ if sys.platform == "linux":
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from metquay_proxy.rules.headers import ResponseHead
     from metquay_proxy.rules.http1 import AnswersMemory
 
 

@@ -27,7 +27,7 @@ from aiohappyeyeballs import start_connection
 
 from metquay_proxy.rules.address import Address
 from metquay_proxy.rules.errors import UpstreamFailure, shortage
-from metquay_proxy.rules.http1 import ClosedBeforeHead, ProtocolError, ResponseHead, ResponseReader
+from metquay_proxy.rules.http1 import ClosedBeforeHead, ProtocolError, ResponseReader
 from metquay_proxy.threads import in_thread
 from metquay_proxy.upstream.connection import left_behind
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from aiohappyeyeballs import AddrInfoType
 
+    from metquay_proxy.rules.headers import ResponseHead
     from metquay_proxy.rules.target import BaseURL
 
 _P = TypeVar("_P", bound=asyncio.Protocol)

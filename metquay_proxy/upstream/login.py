@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from metquay_proxy.rules.credentials import AccessToken, Credentials
-    from metquay_proxy.rules.http1 import ResponseHead
+    from metquay_proxy.rules.headers import ResponseHead
     from metquay_proxy.rules.target import BaseURL
     from metquay_proxy.upstream.pool import Pool
 

@@ -20,7 +20,7 @@ from metquay_proxy.exchange.body import Stream
 from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.gate import ClientKey, Gate
-from metquay_proxy.rules.http1 import ResponseHead
+from metquay_proxy.rules.headers import ResponseHead
 from metquay_proxy.rules.target import BaseURL, TargetRules
 from metquay_proxy.telemetry import Telemetry, level
 from tests.wire import BLANK, OK, Broken, Client, Peer, answered, chunked, eventually, get, head, post, rule, running

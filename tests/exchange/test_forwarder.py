@@ -17,8 +17,7 @@ from metquay_proxy.exchange.line import Line
 from metquay_proxy.exchange.tokens import TokenCache
 from metquay_proxy.rules.credentials import AccessToken, LoginFailed
 from metquay_proxy.rules.errors import ProxyError, UpstreamFailure
-from metquay_proxy.rules.headers import RequestFields
-from metquay_proxy.rules.http1 import ResponseHead
+from metquay_proxy.rules.headers import RequestFields, ResponseHead
 from metquay_proxy.rules.idempotency import MAX_ANSWER
 from metquay_proxy.rules.quota import Quota
 from metquay_proxy.rules.target import BaseURL, Target

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tokenize
 import tomllib
+from graphlib import TopologicalSorter
 from itertools import chain
 from pathlib import Path
 
@@ -189,6 +190,18 @@ def test_each_module_has_a_layer() -> None:
     placed = re.findall(r"\w+", " ".join(CONTRACTS["layers"]["layers"]))
     assert [] == sorted({module.partition("/")[0] for module in MODULES} - {"__init__", *placed})
     assert len(placed) == len(set(placed))
+
+
+def test_no_circle() -> None:
+    """No modules import each other in a circle, not even for the names of types alone."""
+    known: dict[str, set[str]] = {}
+    for module in MODULES:
+        nodes = ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")))
+        imports = [(node.module or "", node.names) for node in nodes if isinstance(node, ast.ImportFrom)]
+        ours = [(name, names) for name, names in imports if name.split(".")[0] == PACKAGE.name]
+        known[module] = {"/".join(name.split(".")[1:]) or imported.name for name, names in ours for imported in names}
+    assert sum(map(len, known.values())) > len(MODULES)
+    TopologicalSorter(known).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("rules/")])

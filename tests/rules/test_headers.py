@@ -9,8 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metquay_proxy.rules import headers
-from metquay_proxy.rules.headers import FieldNames, RequestFields, connection_options, inbound, noted_fields
-from metquay_proxy.rules.http1 import ResponseHead, ResponseReader
+from metquay_proxy.rules.headers import (
+    FieldNames,
+    RequestFields,
+    ResponseHead,
+    connection_options,
+    inbound,
+    noted_fields,
+)
+from metquay_proxy.rules.http1 import ResponseReader
 from metquay_proxy.rules.target import BaseURL
 
 if TYPE_CHECKING:
@@ -364,6 +371,18 @@ class TestNames:
         lines = b"\r\nETag: A\r\nServer: x\r\nAccess-Control-Max-Age:\t1\r\nconnection: Close \r\nLocation:"
         noted = [(b"etag", b"a"), (b"access-control-max-age", b"1"), (b"connection", b"close "), (b"location", b"")]
         assert noted == noted_fields(lines)
+
+
+@pytest.mark.parametrize("length", [3, None])
+def test_a_head_that_no_upstream_sent(length: int | None) -> None:
+    """A recorded answer's head says of its fields and its body what one that was read would."""
+    fields = [(b"Content-Type", b"text/plain"), (b"Connection", b"X-A, close"), (b"X-A", b"1")]
+    head = ResponseHead.made(201, b"Created", fields, length)
+    assert (201, b"Created", 1, length, False) == (head.status, head.reason, head.minor, head.length, head.until_close)
+    assert fields == head.headers
+    assert [(b"connection", b"x-a, close")] == head.noted
+    assert b"\r\nContent-Type: text/plain" == head.kept
+    assert frozenset() == head.passed
 
 
 def answer(stream: bytes, method: str = "GET") -> ResponseHead:
