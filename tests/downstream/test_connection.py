@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from metquay_proxy.downstream.connection import Bounds, ClientConnection, remote
+from metquay_proxy.exchange.body import HIGH_WATER
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.http1 import FieldsMemory
 from tests.wire import Broken, Client, eventually, get, head
@@ -181,7 +182,7 @@ async def test_a_client_that_leaves_while_nobody_reads(how: str) -> None:
         return True
 
     async with served(endless) as (made, client):
-        await client.send(head("PUT /x HTTP/1.1", "Content-Length: 3000000") + bytes(1_000_000))
+        await client.send(head("PUT /x HTTP/1.1", "Content-Length: 3000000") + bytes(HIGH_WATER + 1))
         await eventually(lambda: made.asked and not made.client.transport.is_reading())
         made.look(0.0)
         assert made.clients
