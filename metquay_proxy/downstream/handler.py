@@ -1,9 +1,9 @@
 """What is done with one request of a tool: judge it, answer it, relay Metquay's answer.
 
-Owns the order in which the rules are asked, the proxy's own answers as bytes, and the pump of answer bodies. Must not
+Owns the order in which the rules are asked, what becomes of a client that leaves, and the pump of answer bodies. Must not
 hold a rule that ``target``, ``gate``, ``headers`` or the forwarder could hold.
 
-Facts: RFC 9112 section 6.1 and 9.6; RFC 9110 section 10.1.1 (Expect). Once a byte of an answer was written, a failure
+Facts: RFC 9112 section 6.1 and 9.6. Once a byte of an answer was written, a failure
 breaks the connection: a second answer in its place would be taken for a part of the first one's body.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from datetime import UTC, datetime
 from functools import partial
@@ -20,14 +19,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from metquay_proxy.downstream.pages import own_fields, wrong_method
+from metquay_proxy.downstream.answers import OwnAnswers, preflight, send_continue, write_error
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.gate import PLACEHOLDER_LIFETIME, PROBES
 from metquay_proxy.rules.headers import RequestFields, inbound
 from metquay_proxy.rules.retries import READING
-from metquay_proxy.rules.target import LOGIN_PATH
 from metquay_proxy.telemetry import masked
 
 if TYPE_CHECKING:
@@ -44,13 +41,9 @@ if TYPE_CHECKING:
     from metquay_proxy.telemetry import Telemetry
 
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
-_OWN_LIMIT: Final = 64 * 1024
-"""Bytes of a body that the proxy's own paths read."""
 _WORTH_TELLING: Final = 0.1
 """Seconds; shorter waits are not worth telling."""
 _LAST_CHUNK: Final = b"0\r\n\r\n"
-_QUIET: Final = PROBES | {"/-/metrics", "/-/events"}
-_METHODS: Final = "GET, HEAD, POST, PUT, DELETE, OPTIONS, PATCH"
 
 log = structlog.get_logger("metquay_proxy")
 
@@ -76,7 +69,7 @@ class Handler:
         self._rules = rules
         self._gate = gate
         self._forwarder = forwarder
-        self._pages = pages
+        self._own = OwnAnswers(gate, pages)
         self._telemetry = telemetry
         self._base = base
         self._origin = f"{scheme}://".encode()
@@ -129,7 +122,7 @@ class Handler:
         exchange.reason = error.message
         self._telemetry.opened()
         try:
-            _write_error(client, exchange, error)
+            write_error(client, exchange, error)
         finally:
             self._telemetry.closed(exchange)
 
@@ -158,10 +151,10 @@ class Handler:
         if exchange.status != HTTPStatus.OK:
             why = "`metquay-proxy check` says more."
             return {"ok": False, "text": f"Metquay answered, but not with customers (status {exchange.status}): {why}"}
-        waited = ""
+        text = f"Metquay answered in {exchange.upstream * 1000:.0f} ms"
         if exchange.waited >= _WORTH_TELLING:
-            waited = f", after {exchange.waited:.1f} s in which the request waited"
-        return {"ok": True, "text": f"Metquay answered in {exchange.upstream * 1000:.0f} ms{waited}."}
+            text += f", after {exchange.waited:.1f} s in which the request waited"
+        return {"ok": True, "text": f"{text}."}
 
     def _judge(self, client: ClientConnection, exchange: Exchange, head: RequestHead) -> Coroutine[Any, Any, None]:
         """Judge the request; return what answers it."""
@@ -175,38 +168,19 @@ class Handler:
         exchange.path = target.local if target.own else target.sent
         now = time.time()
         admission = self._gate.check(method, target, fields, now)
-        exchange.client, exchange.read_only = admission.client, admission.read_only
+        exchange.client, exchange.read_only, exchange.scope = admission.client, admission.read_only, admission.scope
         exchange.caller = admission.client or exchange.agent
         if admission.preflight:
-            return self._preflight(client, exchange)
-        if b"upgrade" in fields.judged and _wants_websocket(fields):
+            return preflight(client, exchange)
+        if b"upgrade" in fields.options and (fields.text(b"upgrade") or "").lower() == "websocket":
             raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
         if target.own:
-            return self._answer_here(client, exchange, now)
+            return self._own.answer(client, exchange, now)
         if target.pass_through:
             exchange.keep_authorization = not self._gate.is_ours(fields.text(b"authorization"), now)
-        if b"idempotency-key" in fields.judged:
-            exchange.scope = self._gate.scope(admission.client)
         if b"expect" in fields.judged:
-            _continue(client, exchange)
+            send_continue(client, exchange)
         return self._forward(client, exchange)
-
-    async def _answer_here(self, client: ClientConnection, exchange: Exchange, now: float) -> None:
-        """Answer what is never forwarded."""
-        target = exchange.target
-        if target.local == LOGIN_PATH:
-            if exchange.method != "POST":
-                raise wrong_method(exchange.method, LOGIN_PATH, "POST")
-            _continue(client, exchange)
-            granted = self._login(exchange.client, await exchange.body.all(_OWN_LIMIT), now)
-            _write_own(client, exchange, 200, [("Content-Type", "application/json")], granted)
-            return
-        exchange.quiet = target.unasked or target.local in _QUIET
-        answer = self._pages.answer(exchange.method, target.local)
-        _continue(client, exchange)
-        await exchange.body.all(_OWN_LIMIT)
-        exchange.keep = False
-        await self._pages.send(client, exchange, answer)
 
     async def _forward(self, client: ClientConnection, exchange: Exchange) -> None:
         """Pass the answer on: head and what is there of the body in one write, then piece by piece."""
@@ -298,10 +272,9 @@ class Handler:
             exchange.error = "client-left" if left else "shutting-down"
             client.abort()
             return
-        sent = exchange.body.sent
-        exchange.note_sent("unknown" if sent else "no")
-        doubtful = exchange.sent != "no" and exchange.method not in READING
-        self._answer_error(client, exchange, _shutting_down(doubtful=doubtful))
+        exchange.note_sent("unknown" if exchange.body.sent else "no")
+        error = _shutting_down(doubtful=exchange.sent != "no" and exchange.method not in READING)
+        self._answer_error(client, exchange, error)
 
     def _failed(self, client: ClientConnection, exchange: Exchange, failure: Exception) -> None:
         """Answer a request that can't be carried out, or break the connection where its answer has begun."""
@@ -324,10 +297,10 @@ class Handler:
             self._answer_error(client, exchange, error)
 
     def _answer_error(self, client: ClientConnection, exchange: Exchange, error: ProxyError) -> None:
-        if not exchange.body.arrived or b"expect" in exchange.fields.judged or self.draining:
+        if b"expect" in exchange.fields.judged or self.draining:
             exchange.keep = False
         with contextlib.suppress(ConnectionResetError):  # the client left: the exchange is told all the same
-            _write_error(client, exchange, error)
+            write_error(client, exchange, error)
 
     def _close(self, exchange: Exchange) -> None:
         """End an exchange: one log line, one update of the figures, and one line of the audit log if it was a write."""
@@ -351,86 +324,9 @@ class Handler:
                 | ({"replayed": True} if exchange.replayed else {})
             )
 
-    async def _preflight(self, client: ClientConnection, exchange: Exchange) -> None:
-        fields = [("Access-Control-Allow-Methods", _METHODS), ("Access-Control-Max-Age", "600")]
-        asked = exchange.fields.text(b"access-control-request-headers")
-        if asked is not None:
-            fields.append(("Access-Control-Allow-Headers", asked))
-        if not exchange.body.arrived:
-            exchange.keep = False
-        _write_own(client, exchange, 204, fields)
-
-    def _login(self, client: str | None, body: bytes, now: float) -> bytes:
-        """Answer a login here, with a placeholder: SDKs that insist on logging in work with any keys."""
-        secret = _secret_key(body)
-        key = self._gate.key_of(client)
-        placeholder = self._gate.placeholder(key, now) if key is not None else self._gate.login(secret or "", now)
-        if placeholder is None:
-            msg = "This proxy takes its own client keys for a login: put one into secretKey (any accessKey will do)."
-            raise ProxyError("client-key-required", msg)
-        if secret is None:
-            msg = 'A login is a JSON object with two texts, {"accessKey": "...", "secretKey": "..."}; here any will do.'
-            raise ProxyError("bad-request", msg)
-        granted = {"accessToken": placeholder, "tokenType": "bearer", "expiresIn": PLACEHOLDER_LIFETIME}
-        return json.dumps(granted).encode()
-
-
-def _write_error(client: ClientConnection, exchange: Exchange, error: ProxyError) -> None:
-    """Write one of the proxy's own errors (part 8 of the contract)."""
-    exchange.note_sent(error.sent)
-    exchange.error = error.slug
-    fields = [
-        ("Content-Type", "application/json"),
-        ("X-Metquay-Proxy-Error", error.slug),
-        ("X-Metquay-Proxy-Sent", exchange.sent),
-        ("X-Metquay-Proxy-Attempts", str(exchange.attempts)),
-        *error.headers,
-    ]
-    if error.retry_after is not None:
-        fields.append(("Retry-After", str(error.retry_after)))
-    _write_own(client, exchange, error.status, fields, error.body())
-
-
-def _write_own(
-    client: ClientConnection, exchange: Exchange, status: int, fields: list[tuple[str, str]], body: bytes = b""
-) -> None:
-    exchange.status = status
-    exchange.head_sent = True
-    fields += own_fields(exchange)
-    fields.append(("Connection", "keep-alive" if exchange.keep else "close"))
-    if status != HTTPStatus.NO_CONTENT:
-        fields.append(("Content-Length", str(len(body))))
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in fields)]
-    head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-    client.write(head if exchange.method == "HEAD" else head + body)
-
-
-def _continue(client: ClientConnection, exchange: Exchange) -> None:
-    """Answer Expect: 100-continue here: the gate has admitted the request, and its body is wanted."""
-    wanted = (exchange.fields.text(b"expect") or "").lower() == "100-continue"
-    if wanted and exchange.minor and not exchange.body.arrived:
-        client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-
-def _wants_websocket(fields: RequestFields) -> bool:
-    wanted = (fields.text(b"upgrade") or "").lower() == "websocket"
-    return wanted and "upgrade" in (fields.text(b"connection") or "").lower()
-
 
 def _shutting_down(*, doubtful: bool = False) -> ProxyError:
     what_to_do = "Send the request again when it runs again."
     if doubtful:
         what_to_do = "Nobody knows whether Metquay carried this request out: look there before you send it again."
     return ProxyError("shutting-down", f"The proxy is being stopped. {what_to_do}", retry_after=5)
-
-
-def _secret_key(data: bytes) -> str | None:
-    """Return the secret key of a login's body; None where that is not of the vendor's form."""
-    try:
-        login = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    match login:
-        case {"accessKey": str(), "secretKey": str() as secret}:
-            return secret
-    return None

@@ -70,11 +70,13 @@ class ClientKey:
 class Admission:
     """What the gate found out about an admitted request.
 
-    ``client`` is the key's name, None without one; ``preflight``: answer it here as a CORS preflight.
+    ``client`` is the key's name, None without one; ``scope`` stands for that very key, for what is remembered of it and
+    must end with it. ``preflight``: answer it here as a CORS preflight.
     """
 
     client: str | None = None
     read_only: bool = False
+    scope: str | None = field(default=None, compare=False, repr=False)
     preflight: bool = False
 
 
@@ -117,7 +119,10 @@ class Gate:
             raise ValueError("a gate does not begin or cease to ask for keys")
         ended = frozenset(key.name for key in self.keys if key not in keys)
         self.keys = keys
-        self._admissions = {key.name: Admission(key.name, self._open.read_only or key.read_only) for key in keys}
+        self._admissions = {
+            key.name: Admission(key.name, self._open.read_only or key.read_only, f"{key.name} {key.digest.hex()}")
+            for key in keys
+        }
         return ended
 
     def cors(self, head: RequestFields) -> tuple[tuple[str, str], ...]:
@@ -149,30 +154,19 @@ class Gate:
             raise ProxyError("method-not-allowed", msg, headers=(("Allow", _SENT_METHODS),))
         return admission
 
-    def login(self, secret: str, now: float) -> str | None:
-        """Return the placeholder that ``POST /authenticate`` hands out; None where the secret is no client key.
+    def login(self, client: str | None, secret: str, now: float) -> str | None:
+        """Return the placeholder that ``POST /authenticate`` hands out, or None where the secret is no client key.
 
-        Without client keys any secret will do. With them the placeholder stands for that key until it expires: it is an
-        HMAC under the key's digest, so that nothing has to be remembered.
+        It counts as the key of ``client``, else as the one that the ``secret`` is, for ``PLACEHOLDER_LIFETIME`` seconds
+        from ``now`` (wall clock). It is an HMAC under the key's digest, so that nothing has to be remembered. Without
+        client keys any secret will do.
         """
         if not self.keys:
             return _PLACEHOLDER_WITHOUT_KEYS
-        key = self._key(secret.encode("utf-8", "surrogatepass"))  # JSON can spell half a surrogate pair
-        return None if key is None else self.placeholder(key, now)
-
-    def placeholder(self, key: ClientKey, now: float) -> str:
-        """Return a token that counts as ``key`` for ``PLACEHOLDER_LIFETIME`` seconds from ``now`` (wall clock)."""
+        # JSON can spell half a surrogate pair
+        key = self._named(client) or self._key(secret.encode("utf-8", "surrogatepass"))
         expiry = int(now) + PLACEHOLDER_LIFETIME
-        return f"local.{key.name}.{expiry}.{_sign(key, expiry)}"
-
-    def key_of(self, client: str | None) -> ClientKey | None:
-        """Return the key of that name."""
-        return next((key for key in self.keys if key.name == client), None)
-
-    def scope(self, client: str | None) -> str | None:
-        """Return what stands for the client's very key, for what is remembered of it and must end with it."""
-        key = self.key_of(client)
-        return None if key is None else f"{key.name} {key.digest.hex()}"
+        return None if key is None else f"local.{key.name}.{expiry}.{_sign(key, expiry)}"
 
     def is_ours(self, authorization: str | None, now: float) -> bool:
         """Whether an Authorization value holds a client key or a placeholder, which must never leave this machine."""
@@ -227,7 +221,7 @@ class Gate:
         )
 
     def _check_read_only(self, method: str, target: Target, admission: Admission) -> None:
-        key = self.key_of(admission.client)
+        key = self._named(admission.client)
         limited = key is not None and key.read_only
         if _is_login(method, target) or (target.own and (not limited or target.local == "/-/test")):
             return
@@ -243,9 +237,12 @@ class Gate:
         match = _PLACEHOLDER.fullmatch(secret)
         if match is None:
             return self._key(secret)
-        key, expiry = self.key_of(match[1].decode()), int(match[2])
+        key, expiry = self._named(match[1].decode()), int(match[2])
         good = key is not None and expiry > now and hmac.compare_digest(_sign(key, expiry).encode(), match[3])
         return key if good else None
+
+    def _named(self, client: str | None) -> ClientKey | None:
+        return next((key for key in self.keys if key.name == client), None)
 
     def _key(self, secret: bytes) -> ClientKey | None:
         # always all keys are compared: the time must not tell which came close

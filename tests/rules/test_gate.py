@@ -353,7 +353,7 @@ class TestCors:
 
 def ways(key: str) -> list[dict[str, str]]:
     """Return every way to present a key."""
-    placeholder = str(GUARDED.login(key, NOW))
+    placeholder = str(GUARDED.login(None, key, NOW))
     values = [f"Bearer {key}", f"bearer  {key}", f"BEARER {key}", basic(key), basic(key, user="")]
     values += [basic(key).replace("Basic ", "BASIC  "), f"Bearer {placeholder}", basic(placeholder)]
     return [
@@ -472,29 +472,31 @@ local.{n}.{e}.{back} Local.{n}.{e}.{s} x.{n}.{e}.{s} {n}.{e}.{s}
 class TestPlaceholder:
     def test_without_keys(self) -> None:
         """An SDK that insists on logging in gets one for any secret, and it is no secret."""
-        assert "held-by-metquay-proxy" == PRIVATE.login("anything", NOW)
+        assert "held-by-metquay-proxy" == PRIVATE.login(None, "anything", NOW)
 
     @pytest.mark.parametrize("secret", ["", "wrong", WRITER[:-1], WRITER + "\n", "\ud800", "k\u00e9y", "writer"])
     def test_a_wrong_secret_gets_none(self, secret: str) -> None:
         """Any text that JSON can spell may come, half surrogate pairs included."""
-        assert GUARDED.login(secret, NOW) is None
+        assert GUARDED.login(None, secret, NOW) is None
 
     def test_no_placeholder_for_a_placeholder(self) -> None:
         """A login needs the key itself: else a placeholder could be renewed for ever, with its key withdrawn."""
-        placeholder = GUARDED.login(WRITER, NOW)
+        placeholder = GUARDED.login(None, WRITER, NOW)
         assert placeholder is not None
-        assert GUARDED.login(placeholder, NOW) is None
+        assert GUARDED.login(None, placeholder, NOW) is None
 
     def test_it_counts_as_its_key(self) -> None:
         """The rights are the key's: what may only read stays so."""
         for key in KEYS:
-            fields = {"Authorization": f"Bearer {GUARDED.placeholder(key, NOW)}"}
+            fields = {"Authorization": f"Bearer {GUARDED.login(key.name, '', NOW)}"}
             assert Admission(key.name, key.read_only) == admit(GUARDED, fields)
-        assert "read-only" == verdict(GUARDED, {"Authorization": f"Bearer {GUARDED.placeholder(KEYS[1], NOW)}"}, "POST")
+        assert "read-only" == verdict(
+            GUARDED, {"Authorization": f"Bearer {GUARDED.login(KEYS[1].name, '', NOW)}"}, "POST"
+        )
 
     def test_it_lives_as_long_as_the_login_says(self) -> None:
         """To the second, and no longer."""
-        fields = {"Authorization": f"Bearer {GUARDED.login(WRITER, NOW)}"}
+        fields = {"Authorization": f"Bearer {GUARDED.login(None, WRITER, NOW)}"}
         for age in (-3600, 0, PLACEHOLDER_LIFETIME - 1):
             assert "admitted" == verdict(GUARDED, fields, now=NOW + age)
         for late in (0.0, 0.1, 3600.0):
@@ -502,7 +504,7 @@ class TestPlaceholder:
 
     def test_it_outlives_a_restart_but_not_its_key(self) -> None:
         """Nothing is remembered: any proxy with the same key takes it, one with another key of that name doesn't."""
-        fields = {"X-Proxy-Key": str(GUARDED.login(WRITER, NOW))}
+        fields = {"X-Proxy-Key": str(GUARDED.login(None, WRITER, NOW))}
         assert "admitted" == verdict(Gate(upstream_host="x", keys=KEYS[:1]), fields)
         for keys in (KEYS[1:], (ClientKey.of("writer", "k-renewed-0123456789"),)):
             assert "client-key-required" == verdict(Gate(upstream_host="x", keys=keys), fields)
@@ -510,12 +512,14 @@ class TestPlaceholder:
     def test_it_is_bound_to_the_name(self) -> None:
         """Even where two names had one key, a placeholder of the lesser could not be turned into one of the other."""
         lesser, greater = ClientKey.of("a", WRITER, read_only=True), ClientKey.of("b", WRITER)
-        token = GUARDED.placeholder(lesser, NOW).replace("local.a.", "local.b.")
+        token = str(Gate(upstream_host="lab.metquay.co", keys=(lesser,)).login("a", "", NOW)).replace(
+            "local.a.", "local.b."
+        )
         assert "client-key-required" == verdict(Gate(upstream_host="x", keys=(greater,)), {"X-Proxy-Key": token})
 
     def test_forged(self) -> None:
         """Another name, another expiry, a cut, prolonged, missing or respelled signature: no key."""
-        _, name, expiry, signature = GUARDED.placeholder(KEYS[1], NOW).split(".")
+        _, name, expiry, signature = GUARDED.login(KEYS[1].name, "", NOW).split(".")
         parts = {
             "n": name,
             "e": expiry,
@@ -532,7 +536,7 @@ class TestPlaceholder:
     @settings(deadline=None)
     def test_every_changed_character_is_noticed(self, index: int, character: str) -> None:
         """A placeholder with one character changed is none, unless it is still the same."""
-        placeholder = GUARDED.placeholder(KEYS[0], NOW)
+        placeholder = GUARDED.login(KEYS[0].name, "", NOW)
         index %= len(placeholder)
         changed = placeholder[:index] + character + placeholder[index + 1 :]
         expected = "admitted" if changed == placeholder else "client-key-required"
@@ -568,7 +572,8 @@ class TestIsOurs:
     def test_ours(self) -> None:
         """A key or placeholder, live or not, in whatever place, never leaves the machine with a pass-through."""
         gone = ClientKey.of("gone", "k-gone-0123456789")
-        placeholders = [GUARDED.placeholder(key, NOW - age) for key, age in ((KEYS[0], 0), (KEYS[0], 5000), (gone, 0))]
+        before = Gate(upstream_host="lab.metquay.co", keys=(gone,))
+        placeholders = [GUARDED.login(None, WRITER, NOW - age) for age in (0, 5000)] + [before.login("gone", "", NOW)]
         for secret in (WRITER, READER, "held-by-metquay-proxy", *placeholders):
             for value in (secret, f"Bearer {secret}", f"bearer   {secret}", f"anything {secret}", basic(secret)):
                 assert GUARDED.is_ours(value, NOW), value
@@ -585,7 +590,7 @@ class TestIsOurs:
     def test_without_keys(self) -> None:
         """Placeholders of earlier days are known by their shape; keys that are none are not."""
         assert PRIVATE.is_ours("Bearer held-by-metquay-proxy", NOW)
-        assert PRIVATE.is_ours(f"Bearer {GUARDED.placeholder(KEYS[0], NOW)}", NOW)
+        assert PRIVATE.is_ours(f"Bearer {GUARDED.login(KEYS[0].name, '', NOW)}", NOW)
         assert not PRIVATE.is_ours(f"Bearer {WRITER}", NOW)
 
 
@@ -605,7 +610,7 @@ def test_other_keys() -> None:
     """A key that is gone, or is another one under the same name, ends with its placeholder; the others go on."""
     kept, gone, changed = (ClientKey.of(name, f"key-of-{name}-0123456789") for name in ("kept", "gone", "changed"))
     gate = Gate(upstream_host="lab.metquay.co", keys=(kept, gone, changed), read_only=True)
-    placeholders = {key.name: gate.placeholder(key, NOW) for key in (kept, gone, changed)}
+    placeholders = {key.name: gate.login(key.name, "", NOW) for key in (kept, gone, changed)}
     other = ClientKey.of("changed", "another-key-0123456789")
     assert {"gone", "changed"} == gate.replace_keys((kept, other))
 
@@ -639,11 +644,10 @@ def test_a_gate_is_never_opened(keys: tuple[ClientKey, ...], others: tuple[Clien
 def test_what_is_remembered_of_a_key_is_not_another_ones() -> None:
     """The scope is the very key's: neither another name's nor, with another key, the same name's."""
     gate = Gate(upstream_host="lab.metquay.co", keys=(ClientKey.of("a", WRITER), ClientKey.of("b", READER)))
-    before = gate.scope("a")
-    assert (None, None) == (gate.key_of(None), gate.scope(None))
-    assert (None, None) == (gate.key_of("nobody"), gate.scope("nobody"))
-    assert ClientKey.of("b", READER) == gate.key_of("b")
-    assert before not in {None, gate.scope("b")}
+    a, b = (admit(gate, {"X-Proxy-Key": key}) for key in (WRITER, READER))
+    assert a.scope not in {None, b.scope}
+    assert admit(PRIVATE, {}).scope is None
     gate.replace_keys((ClientKey.of("a", "another-key-0123456789"),))
-    assert before != gate.scope("a")
-    assert WRITER not in (before or "")
+    assert a.scope != admit(gate, {"X-Proxy-Key": "another-key-0123456789"}).scope
+    assert WRITER not in (a.scope or "")
+    assert "scope" not in repr(a)
