@@ -1,10 +1,10 @@
 """What is done with one request of a tool: judge it, answer it, relay Metquay's answer.
 
-Owns the order in which the rules are asked, what becomes of a client that leaves, and the pump of answer bodies. Must not
-hold a rule that ``target``, ``gate``, ``headers`` or the forwarder could hold.
+Owns the order in which the rules are asked, what becomes of a client that leaves, and the pump of answer bodies. Must
+not hold a rule that ``target``, ``gate``, ``headers`` or the forwarder could hold.
 
-Facts: RFC 9112 section 6.1 and 9.6. Once a byte of an answer was written, a failure
-breaks the connection: a second answer in its place would be taken for a part of the first one's body.
+Facts: RFC 9112 section 6.1 and 9.6. Once a byte of an answer was written, a failure breaks the connection: a second
+answer in its place would be taken for a part of the first one's body.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _WORTH_TELLING: Final = 0.1
 """Seconds; shorter waits are not worth telling."""
-_LAST_CHUNK: Final = b"0\r\n\r\n"
 
 log = structlog.get_logger("metquay_proxy")
 
@@ -203,7 +202,7 @@ class Handler:
                     data += b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
                 ended = body.ended
                 if ended and chunked:
-                    data += _LAST_CHUNK
+                    data += b"0\r\n\r\n"
                 if data:
                     exchange.head_sent = True
                     client.write(data)
@@ -273,8 +272,8 @@ class Handler:
             client.abort()
             return
         exchange.note_sent("unknown" if exchange.body.sent else "no")
-        error = _shutting_down(doubtful=exchange.sent != "no" and exchange.method not in READING)
-        self._answer_error(client, exchange, error)
+        doubtful = exchange.sent != "no" and exchange.method not in READING
+        self._answer_error(client, exchange, _shutting_down(doubtful=doubtful))
 
     def _failed(self, client: ClientConnection, exchange: Exchange, failure: Exception) -> None:
         """Answer a request that can't be carried out, or break the connection where its answer has begun."""
