@@ -368,13 +368,13 @@ async def scripted(**settings: Any) -> AsyncIterator[tuple[Scripted, Laboratory]
     server = await asyncio.start_server(metquay.serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
-        async with (
-            server,
+        async with (  # not with the server: from Python 3.12 on its end waits for that of its connections
             running(url, time_=cast("FastTime", time_), **{"rate_limit": "off"} | settings) as (proxy, own),
             tool(own, time_.now) as asking,
         ):
             yield metquay, Laboratory(time_, cast("Sandbox", None), proxy, asking)
     finally:
+        server.close()
         for writer in metquay.writers:
             writer.transport.abort()
         await asyncio.sleep(0.001)
