@@ -74,8 +74,8 @@ class Probe(NamedTuple):
     """Its time in milliseconds."""
 
 
-def run(load: Callable[[], Settings], *, as_json: bool) -> int:
-    """Try everything and print a line for each probe (``as_json``: one object); return 0 if none failed, else 1.
+def run(load: Callable[[], Settings], tell: Callable[[str], None], *, as_json: bool) -> int:
+    """Try everything and ``tell`` a line for each probe (``as_json``: one object); return 0 if none failed, else 1.
 
     ``load`` finds the settings and raises ``SettingsError``.
     """
@@ -86,13 +86,13 @@ def run(load: Callable[[], Settings], *, as_json: bool) -> int:
             probes.append(probe)
             took = "" if probe.outcome == "skipped" else f"{probe.ms:.0f} ms"
             if not as_json:
-                print(f"{probe.outcome:8} {probe.name:8} {took:>8}  {probe.text} {probe.cure}".rstrip(), flush=True)  # noqa: T201 - what the command is for
+                tell(f"{probe.outcome:8} {probe.name:8} {took:>8}  {probe.text} {probe.cure}".rstrip())
 
     asyncio.run(probe_all())
     good = all(probe.outcome != "failed" for probe in probes)
     summary = _summary(probes)
     told = {"ok": good, "summary": summary, "probes": [probe._asdict() for probe in probes]}
-    print(json.dumps(told, indent=2) if as_json else summary)  # noqa: T201 - as above
+    tell(json.dumps(told, indent=2) if as_json else summary)
     return 0 if good else 1
 
 
