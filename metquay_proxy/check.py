@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from metquay_proxy import health
 from metquay_proxy.audit import try_log, why_not
-from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.listeners import CannotListen, bind, release
 from metquay_proxy.rules.credentials import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.rules.errors import ProxyError
@@ -31,7 +30,7 @@ from metquay_proxy.sandbox import server as simulator
 from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
 from metquay_proxy.threads import in_thread
 from metquay_proxy.upstream.dial import tls_context
-from metquay_proxy.upstream.login import Login
+from metquay_proxy.upstream.login import Login, ask
 from metquay_proxy.upstream.pool import Pool
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ class _Check:
         proxy = outbound_proxy(settings, base)
         self._first = (base.name, base.port) if proxy is None else (proxy.host, proxy.port)
         self._variable = "METQUAY_HOST" if proxy is None else "METQUAY_OUTBOUND_PROXY (or the system's proxy setting)"
-        self._authorization = self._own_status = b""
+        self._authorization, self._own_status = "", b""
         self.transport = Pool(
             base,
             ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
@@ -242,9 +241,10 @@ class _Check:
         return "ok", "the certificate is good"
 
     async def clock(self) -> tuple[str, ...]:
-        _, date, _ = await self._ask("/authenticate")
+        head, _ = await ask(self.transport, self._base, "GET /authenticate")
+        date = b"".join(value for name, value in head.headers if name.lower() == b"date")
         try:
-            ahead = time.time() - parsedate_to_datetime(date).timestamp()
+            ahead = time.time() - parsedate_to_datetime(date.decode("latin-1")).timestamp()
         except ValueError:
             return "skipped", "the server tells no time"
         if abs(ahead) <= MAX_SKEW:
@@ -254,11 +254,12 @@ class _Check:
 
     async def login(self) -> tuple[str, ...]:
         token = await Login(self.transport, self._base, self._credentials, time.monotonic).token()
-        self._authorization = b"Authorization: %b\r\n" % token.authorization
+        self._authorization = f"Authorization: {token.authorization.decode()}\r\n"
         return "ok", f"a token for {token.lifetime:.0f} s"
 
     async def read(self) -> tuple[str, ...]:
-        status, _, body = await self._ask("/customers?limit=1")
+        head, body = await ask(self.transport, self._base, "GET /customers?limit=1", self._authorization)
+        status = head.status
         if status == HTTPStatus.OK and body[:1] == b"[":
             return "ok", "one customer"
         cure = _WAIT if status >= HTTPStatus.INTERNAL_SERVER_ERROR else _HOST
@@ -291,13 +292,3 @@ class _Check:
             cure = "Until it is mended each proxy keeps to its own part of the quota. Check METQUAY_REDIS_URL."
             return "failed", f"Redis at {address}: {why}.", cure
         return "ok", f"Redis at {address} answers in time"
-
-    async def _ask(self, path: str) -> tuple[int, str, bytes]:
-        """GET a path below the base; return status, Date and the beginning of the body."""
-        head = f"GET {self._base.prefix}{path} HTTP/1.1\r\nHost: {self._base.authority}\r\nAccept: application/json\r\n"
-        whole = head.encode("ascii") + self._authorization + b"\r\n"
-        nothing = RequestBody(Stream.of(), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1)
-        with contextlib.closing(await self.transport.send("GET", whole, nothing)) as response:
-            body = await response.body.read()
-        dates = [value for name, value in response.head.headers if name.lower() == b"date"]
-        return response.head.status, b"".join(dates).decode("latin-1"), body

@@ -557,7 +557,7 @@ class TestWarnings:
         file = write("run-secrets/METQUAY_SECRET_KEY", "another-one")
         settings = load()
         assert (f"METQUAY_SECRET_KEY (from environment) is used, and {file} is not",) == settings.warnings
-        assert settings.warnings == settings.doubts == settings.credentials().doubts()
+        assert settings.warnings == settings.credentials().doubts()
 
     def test_keys_that_look_wrong_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Beside errors too, but not where nothing is logged in to."""
