@@ -480,10 +480,10 @@ def default_text(name: str) -> str | None:
     return str(default).lower() if isinstance(default, bool) else None if default in (None, ()) else str(default)
 
 
-def outbound_proxy(settings: Settings, base: BaseURL, warnings: list[str] | None = None) -> OutboundProxy | None:
+def outbound_proxy(settings: Settings, base: BaseURL, warn: Callable[[str], object] = str) -> OutboundProxy | None:
     """Return the corporate proxy on the way to ``base``: the setting's, else the system's; none to this machine itself.
 
-    A system's that can't be used counts as none, and why is added to ``warnings``; ``load`` keeps that.
+    A system's that can't be used counts as none: ``load`` has had a warning of it.
     """
     if base.scheme != "https":
         return None
@@ -491,9 +491,7 @@ def outbound_proxy(settings: Settings, base: BaseURL, warnings: list[str] | None
         proxy = settings.outbound_proxy or system_proxy(base)
     except ValueError as error:
         cure = "Metquay is asked directly; METQUAY_OUTBOUND_PROXY takes its place"
-        (warnings if warnings is not None else []).append(
-            f"HTTPS_PROXY, or the system's proxy setting, {error}. {cure}"
-        )
+        warn(f"HTTPS_PROXY, or the system's proxy setting, {error}. {cure}")
         return None
     return None if proxy == DIRECT else proxy
 
@@ -525,7 +523,7 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
     if problems:
         raise SettingsError(problems.values(), found.warnings, sources)
     if settings.host is not None:
-        outbound_proxy(settings, settings.host, found.warnings)
+        outbound_proxy(settings, settings.host, found.warnings.append)
     settings._found, settings._sources = found, sources  # noqa: SLF001 - what only the finder knows
     return settings
 
