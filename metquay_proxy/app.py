@@ -102,12 +102,8 @@ class Proxy:
             max_idle=max_idle,
             clock=clock,
         )
-        self.tokens = TokenCache(
-            Login(self.pool, base, credentials, clock),
-            clock=clock,
-            sleep=sleep,
-            observer=self.telemetry.token_event,
-        )
+        login = Login(self.pool, base, credentials, clock)
+        self.tokens = TokenCache(login, clock=clock, sleep=sleep, observer=self.telemetry.token_event)
         rate = settings.rate_limit
         self._line = None if rate is None else Line(Quota(rate.limit, rate.window), clock, call_later)
         self._shared = None if settings.redis_url is None else _shared(settings, base, clock, call_later)
@@ -157,13 +153,11 @@ class Proxy:
         self.server = Server(self._handler, self._pages.respond, bounds)
         self.quit = self._pages.quit
         self.scheme = scheme
-        self._serving: Serving | None = None
-        if settings.tls_cert and settings.tls_key:
-            self._serving = Serving(settings.tls_cert, settings.tls_key)
-        self.key: str | None = None
+        certificate, key = settings.tls_cert, settings.tls_key
+        self._serving = Serving(certificate, key) if certificate and key else None
+        access_key = None if settings.sandbox else settings.access_key
+        self.key = access_key and last_four(access_key.get_secret_value())
         """What may be shown of the access key in use."""
-        if settings.access_key is not None and not settings.sandbox:
-            self.key = last_four(settings.access_key.get_secret_value())
         self._shown: dict[str, str | None] = {}
         """What is shown of settings that have changed since the start."""
         self._files = Reload(list(self._sources(credentials)), sleep=sleep)
@@ -330,7 +324,7 @@ async def _run(settings: Settings, welcome: Callable[[Proxy], None], warnings: S
 
             simulator = sandbox.Sandbox(rate_limit=settings.rate_limit)
             undo.push_async_callback(simulator.stop)
-            await simulator.start(listen=listen(lambda _: None))  # it gets its descriptors from the reserve
+            await simulator.start(listen=partial(listen, lambda _: None))  # it gets its descriptors from the reserve
             base = BaseURL.parse(simulator.url)
             proxy = Proxy(settings, base, lambda: Credentials(sandbox.ACCESS_KEY, sandbox.SECRET_KEY))
         else:

@@ -11,6 +11,7 @@ has no ``loop.add_signal_handler``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import os
@@ -133,9 +134,6 @@ def _load(values: argparse.Namespace, *, sandbox: bool = False) -> Settings:
 
 def _serve(arguments: Sequence[str]) -> int:
     gc.disable()  # loading makes no garbage; the server enables it once it listens
-    import signal  # noqa: PLC0415 - the other commands can do without
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: process 1 would miss it
     _survive()
     commands = "".join(f"\n  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
     overview = f"A local authenticating reverse proxy for the Metquay API.\n\ncommands:{commands}"
@@ -158,16 +156,15 @@ def _survive() -> None:
     """
     import signal  # noqa: PLC0415 - the other commands can do without
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # process 1 would miss it
     if os.name == "nt":
         return
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        try:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+        with contextlib.suppress(OSError):  # there is no terminal
             os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        except OSError:
-            signal.signal(signal.SIGHUP, lambda *_: None)
-        else:
             signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
@@ -257,7 +254,8 @@ def _sandbox(arguments: Sequence[str]) -> int:
     if more or address.path:
         parser.error("--listen takes one host and port here")
     try:
-        asyncio.run(command.run(simulator, address.host, address.port, listeners.listen(report), _print))
+        listen = functools.partial(listeners.listen, report)
+        asyncio.run(command.run(simulator, address.host, address.port, listen, _print))
     except listeners.CannotListen as error:
         raise OSError(0, f"{error.cause} Choose another place with --listen.") from None
     return 0

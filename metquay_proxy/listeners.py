@@ -27,7 +27,7 @@ from metquay_proxy.rules.errors import shortage
 from metquay_proxy.rules.target import is_loopback
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
     from pathlib import Path
 
     Bound = tuple[Address, list[socket.socket]]
@@ -217,14 +217,10 @@ async def let_in(  # noqa: PLR0913 - who is served where, and the bounds
     return [Door(connect, sockets, report, reserve)]
 
 
-def listen(report: Report) -> Callable[[Serve, str, int], Awaitable[tuple[Sequence[Any], int]]]:
-    """Return how to listen for the simulator, with no reserve: it takes what makes a protocol, host and port."""
-
-    async def listening(serve: Serve, host: str, port: int) -> tuple[Sequence[Any], int]:
-        [(address, sockets)] = bind([Address(host, port)])
-        return await let_in(serve, sockets, None, report, 0), address.port
-
-    return listening
+async def listen(report: Report, serve: Serve, host: str, port: int) -> tuple[Sequence[Any], int]:
+    """Let in whoever comes to the simulator, with no reserve; return what is to be closed, and the port."""
+    [(address, sockets)] = bind([Address(host, port)])
+    return await let_in(serve, sockets, None, report, 0), address.port
 
 
 class Door:
