@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from metquay_proxy import health
 from metquay_proxy.audit import try_log, why_not
 from metquay_proxy.listeners import CannotListen, bind, release
+from metquay_proxy.rules.address import Address
 from metquay_proxy.rules.credentials import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.sandbox import server as simulator
 from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
 from metquay_proxy.threads import in_thread
-from metquay_proxy.upstream.dial import tls_context
+from metquay_proxy.upstream.dial import Dialer, tls_context
 from metquay_proxy.upstream.login import Login, ask
 from metquay_proxy.upstream.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from metquay_proxy.rules.address import Address
     from metquay_proxy.settings import Settings
 
 MAX_SKEW: Final = 120.0
@@ -48,7 +48,6 @@ _NEEDS: Final = {"tcp": "dns", "tls": "tcp", "clock": "tls", "login": "keys tls"
 _WAIT: Final = "Metquay is restarting or has too much to do: wait a few minutes, then check again."
 _HOST: Final = "Check METQUAY_HOST: another server answers, or the network wants you to log in by a browser first."
 _KEYS: Final = "Check METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY: copied whole, not withdrawn, and of this laboratory."
-_NETWORK: Final = "Check the network (cable, VPN). Where all goes through a company proxy, set METQUAY_OUTBOUND_PROXY."
 _DATE: Final = "Check this computer's date and time first; if they are right, the server's owner must renew it."
 _NAME: Final = "Check METQUAY_HOST for a typing mistake: the certificate is for another name."
 _CERTIFICATE: Final = {9: _DATE, 10: _DATE, 62: _NAME, 64: _NAME}
@@ -142,7 +141,7 @@ class _Check:
         self._settings, self._base, self._credentials = settings, base, credentials
         proxy = outbound_proxy(settings, base)
         self._first = (base.name, base.port) if proxy is None else (proxy.host, proxy.port)
-        self._variable = "METQUAY_HOST" if proxy is None else "METQUAY_OUTBOUND_PROXY (or the system's proxy setting)"
+        self._failure = Dialer(base, proxy, settings.connect_timeout, None).failure
         self._authorization, self._own_status = "", b""
         self.transport = Pool(
             base,
@@ -156,7 +155,8 @@ class _Check:
         """Make one; a text that tells of a failure has the cause in its first sentence, and then what to do."""
         try:
             return Probe(name, *await getattr(self, name)())
-        except (ProxyError, LoginFailed) as error:
+        except (ProxyError, LoginFailed, OSError) as fault:
+            error = self._failure(fault) if isinstance(fault, OSError) else fault
             cause, stop, cure = str(error).partition(". ")
             better = _CERTIFICATE.get(getattr(error.__context__, "verify_code", 0))
             return Probe(name, "failed", cause + stop.rstrip(), better or cure or _LOGIN.get(type(error), ""))
@@ -214,25 +214,14 @@ class _Check:
         return "ok", f"{path} can be written"
 
     async def dns(self) -> tuple[str, ...]:
-        host, port = self._first
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port)
-        except (OSError, UnicodeError):
-            cure = f"Check {self._variable} for a typing mistake, and whether this computer is online (cable, VPN)."
-            return "failed", f"The network does not know the name {host}.", cure
-        return "ok", f"{host} is {found[0][4][0]}"
+        found = await asyncio.get_running_loop().getaddrinfo(*self._first)
+        return "ok", f"{self._first[0]} is {found[0][4][0]}"
 
     async def tcp(self) -> tuple[str, ...]:
-        place = ":".join(map(str, self._first))
-        try:
-            async with asyncio.timeout(self._settings.connect_timeout):
-                _, writer = await asyncio.open_connection(*self._first)
-        except ConnectionRefusedError:
-            return "failed", f"Nothing listens at {place}.", f"Check {self._variable} and its port."
-        except OSError:
-            return "failed", f"{place} does not answer.", _NETWORK
+        async with asyncio.timeout(self._settings.connect_timeout):
+            _, writer = await asyncio.open_connection(*self._first)
         writer.close()
-        return "ok", f"connected to {place}"
+        return "ok", f"connected to {Address(*self._first)}"
 
     async def tls(self) -> tuple[str, ...]:
         if self._base.scheme == "http":

@@ -209,9 +209,9 @@ async def test_the_audit_log_of_a_running_proxy() -> None:
 @pytest.mark.parametrize(
     ("host", "proxy", "failed", "cause", "cure"),
     [
-        ("metquay.invalid", "", "dns", "does not know the name metquay.invalid", "METQUAY_HOST.*online"),
-        ("http://127.0.0.1:{}", "", "tcp", "Nothing listens at 127.0.0.1:{}", "METQUAY_HOST and its port"),
-        ("metquay.example", "127.0.0.1:{}", "tcp", "Nothing listens at 127.0.0.1:{}", "METQUAY_OUTBOUND_PROXY"),
+        ("metquay.invalid", "", "dns", "metquay.invalid .*name could not be looked up", "METQUAY_HOST.*network"),
+        ("http://127.0.0.1:{}", "", "tcp", "127.0.0.1:{} .*nothing listens there", "METQUAY_HOST and its port"),
+        ("metquay.example", "127.0.0.1:{}", "tcp", "127.0.0.1:{} .*nothing listens there", "METQUAY_OUTBOUND_PROXY"),
     ],
 )
 async def test_nobody_is_there(host: str, proxy: str, failed: str, cause: str, cure: str) -> None:
@@ -233,7 +233,7 @@ async def test_no_answer() -> None:
         found = await probes(f"http://127.0.0.1:{address[1]}", connect_timeout="0.2")
         for filler in fillers:
             filler.close()
-    assert_failed(found, "tcp", "does not answer", "VPN.*METQUAY_OUTBOUND_PROXY")
+    assert_failed(found, "tcp", "could not be reached within 0.2 seconds", "VPN.*METQUAY_OUTBOUND_PROXY")
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ async def test_the_systems_proxy_cannot_be_used(monkeypatch: pytest.MonkeyPatch,
     found = await probes("metquay.invalid")
     assert "ok" == found["settings"].outcome
     assert re.match("HTTPS_PROXY, or the system's proxy setting, (is|must be) ", found["settings"].text)
-    assert_failed(found, "dns", "does not know the name metquay.invalid", "METQUAY_HOST")
+    assert_failed(found, "dns", "metquay.invalid .*could not be looked up", "METQUAY_HOST")
     assert "pass-word" not in str(found)
 
 

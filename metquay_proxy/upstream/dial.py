@@ -61,16 +61,16 @@ _REFUSALS: Final = {
 }
 """What to do about a corporate proxy's status."""
 _PROXY_SETTING: Final = "METQUAY_OUTBOUND_PROXY (or the system's)"
-_NETWORK: Final = "Check the network (VPN, firewall, corporate proxy)"
+_NETWORK: Final = "Check the network (cable, VPN, firewall); behind a corporate proxy, set METQUAY_OUTBOUND_PROXY."
 _CA: Final = "If your company inspects TLS or runs its own Metquay, put the issuing CA (PEM) into METQUAY_CA_BUNDLE."
 _CAUSES: Final = (
     (ssl.SSLCertVerificationError, ": its certificate was not accepted ({told})", _CA),
     (ssl.SSLError, ": no secure connection came about ({told})", f"Check the address, and that it speaks TLS. {_CA}"),
-    (TimeoutError, " within {timeout:g} seconds", f"{_NETWORK}, then try again."),
-    (socket.gaierror, ": its name could not be looked up", "Check {setting} and the network's name server (DNS)."),
+    (TimeoutError, " within {timeout:g} seconds", _NETWORK),
+    (socket.gaierror, ": its name could not be looked up", "Check {setting} for a typing mistake, and the network."),
     (ConnectionRefusedError, ": nothing listens there", "Check {setting} and its port."),
     (ConnectionResetError, ": the connection was closed at once", "Try again."),
-    (OSError, ": the network gives no way to it", f"{_NETWORK}."),
+    (OSError, ": the network gives no way to it", _NETWORK),
 )
 """Why something could not be reached (``told``: by OpenSSL), and what to do about it."""
 _SCHEME: Final = re.compile(rb"(?:\A|,)[ \t]*(basic|digest|negotiate|ntlm|kerberos|bearer)(?=[ \t,]|\Z)")
@@ -126,7 +126,7 @@ class Dialer:
                     undo.pop_all()
                     return protocol
         except OSError as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
 
     async def _look_up(self, host: str, port: int) -> Sequence[AddrInfoType]:
         """Return a host's addresses; raise ``socket.gaierror``. Who asks while another asks shares its answer.
@@ -190,7 +190,7 @@ class Dialer:
         protocol.connection_made(used)
         return protocol
 
-    def _failure(self, error: OSError) -> UpstreamFailure:
+    def failure(self, error: OSError) -> UpstreamFailure:
         """Say why no connection came about, and what to do."""
         proxy = self.proxy
         place, setting = self.base.authority, "METQUAY_HOST"

@@ -81,7 +81,7 @@ async def test_no_such_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.getaddrinfo", fail)
     error = await failure(LAB)
     assert "upstream-unreachable" == error.slug
-    assert "its name could not be looked up. Check METQUAY_HOST and" in error.message
+    assert "its name could not be looked up. Check METQUAY_HOST for" in error.message
 
 
 async def test_a_look_up_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ async def test_a_look_up_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError(24, "x"), "this program may open no more files"),
         (ConnectionRefusedError(111, "x"), "nothing listens there. Check METQUAY_HOST and its port."),
         (ConnectionResetError(104, "x"), "the connection was closed at once. Try again."),
-        (OSError(101, "x"), "the network gives no way to it. Check the network (VPN,"),
+        (OSError(101, "x"), "the network gives no way to it. Check the network (cable,"),
         (TimeoutError(110, "x"), "could not be reached within 5 seconds."),
     ],
 )
