@@ -13,6 +13,7 @@ opened anew.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import pathlib
@@ -231,7 +232,6 @@ class Door:
         self._reserve = reserve
         self._connect, self._sockets, self._report = connect, sockets, report
         self._loop = asyncio.get_running_loop()
-        self._ceiling = _descriptors(reserve)
         self._looking: asyncio.TimerHandle | None = None
         self._calm = 0
         for sock in sockets:
@@ -259,39 +259,34 @@ class Door:
             try:
                 client, _from = sock.accept()
             except OSError as error:  # nobody waits any more, or who did has just left
-                if shortage(error):
-                    self._wait(error)
+                self._wait(error)
                 return
             arriving = self._loop.create_task(self._connect(client))
             arriving.add_done_callback(partial(_arrived, client))
-            if client.fileno() >= self._ceiling:
+            if client.fileno() >= _descriptors(self._reserve):
                 self._wait(OSError(errno.EMFILE, ""))
                 return
 
     def _wait(self, error: OSError) -> None:
+        if (short := shortage(error)) is None:
+            return
         self._shut()
         self._calm = 0
         if self._looking is None:
-            why, cure = shortage(error) or ("", "")
             limit = f" (limit {_descriptors(0)})" if error.errno == errno.EMFILE else ""
-            self._report(f"{why}{limit}. {cure}")
+            self._report(f"{short[0]}{limit}. {short[1]}")
             self._looking = self._loop.call_later(_RETRY, self._look)
 
     def _look(self) -> None:
-        self._ceiling = _descriptors(self._reserve)  # it may have been raised meanwhile
-        self._calm = self._calm + 1 if self._room() else 0
+        room = False
+        with contextlib.suppress(OSError), socket.socket(self._sockets[0].family) as probe:
+            room = probe.fileno() < _descriptors(self._reserve)
+        self._calm = self._calm + 1 if room else 0
         if self._calm == 1:
             self._open()
         self._looking = None if self._calm > _CALM else self._loop.call_later(_RETRY, self._look)
         if self._looking is None:
             self._report(None)
-
-    def _room(self) -> bool:
-        try:
-            with socket.socket(self._sockets[0].family) as probe:
-                return probe.fileno() < self._ceiling
-        except OSError:
-            return False
 
 
 def _arrived(client: socket.socket, arriving: asyncio.Task[object]) -> None:
