@@ -565,7 +565,7 @@ def _masked(name: str, text: str) -> str:
     with contextlib.suppress(ValueError):
         if name == "outbound_proxy":
             proxy = parse_outbound_proxy(text)
-            return "none" if proxy == DIRECT else f"http://{'***@' if proxy.authorization else ''}{proxy}"
+            return "none" if proxy == DIRECT else f"http://{'***@' if proxy.login else ''}{proxy}"
         if name == "client_keys":
             return shown_keys(_client_keys(text))
     if _is_secret(name) or (name.endswith("_file") and not os.path.isfile(text)):  # noqa: PTH113 - it may be the secret

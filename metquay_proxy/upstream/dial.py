@@ -78,23 +78,15 @@ _SCHEME: Final = re.compile(rb"(?:\A|,)[ \t]*(basic|digest|negotiate|ntlm|kerber
 
 @dataclass(frozen=True, slots=True)
 class OutboundProxy:
-    """A corporate proxy, asked for a tunnel by CONNECT; ``authorization`` is a whole header value or None."""
+    """A corporate proxy, asked for a tunnel by CONNECT; ``login`` is ``user:password`` or None."""
 
     host: str
     port: int
-    authorization: str | None = field(default=None, repr=False)
+    login: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         """Say where it is."""
         return str(Address(self.host, self.port))
-
-    @classmethod
-    def of(cls, host: str, port: int, user: str | None, password: str | None) -> OutboundProxy:
-        """Make one from the parts of a proxy URL."""
-        if user is None:
-            return cls(host, port)
-        pair = f"{user}:{password or ''}".encode()
-        return cls(host, port, "Basic " + base64.b64encode(pair).decode("ascii"))
 
 
 @dataclass(slots=True, eq=False)
@@ -147,8 +139,8 @@ class Dialer:
         """Ask a corporate proxy for the way; raise ``OSError`` or ``UpstreamFailure``."""
         authority = str(Address(self.base.host, self.base.port))
         head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
-        if proxy.authorization is not None:
-            head += f"Proxy-Authorization: {proxy.authorization}\r\n"
+        if proxy.login is not None:
+            head += f"Proxy-Authorization: Basic {base64.b64encode(proxy.login.encode()).decode()}\r\n"
         await self._loop.sock_sendall(sock, head.encode("ascii") + b"\r\n")
         reader = ResponseReader("CONNECT")
         try:
