@@ -30,11 +30,11 @@ from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.rules.gate import Gate
 from metquay_proxy.rules.quota import Quota
 from metquay_proxy.rules.target import BaseURL, TargetRules
-from metquay_proxy.settings import SettingsError, last_four, outbound_proxy, shown_keys
+from metquay_proxy.settings import SettingsError, last_four, pool_to, shown_keys
 from metquay_proxy.telemetry import Telemetry
 from metquay_proxy.upstream.dial import tls_context
 from metquay_proxy.upstream.login import Login
-from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE, Pool
+from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE
 
 if TYPE_CHECKING:
     import ssl
@@ -93,15 +93,7 @@ class Proxy:
         clock = clock or suspend_aware_clock()
         self.telemetry = Telemetry(base.prefix)
         scheme = "https" if settings.tls_cert else "http"
-        self.pool = Pool(
-            base,
-            ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
-            connect_timeout=settings.connect_timeout,
-            read_timeout=settings.read_timeout,
-            outbound_proxy=outbound_proxy(settings, base),
-            max_idle=max_idle,
-            clock=clock,
-        )
+        self.pool = pool_to(base, settings, max_idle=max_idle, clock=clock)
         login = Login(self.pool, base, credentials, clock)
         self.tokens = TokenCache(login, clock=clock, sleep=sleep, observer=self.telemetry.token_event)
         rate = settings.rate_limit

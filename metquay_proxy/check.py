@@ -28,11 +28,10 @@ from metquay_proxy.rules.credentials import Credentials, CredentialsRejected, Lo
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.sandbox import server as simulator
-from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
+from metquay_proxy.settings import SettingsError, last_four, outbound_proxy, pool_to
 from metquay_proxy.threads import in_thread
 from metquay_proxy.upstream.dial import Dialer, tls_context
 from metquay_proxy.upstream.login import Login, ask
-from metquay_proxy.upstream.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -143,13 +142,7 @@ class _Check:
         self._first = (base.name, base.port) if proxy is None else (proxy.host, proxy.port)
         self._failure = Dialer(base, proxy, settings.connect_timeout, None).failure
         self._authorization, self._own_status = "", b""
-        self.transport = Pool(
-            base,
-            ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
-            connect_timeout=settings.connect_timeout,
-            read_timeout=settings.read_timeout,
-            outbound_proxy=proxy,
-        )
+        self.transport = pool_to(base, settings)
 
     async def probe(self, name: str) -> Probe:
         """Make one; a text that tells of a failure has the cause in its first sentence, and then what to do."""

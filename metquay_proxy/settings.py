@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 from urllib.parse import unquote
 
 from pydantic import (
@@ -40,8 +40,9 @@ from metquay_proxy.rules.quota import Rate, parse_rate
 from metquay_proxy.rules.target import API_PREFIX, OWN_PREFIX, BaseURL, is_loopback
 from metquay_proxy.sources import Found, place_of_env_file, read_file, read_secret
 from metquay_proxy.upstream.bundle import check_bundle
-from metquay_proxy.upstream.dial import OutboundProxy
+from metquay_proxy.upstream.dial import OutboundProxy, tls_context
 from metquay_proxy.upstream.outbound import DIRECT, parse_outbound_proxy, system_proxy
+from metquay_proxy.upstream.pool import Pool
 
 SECRETS_DIRECTORY: Final = Path("/run/secrets")
 MAX_REPLAY_LIMIT: Final = 64 * 1024 * 1024
@@ -494,6 +495,18 @@ def outbound_proxy(settings: Settings, base: BaseURL, warn: Callable[[str], obje
         warn(f"HTTPS_PROXY, or the system's proxy setting, {error}. {cure}")
         return None
     return None if proxy == DIRECT else proxy
+
+
+def pool_to(base: BaseURL, settings: Settings, **more: Any) -> Pool:  # noqa: ANN401 - the pool's own
+    """Return the connections to ``base`` that these settings ask for; ``more`` is what no setting says."""
+    return Pool(
+        base,
+        ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
+        connect_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+        outbound_proxy=outbound_proxy(settings, base),
+        **more,
+    )
 
 
 def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Settings:
