@@ -242,8 +242,7 @@ class Proxy:
             make, use = partial(serving_context, *served), self._serving.use
             yield Source("METQUAY_TLS_CERT, METQUAY_TLS_KEY", served, make, use)
         if settings.ca_bundle and self.base.scheme == "https":
-            bundle = [settings.ca_bundle]
-            yield Source("METQUAY_CA_BUNDLE", bundle, lambda: tls_context(settings.current_ca_bundle()), trust)
+            yield Source("METQUAY_CA_BUNDLE", [settings.ca_bundle], partial(tls_context, settings.ca_bundle), trust)
         if not settings.sandbox:
             pair = settings.secret_files("access_key", "secret_key")
             yield Source("METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY", pair, credentials, log_in)

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
@@ -39,7 +40,7 @@ from metquay_proxy.rules.gate import ClientKey
 from metquay_proxy.rules.quota import Rate, parse_rate
 from metquay_proxy.rules.target import API_PREFIX, OWN_PREFIX, BaseURL, is_loopback
 from metquay_proxy.sources import Found, place_of_env_file, read_file, read_secret
-from metquay_proxy.upstream.bundle import check_bundle
+from metquay_proxy.upstream.bundle import trust
 from metquay_proxy.upstream.dial import OutboundProxy, tls_context
 from metquay_proxy.upstream.outbound import DIRECT, parse_outbound_proxy, system_proxy
 from metquay_proxy.upstream.pool import Pool
@@ -192,7 +193,7 @@ def _file(text: str) -> Path:
 
 def _ca_bundle(text: str) -> Path:
     path = _file(text)
-    check_bundle(path)
+    trust(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), path)
     return path
 
 
@@ -419,10 +420,6 @@ class Settings(BaseSettings):
                 why = "its last entry is new, and no line break follows; add one"
                 raise ValueError(f"{path} may be half-written: {why}")
         return _all_keys(single, named)
-
-    def current_ca_bundle(self) -> Path | None:
-        """Return the CA bundle's file once more found good; raises ``OSError``, or ``ValueError`` where it is not."""
-        return self.ca_bundle and _ca_bundle(str(self.ca_bundle))
 
     def secret_files(self, *names: str) -> list[Path]:
         """Return the files that those of these settings came from which came from files."""

@@ -29,6 +29,7 @@ from metquay_proxy.rules.address import Address
 from metquay_proxy.rules.errors import UpstreamFailure, shortage
 from metquay_proxy.rules.http1 import ClosedBeforeHead, ProtocolError, ResponseHead, ResponseReader
 from metquay_proxy.threads import in_thread
+from metquay_proxy.upstream.bundle import trust
 from metquay_proxy.upstream.connection import left_behind
 
 if TYPE_CHECKING:
@@ -253,7 +254,10 @@ def _what_it_wants(answer: ResponseHead) -> str:
 
 
 def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
-    """Return a context that verifies names and certificates by the operating system's store and ``ca_bundle``."""
+    """Return a context that verifies names and certificates by the operating system's store and ``ca_bundle``.
+
+    Raises as ``bundle.trust``.
+    """
     if sys.platform in {"win32", "darwin"}:
         context: ssl.SSLContext = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     else:
@@ -268,5 +272,5 @@ def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
     # as curl does: the CA that issued the server's certificate will do, without the root above it
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if ca_bundle is not None:
-        context.load_verify_locations(ca_bundle)
+        trust(context, ca_bundle)
     return context
