@@ -208,14 +208,11 @@ async def let_in(  # noqa: PLR0913 - who is served where, and the bounds
     ``handshake`` seconds, and have ended ``shutdown`` seconds after the last answer: a slow client reads until then.
     """
     loop = asyncio.get_running_loop()
-    bounds: dict[str, Any] = {}
-    if tls is not None:
-        bounds = {"ssl_handshake_timeout": handshake, "ssl_shutdown_timeout": shutdown}
+    secure: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": handshake, "ssl_shutdown_timeout": shutdown}
+    how = {} if tls is None else secure
     if sys.platform == "win32":  # its loop has no readers, and it knows no such limit
-        listen_at = partial(loop.create_server, serve, ssl=tls, backlog=_BACKLOG, **bounds)
-        return [await listen_at(sock=sock) for sock in sockets]
-    connect = partial(loop.connect_accepted_socket, serve, ssl=tls, **bounds)
-    return [Door(connect, sockets, report, reserve)]
+        return [await loop.create_server(serve, sock=sock, backlog=_BACKLOG, **how) for sock in sockets]
+    return [Door(partial(loop.connect_accepted_socket, serve, **how), sockets, report, reserve)]
 
 
 async def listen(report: Report, serve: Serve, host: str, port: int) -> tuple[Sequence[Any], int]:
