@@ -30,11 +30,11 @@ from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.rules.gate import Gate
 from metquay_proxy.rules.quota import Quota
 from metquay_proxy.rules.target import BaseURL, TargetRules
-from metquay_proxy.settings import SettingsError, last_four, outbound_proxy, shown_keys
+from metquay_proxy.settings import SettingsError, last_four, pool_to, shown_keys
 from metquay_proxy.telemetry import Telemetry
 from metquay_proxy.upstream.dial import tls_context
 from metquay_proxy.upstream.login import Login
-from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE, Pool
+from metquay_proxy.upstream.pool import MAX_IDLE, MAX_IDLE_UNSAFE
 
 if TYPE_CHECKING:
     import ssl
@@ -93,21 +93,9 @@ class Proxy:
         clock = clock or suspend_aware_clock()
         self.telemetry = Telemetry(base.prefix)
         scheme = "https" if settings.tls_cert else "http"
-        self.pool = Pool(
-            base,
-            ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
-            connect_timeout=settings.connect_timeout,
-            read_timeout=settings.read_timeout,
-            outbound_proxy=outbound_proxy(settings, base),
-            max_idle=max_idle,
-            clock=clock,
-        )
-        self.tokens = TokenCache(
-            Login(self.pool, base, credentials, clock),
-            clock=clock,
-            sleep=sleep,
-            observer=self.telemetry.token_event,
-        )
+        self.pool = pool_to(base, settings, max_idle=max_idle, clock=clock)
+        login = Login(self.pool, base, credentials, clock)
+        self.tokens = TokenCache(login, clock=clock, sleep=sleep, observer=self.telemetry.token_event)
         rate = settings.rate_limit
         self._line = None if rate is None else Line(Quota(rate.limit, rate.window), clock, call_later)
         self._shared = None if settings.redis_url is None else _shared(settings, base, clock, call_later)
@@ -157,13 +145,11 @@ class Proxy:
         self.server = Server(self._handler, self._pages.respond, bounds)
         self.quit = self._pages.quit
         self.scheme = scheme
-        self._serving: Serving | None = None
-        if settings.tls_cert and settings.tls_key:
-            self._serving = Serving(settings.tls_cert, settings.tls_key)
-        self.key: str | None = None
+        certificate, key = settings.tls_cert, settings.tls_key
+        self._serving = Serving(certificate, key) if certificate and key else None
+        access_key = None if settings.sandbox else settings.access_key
+        self.key = access_key and last_four(access_key.get_secret_value())
         """What may be shown of the access key in use."""
-        if settings.access_key is not None and not settings.sandbox:
-            self.key = last_four(settings.access_key.get_secret_value())
         self._shown: dict[str, str | None] = {}
         """What is shown of settings that have changed since the start."""
         self._files = Reload(list(self._sources(credentials)), sleep=sleep)
@@ -256,8 +242,7 @@ class Proxy:
             make, use = partial(serving_context, *served), self._serving.use
             yield Source("METQUAY_TLS_CERT, METQUAY_TLS_KEY", served, make, use)
         if settings.ca_bundle and self.base.scheme == "https":
-            bundle = [settings.ca_bundle]
-            yield Source("METQUAY_CA_BUNDLE", bundle, lambda: tls_context(settings.current_ca_bundle()), trust)
+            yield Source("METQUAY_CA_BUNDLE", [settings.ca_bundle], partial(tls_context, settings.ca_bundle), trust)
         if not settings.sandbox:
             pair = settings.secret_files("access_key", "secret_key")
             yield Source("METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY", pair, credentials, log_in)
@@ -330,7 +315,7 @@ async def _run(settings: Settings, welcome: Callable[[Proxy], None], warnings: S
 
             simulator = sandbox.Sandbox(rate_limit=settings.rate_limit)
             undo.push_async_callback(simulator.stop)
-            await simulator.start(listen=listen(lambda _: None))  # it gets its descriptors from the reserve
+            await simulator.start(listen=partial(listen, lambda _: None))  # it gets its descriptors from the reserve
             base = BaseURL.parse(simulator.url)
             proxy = Proxy(settings, base, lambda: Credentials(sandbox.ACCESS_KEY, sandbox.SECRET_KEY))
         else:

@@ -22,22 +22,20 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from metquay_proxy import health
 from metquay_proxy.audit import try_log, why_not
-from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.listeners import CannotListen, bind, release
+from metquay_proxy.rules.address import Address
 from metquay_proxy.rules.credentials import Credentials, CredentialsRejected, LoginBusy, LoginFailed
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.sandbox import server as simulator
-from metquay_proxy.settings import SettingsError, last_four, outbound_proxy
+from metquay_proxy.settings import SettingsError, last_four, outbound_proxy, pool_to
 from metquay_proxy.threads import in_thread
-from metquay_proxy.upstream.dial import tls_context
-from metquay_proxy.upstream.login import Login
-from metquay_proxy.upstream.pool import Pool
+from metquay_proxy.upstream.dial import Dialer, tls_context
+from metquay_proxy.upstream.login import Login, ask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from metquay_proxy.rules.address import Address
     from metquay_proxy.settings import Settings
 
 MAX_SKEW: Final = 120.0
@@ -49,7 +47,6 @@ _NEEDS: Final = {"tcp": "dns", "tls": "tcp", "clock": "tls", "login": "keys tls"
 _WAIT: Final = "Metquay is restarting or has too much to do: wait a few minutes, then check again."
 _HOST: Final = "Check METQUAY_HOST: another server answers, or the network wants you to log in by a browser first."
 _KEYS: Final = "Check METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY: copied whole, not withdrawn, and of this laboratory."
-_NETWORK: Final = "Check the network (cable, VPN). Where all goes through a company proxy, set METQUAY_OUTBOUND_PROXY."
 _DATE: Final = "Check this computer's date and time first; if they are right, the server's owner must renew it."
 _NAME: Final = "Check METQUAY_HOST for a typing mistake: the certificate is for another name."
 _CERTIFICATE: Final = {9: _DATE, 10: _DATE, 62: _NAME, 64: _NAME}
@@ -74,8 +71,8 @@ class Probe(NamedTuple):
     """Its time in milliseconds."""
 
 
-def run(load: Callable[[], Settings], *, as_json: bool) -> int:
-    """Try everything and print a line for each probe (``as_json``: one object); return 0 if none failed, else 1.
+def run(load: Callable[[], Settings], tell: Callable[[str], None], *, as_json: bool) -> int:
+    """Try everything and ``tell`` a line for each probe (``as_json``: one object); return 0 if none failed, else 1.
 
     ``load`` finds the settings and raises ``SettingsError``.
     """
@@ -86,13 +83,13 @@ def run(load: Callable[[], Settings], *, as_json: bool) -> int:
             probes.append(probe)
             took = "" if probe.outcome == "skipped" else f"{probe.ms:.0f} ms"
             if not as_json:
-                print(f"{probe.outcome:8} {probe.name:8} {took:>8}  {probe.text} {probe.cure}".rstrip(), flush=True)  # noqa: T201 - what the command is for
+                tell(f"{probe.outcome:8} {probe.name:8} {took:>8}  {probe.text} {probe.cure}".rstrip())
 
     asyncio.run(probe_all())
     good = all(probe.outcome != "failed" for probe in probes)
     summary = _summary(probes)
     told = {"ok": good, "summary": summary, "probes": [probe._asdict() for probe in probes]}
-    print(json.dumps(told, indent=2) if as_json else summary)  # noqa: T201 - as above
+    tell(json.dumps(told, indent=2) if as_json else summary)
     return 0 if good else 1
 
 
@@ -143,21 +140,16 @@ class _Check:
         self._settings, self._base, self._credentials = settings, base, credentials
         proxy = outbound_proxy(settings, base)
         self._first = (base.name, base.port) if proxy is None else (proxy.host, proxy.port)
-        self._variable = "METQUAY_HOST" if proxy is None else "METQUAY_OUTBOUND_PROXY (or the system's proxy setting)"
-        self._authorization = self._own_status = b""
-        self.transport = Pool(
-            base,
-            ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
-            connect_timeout=settings.connect_timeout,
-            read_timeout=settings.read_timeout,
-            outbound_proxy=proxy,
-        )
+        self._failure = Dialer(base, proxy, settings.connect_timeout, None).failure
+        self._authorization, self._own_status = "", b""
+        self.transport = pool_to(base, settings)
 
     async def probe(self, name: str) -> Probe:
         """Make one; a text that tells of a failure has the cause in its first sentence, and then what to do."""
         try:
             return Probe(name, *await getattr(self, name)())
-        except (ProxyError, LoginFailed) as error:
+        except (ProxyError, LoginFailed, OSError) as fault:
+            error = self._failure(fault) if isinstance(fault, OSError) else fault
             cause, stop, cure = str(error).partition(". ")
             better = _CERTIFICATE.get(getattr(error.__context__, "verify_code", 0))
             return Probe(name, "failed", cause + stop.rstrip(), better or cure or _LOGIN.get(type(error), ""))
@@ -215,25 +207,14 @@ class _Check:
         return "ok", f"{path} can be written"
 
     async def dns(self) -> tuple[str, ...]:
-        host, port = self._first
-        try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port)
-        except (OSError, UnicodeError):
-            cure = f"Check {self._variable} for a typing mistake, and whether this computer is online (cable, VPN)."
-            return "failed", f"The network does not know the name {host}.", cure
-        return "ok", f"{host} is {found[0][4][0]}"
+        found = await asyncio.get_running_loop().getaddrinfo(*self._first)
+        return "ok", f"{self._first[0]} is {found[0][4][0]}"
 
     async def tcp(self) -> tuple[str, ...]:
-        place = ":".join(map(str, self._first))
-        try:
-            async with asyncio.timeout(self._settings.connect_timeout):
-                _, writer = await asyncio.open_connection(*self._first)
-        except ConnectionRefusedError:
-            return "failed", f"Nothing listens at {place}.", f"Check {self._variable} and its port."
-        except OSError:
-            return "failed", f"{place} does not answer.", _NETWORK
+        async with asyncio.timeout(self._settings.connect_timeout):
+            _, writer = await asyncio.open_connection(*self._first)
         writer.close()
-        return "ok", f"connected to {place}"
+        return "ok", f"connected to {Address(*self._first)}"
 
     async def tls(self) -> tuple[str, ...]:
         if self._base.scheme == "http":
@@ -242,9 +223,10 @@ class _Check:
         return "ok", "the certificate is good"
 
     async def clock(self) -> tuple[str, ...]:
-        _, date, _ = await self._ask("/authenticate")
+        head, _ = await ask(self.transport, self._base, "GET /authenticate")
+        date = b"".join(value for name, value in head.headers if name.lower() == b"date")
         try:
-            ahead = time.time() - parsedate_to_datetime(date).timestamp()
+            ahead = time.time() - parsedate_to_datetime(date.decode("latin-1")).timestamp()
         except ValueError:
             return "skipped", "the server tells no time"
         if abs(ahead) <= MAX_SKEW:
@@ -254,11 +236,12 @@ class _Check:
 
     async def login(self) -> tuple[str, ...]:
         token = await Login(self.transport, self._base, self._credentials, time.monotonic).token()
-        self._authorization = b"Authorization: %b\r\n" % token.authorization
+        self._authorization = f"Authorization: {token.authorization.decode()}\r\n"
         return "ok", f"a token for {token.lifetime:.0f} s"
 
     async def read(self) -> tuple[str, ...]:
-        status, _, body = await self._ask("/customers?limit=1")
+        head, body = await ask(self.transport, self._base, "GET /customers?limit=1", self._authorization)
+        status = head.status
         if status == HTTPStatus.OK and body[:1] == b"[":
             return "ok", "one customer"
         cure = _WAIT if status >= HTTPStatus.INTERNAL_SERVER_ERROR else _HOST
@@ -291,13 +274,3 @@ class _Check:
             cure = "Until it is mended each proxy keeps to its own part of the quota. Check METQUAY_REDIS_URL."
             return "failed", f"Redis at {address}: {why}.", cure
         return "ok", f"Redis at {address} answers in time"
-
-    async def _ask(self, path: str) -> tuple[int, str, bytes]:
-        """GET a path below the base; return status, Date and the beginning of the body."""
-        head = f"GET {self._base.prefix}{path} HTTP/1.1\r\nHost: {self._base.authority}\r\nAccept: application/json\r\n"
-        whole = head.encode("ascii") + self._authorization + b"\r\n"
-        nothing = RequestBody(Stream.of(), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1)
-        with contextlib.closing(await self.transport.send("GET", whole, nothing)) as response:
-            body = await response.body.read()
-        dates = [value for name, value in response.head.headers if name.lower() == b"date"]
-        return response.head.status, b"".join(dates).decode("latin-1"), body

@@ -11,6 +11,7 @@ has no ``loop.add_signal_handler``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import os
@@ -18,7 +19,7 @@ import re
 import sys
 
 from metquay_proxy import __version__
-from metquay_proxy.environment import Refused, nearest, variable
+from metquay_proxy.environment import Refused, find, nearest, variable
 
 TYPE_CHECKING = False  # to import `typing` costs `health` 8 ms
 if TYPE_CHECKING:
@@ -79,28 +80,6 @@ def _meant(word: str, known: Sequence[str]) -> str:
     return f", did you mean {near}?" if (near := nearest(word, known)) else ""
 
 
-class _Stream:
-    """A standard stream that never raises: what can't be written (the disk is full, the reader gone) is dropped."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError):  # ValueError: it was closed
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            return
-
-
 def _mend_streams() -> None:
     """Give the program the streams that it was started without (by services, pythonw, ``>&-``).
 
@@ -115,15 +94,17 @@ def _mend_streams() -> None:
         stream = getattr(sys, name)
         if stream is None or stream.closed:
             stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as we run
-        if not isinstance(stream, _Stream):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
-            setattr(sys, name, _Stream(stream))
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
 
 
 def _print(*lines: str, to: TextIO | None = None) -> None:
-    for line in lines:
-        print(line + "\n", end="", file=to, flush=True)
+    stream = to or sys.stdout
+    try:
+        print(*[line + "\n" for line in lines], sep="", end="", file=stream, flush=True)
+    except OSError:  # the disk is full, or the reader is gone: what is still held must not fail again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _settings_parser(command: str, description: str) -> _Parser:
@@ -153,9 +134,6 @@ def _load(values: argparse.Namespace, *, sandbox: bool = False) -> Settings:
 
 def _serve(arguments: Sequence[str]) -> int:
     gc.disable()  # loading makes no garbage; the server enables it once it listens
-    import signal  # noqa: PLC0415 - the other commands can do without
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server has its own: process 1 would miss it
     _survive()
     commands = "".join(f"\n  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
     overview = f"A local authenticating reverse proxy for the Metquay API.\n\ncommands:{commands}"
@@ -178,16 +156,15 @@ def _survive() -> None:
     """
     import signal  # noqa: PLC0415 - the other commands can do without
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # process 1 would miss it
     if os.name == "nt":
         return
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        try:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+        with contextlib.suppress(OSError):  # there is no terminal
             os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-        except OSError:
-            signal.signal(signal.SIGHUP, lambda *_: None)
-        else:
             signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
@@ -233,28 +210,24 @@ def _url(proxy: Proxy, address: Address) -> str:
 
 def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
     """Return a warning for each flag that moves the proxy away from where ``health`` without flags looks for it."""
-    from metquay_proxy import health  # noqa: PLC0415 - only `serve` wants both
-    from metquay_proxy.rules.address import DEFAULT_LISTEN, parse_listen  # noqa: PLC0415 - as above
+    from metquay_proxy.rules.address import DEFAULT_LISTEN, parse_listen  # noqa: PLC0415 - slow
 
-    asked = health.find("METQUAY_LISTEN", os.environ) or DEFAULT_LISTEN
+    found = find()
+    asked, moved = found.get("listen", DEFAULT_LISTEN), {}
     try:
         seen = any(parse_listen(asked)[0].is_reached_at(address) for address in settings.listen)
     except ValueError:  # the flag took the place of a wrong one
         seen = False
-    moved = [("listen", values.listen, f"elsewhere: {asked}")] if values.listen and not seen else []
-    if values.tls_cert and not health.find("METQUAY_TLS_CERT", os.environ):
-        moved.append(("tls-cert", values.tls_cert, "in clear text"))
-    warnings = []
-    for flag, value, how in moved:
-        name = f"METQUAY_{flag.upper().replace('-', '_')}"
-        cure = (
-            f'Set {name}={value} in place of the flag (docker run -e "{name}={value}"), or give health the same flag.'
-        )
-        if flag == "listen" and not (settings.listen[0].port or settings.listen[0].path):
-            cure = "Give it the address that is printed here, with --listen."
-        who = f"`metquay-proxy health` (a container's health check) does not see the flag --{flag}"
-        warnings.append(f"{who}, and asks {how}. {cure}")
-    return warnings
+    if values.listen and not seen:
+        moved["listen"] = f"elsewhere: {asked}"
+    if values.tls_cert and "tls_cert" not in found:
+        moved["tls_cert"] = "in clear text"
+    return [
+        f"`metquay-proxy health` (a container's health check) does not see the flag --{name.replace('_', '-')}, and "
+        f'asks {how}. Set the variable in its place (docker run -e "{variable(name)}={getattr(values, name)}"), or '
+        "give health the same flag; for a port 0, with the port that is printed here."
+        for name, how in moved.items()
+    ]
 
 
 def _sandbox(arguments: Sequence[str]) -> int:
@@ -281,7 +254,8 @@ def _sandbox(arguments: Sequence[str]) -> int:
     if more or address.path:
         parser.error("--listen takes one host and port here")
     try:
-        asyncio.run(command.run(simulator, address.host, address.port, listeners.listen(report), _print))
+        listen = functools.partial(listeners.listen, report)
+        asyncio.run(command.run(simulator, address.host, address.port, listen, _print))
     except listeners.CannotListen as error:
         raise OSError(0, f"{error.cause} Choose another place with --listen.") from None
     return 0
@@ -321,7 +295,7 @@ def _check(arguments: Sequence[str]) -> int:
     parser.add_argument("--sandbox", action="store_true", help="try it on the built-in Metquay simulator")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     values = parser.parse(arguments)
-    return check.run(lambda: _load(values, sandbox=values.sandbox), as_json=values.json)
+    return check.run(lambda: _load(values, sandbox=values.sandbox), _print, as_json=values.json)
 
 
 def _health(arguments: Sequence[str]) -> int:
@@ -340,8 +314,8 @@ def _health(arguments: Sequence[str]) -> int:
     values = parser.parse(arguments)
     if not 0 <= values.wait < float("inf"):
         parser.error("argument --wait: give a number of seconds, 0 or more")
-    listen = values.listen or health.find("METQUAY_LISTEN", os.environ) or DEFAULT_LISTEN
-    tls = bool(values.tls_cert or health.find("METQUAY_TLS_CERT", os.environ))
+    found = {"listen": DEFAULT_LISTEN, "tls_cert": "", **find()}
+    listen, tls = values.listen or found["listen"], bool(values.tls_cert or found["tls_cert"])
     try:
         why = health.check(listen, ready=values.ready, tls=tls, wait=values.wait)
     except ValueError as error:
@@ -382,3 +356,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         _print(f"{PROGRAM}: {error.strerror or error}{where}", to=sys.stderr)
         return _FAILED
+    finally:
+        _print()  # what argparse wrote, too

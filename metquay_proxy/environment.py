@@ -1,39 +1,30 @@
 """What the environment and ``.env`` say: one reader of both, for the settings and for ``health``.
 
-Owns the grammar of ``.env`` and the rule that makes values of names: METQUAY_ names count in any case, what is empty is
-absent, the last one wins. Knows no setting. ``health`` has 60 ms for everything, so it must not import what is slow.
+Owns the rule that makes values of names: METQUAY_ names count in any case, what is empty is absent, the last one wins.
+Knows no setting. ``health`` has 60 ms for everything, so it must not import what is slow.
 
-Facts: the grammar is python-dotenv's, with which the vendor's SDK reads the same file (a test holds both against each
-other). To import that costs ``health`` 20 ms of its 60, and it tells neither the numbers of lines nor which of them it
-could not read, but logs that by itself. PowerShell 5 writes UTF-16 with ``>``.
+Facts: the vendor's SDK reads the same ``.env`` with python-dotenv, whose parser (without what it logs around it) tells
+the number of each line, and which of them it could not read. To import it costs ``health`` 18 ms, but only where there
+is a file. PowerShell 5 writes UTF-16 with ``>``.
 """
 
 from __future__ import annotations
 
-import collections
 import errno
 import os
 import re
 
 TYPE_CHECKING = False  # to import `typing` costs `health` 8 ms
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from typing import Final
 
-Line = collections.namedtuple("Line", ("number", "text", "name", "value"))  # noqa: PYI024 - see above
-"""One statement of a ``.env`` file; ``name`` is None where it can't be read, ``value`` without a ``=``."""
+    from dotenv.parser import Binding
+
 PREFIX: Final = "METQUAY_"
 ENV_FILE: Final = ".env"
 
 _OURS: Final = re.compile(PREFIX + r"(\w+)", re.IGNORECASE)
-_STATEMENT: Final = r"""\s*(?P<text>(?:export[^\S\n]+)?
-        (?:(?:'(?P<quoted>[^']+)'|(?P<name>(?!')[^=\#\s]+))[^\S\n]*
-           (?P<equals>=(?P<gap>[^\S\n]*)
-              (?:'(?P<single>(?:\\.|[^'\\])*)'|"(?P<double>(?:\\.|[^"\\])*)"|(?P<plain>(?!['"])[^\n]*))?)?)?
-        (?:[^\S\n]*\#[^\n]*)?)[^\S\n]*(?:\n|\Z|(?P<rest>[^\n]*\n?))"""
-"""Matches at every place, since each part may be absent; what is left over on the line makes it unreadable."""
-_ESCAPES: Final = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
-_REFERENCE: Final = re.compile(r"\$\{([^}:]*)(?::-([^}]*))?\}")
 
 
 class Refused(Exception):
@@ -58,51 +49,39 @@ def variables(found: Iterable[tuple[str | None, str | None]]) -> dict[str, str]:
     return {match[1].lower(): text for match, text in named if match and text}
 
 
-def read_env_file(path: str, environ: Mapping[str, str]) -> list[Line]:
-    """Read a ``.env`` file, ``${NAME:-default}`` filled in from earlier lines, then from ``environ``; none: no lines.
+def find() -> dict[str, str]:
+    """Return the texts of all METQUAY_ variables as ``variables`` does, from the environment, else from ``.env``.
 
-    Raises ``OSError``, also where it is no text in UTF-8.
+    Raises ``OSError`` where that file is there and can't be read.
+    """
+    return variables((line.key, line.value) for line in read_env_file(ENV_FILE)) | variables(os.environ.items())
+
+
+def read_env_file(path: str) -> list[Binding]:
+    """Read a ``.env`` file, ``${NAME:-default}`` filled in from earlier lines, then from the environment.
+
+    Comments have no ``key``; what can't be read has an ``error``. No file, or a folder, has no lines. Raises
+    ``OSError``, also where it is no text in UTF-8.
     """
     if not os.path.exists(path) or os.path.isdir(path):  # noqa: PTH110, PTH112 - pathlib costs 10 ms here
         return []
+    import io  # noqa: PLC0415 - only who has a file pays for loading it
+
+    from dotenv.parser import parse_stream  # noqa: PLC0415 - as above
+    from dotenv.variables import parse_variables  # noqa: PLC0415 - as above
+
     path = os.path.abspath(path)  # noqa: PTH100 - an error names the folder
-    with open(path, "rb") as file:  # noqa: PTH123 - pathlib costs 10 ms here
-        data = file.read()
-    if b"\0" in data:
-        raise OSError(errno.EILSEQ, "it is UTF-16 text, as PowerShell 5 writes it; save it as UTF-8", path)
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise OSError(errno.EILSEQ, "it is not UTF-8 text; save it as UTF-8", path) from None
-    return _parse(text.replace("\r\n", "\n").replace("\r", "\n"), dict(environ))
-
-
-def _parse(text: str, known: dict[str, str | None]) -> list[Line]:
-    lines, number, end = [], 1, 0
-    statement = re.compile(_STATEMENT, re.DOTALL | re.VERBOSE)  # 2 ms for who has a file
-    while end < len(text):
-        match = statement.match(text, end)
-        assert match is not None  # noqa: S101 - it matches everywhere
-        number += text.count("\n", end, match.start("text"))
-        name = match["quoted"] or match["name"]
-        if match["rest"]:
-            lines.append(Line(number, match[0].strip(), None, None))
-        elif name:
-            known[name] = _value(match, known)
-            lines.append(Line(number, match[0].strip(), name, known[name]))
-        number += text.count("\n", match.start("text"), match.end())
-        end = match.end()
+        with open(path, encoding="utf-8-sig") as file:  # noqa: PTH123 - pathlib costs 10 ms here
+            text = file.read()
+        if "\0" in text:
+            raise UnicodeError
+    except UnicodeError:
+        why = "it is not UTF-8 text (PowerShell 5 writes UTF-16); save it as UTF-8"
+        raise OSError(errno.EILSEQ, why, path) from None
+    lines, known = list(parse_stream(io.StringIO(text))), dict[str, str | None](os.environ)
+    for number, line in enumerate(lines):
+        if line.key is not None:
+            known[line.key] = line.value and "".join(part.resolve(known) for part in parse_variables(line.value))
+            lines[number] = line._replace(value=known[line.key])
     return lines
-
-
-def _value(match: re.Match[str], known: Mapping[str, str | None]) -> str | None:
-    gap, single, double, plain = match.group("gap", "single", "double", "plain")
-    if gap is None:
-        return None
-    if single is not None:
-        value = re.sub(r"\\([\\'])", r"\1", single)
-    elif double is not None:
-        value = re.sub(r"\\([\\'\"abfnrtv])", lambda escape: _ESCAPES.get(escape[1], escape[1]), double)
-    else:
-        value = re.sub(r"\A#.*|\s+#.*" if gap else r"\s+#.*", "", plain or "").rstrip()
-    return _REFERENCE.sub(lambda reference: known.get(reference[1], reference[2]) or "", value)

@@ -1,6 +1,6 @@
 """The client behind ``metquay-proxy health``: asks a running proxy whether it is alive, or ready.
 
-Owns the question where the proxy is, and one small HTTP exchange. The standard library alone, and of that only
+Owns one small HTTP exchange. The standard library alone, and of that only
 what loads fast, because container engines run this every few seconds: no asyncio, no http.client, no pydantic.
 
 Facts: RFC 9112 section 4 (status line), 9.6 (``Connection: close``).
@@ -12,12 +12,10 @@ import re
 import socket
 import time
 
-from metquay_proxy.environment import ENV_FILE, PREFIX, read_env_file, variables
 from metquay_proxy.rules.address import parse_listen
 
 TYPE_CHECKING = False  # to import `typing` costs 8 ms
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from typing import Final, Protocol
 
     from metquay_proxy.rules.address import Address
@@ -35,16 +33,6 @@ INTERVAL: Final = 0.1
 """Seconds between two questions of ``--wait``."""
 
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r\n]")
-
-
-def find(variable: str, environ: Mapping[str, str], env_file: str = ENV_FILE) -> str | None:
-    """Return a variable's value from the environment, else from the ``.env`` file, both read as the proxy reads them.
-
-    Raises ``OSError`` where the file is there and cannot be read.
-    """
-    name = variable.removeprefix(PREFIX).lower()
-    found = variables(environ.items()).get(name)
-    return found or variables((line.name, line.value) for line in read_env_file(env_file, environ)).get(name)
 
 
 def check(listen: str, *, ready: bool = False, tls: bool = False, wait: float = 0, clock: Clock = time) -> str | None:

@@ -13,6 +13,7 @@ opened anew.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import pathlib
@@ -27,7 +28,7 @@ from metquay_proxy.rules.errors import shortage
 from metquay_proxy.rules.target import is_loopback
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
     from pathlib import Path
 
     Bound = tuple[Address, list[socket.socket]]
@@ -207,24 +208,17 @@ async def let_in(  # noqa: PLR0913 - who is served where, and the bounds
     ``handshake`` seconds, and have ended ``shutdown`` seconds after the last answer: a slow client reads until then.
     """
     loop = asyncio.get_running_loop()
-    bounds: dict[str, Any] = {}
-    if tls is not None:
-        bounds = {"ssl_handshake_timeout": handshake, "ssl_shutdown_timeout": shutdown}
+    secure: dict[str, Any] = {"ssl": tls, "ssl_handshake_timeout": handshake, "ssl_shutdown_timeout": shutdown}
+    how = {} if tls is None else secure
     if sys.platform == "win32":  # its loop has no readers, and it knows no such limit
-        listen_at = partial(loop.create_server, serve, ssl=tls, backlog=_BACKLOG, **bounds)
-        return [await listen_at(sock=sock) for sock in sockets]
-    connect = partial(loop.connect_accepted_socket, serve, ssl=tls, **bounds)
-    return [Door(connect, sockets, report, reserve)]
+        return [await loop.create_server(serve, sock=sock, backlog=_BACKLOG, **how) for sock in sockets]
+    return [Door(partial(loop.connect_accepted_socket, serve, **how), sockets, report, reserve)]
 
 
-def listen(report: Report) -> Callable[[Serve, str, int], Awaitable[tuple[Sequence[Any], int]]]:
-    """Return how to listen for the simulator, with no reserve: it takes what makes a protocol, host and port."""
-
-    async def listening(serve: Serve, host: str, port: int) -> tuple[Sequence[Any], int]:
-        [(address, sockets)] = bind([Address(host, port)])
-        return await let_in(serve, sockets, None, report, 0), address.port
-
-    return listening
+async def listen(report: Report, serve: Serve, host: str, port: int) -> tuple[Sequence[Any], int]:
+    """Let in whoever comes to the simulator, with no reserve; return what is to be closed, and the port."""
+    [(address, sockets)] = bind([Address(host, port)])
+    return await let_in(serve, sockets, None, report, 0), address.port
 
 
 class Door:
@@ -235,7 +229,6 @@ class Door:
         self._reserve = reserve
         self._connect, self._sockets, self._report = connect, sockets, report
         self._loop = asyncio.get_running_loop()
-        self._ceiling = _descriptors(reserve)
         self._looking: asyncio.TimerHandle | None = None
         self._calm = 0
         for sock in sockets:
@@ -263,39 +256,34 @@ class Door:
             try:
                 client, _from = sock.accept()
             except OSError as error:  # nobody waits any more, or who did has just left
-                if shortage(error):
-                    self._wait(error)
+                self._wait(error)
                 return
             arriving = self._loop.create_task(self._connect(client))
             arriving.add_done_callback(partial(_arrived, client))
-            if client.fileno() >= self._ceiling:
+            if client.fileno() >= _descriptors(self._reserve):
                 self._wait(OSError(errno.EMFILE, ""))
                 return
 
     def _wait(self, error: OSError) -> None:
+        if (short := shortage(error)) is None:
+            return
         self._shut()
         self._calm = 0
         if self._looking is None:
-            why, cure = shortage(error) or ("", "")
             limit = f" (limit {_descriptors(0)})" if error.errno == errno.EMFILE else ""
-            self._report(f"{why}{limit}. {cure}")
+            self._report(f"{short[0]}{limit}. {short[1]}")
             self._looking = self._loop.call_later(_RETRY, self._look)
 
     def _look(self) -> None:
-        self._ceiling = _descriptors(self._reserve)  # it may have been raised meanwhile
-        self._calm = self._calm + 1 if self._room() else 0
+        room = False
+        with contextlib.suppress(OSError), socket.socket(self._sockets[0].family) as probe:
+            room = probe.fileno() < _descriptors(self._reserve)
+        self._calm = self._calm + 1 if room else 0
         if self._calm == 1:
             self._open()
         self._looking = None if self._calm > _CALM else self._loop.call_later(_RETRY, self._look)
         if self._looking is None:
             self._report(None)
-
-    def _room(self) -> bool:
-        try:
-            with socket.socket(self._sockets[0].family) as probe:
-                return probe.fileno() < self._ceiling
-        except OSError:
-            return False
 
 
 def _arrived(client: socket.socket, arriving: asyncio.Task[object]) -> None:

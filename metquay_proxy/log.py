@@ -92,14 +92,7 @@ output: Final = _Output()
 
 def reporter(trouble: str, over: str) -> Callable[[str | None], None]:
     """Return what logs ``trouble`` with its reason, and that it is ``over`` where that is None."""
-
-    def report(why: str | None) -> None:
-        if why is None:
-            log.info(over)
-        else:
-            log.error(trouble, reason=why)
-
-    return report
+    return lambda why: log.info(over) if why is None else log.error(trouble, reason=why)
 
 
 def configure_logging(level: str, form: str) -> None:

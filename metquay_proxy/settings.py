@@ -12,18 +12,21 @@ import contextlib
 import importlib.util
 import os
 import re
+import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 from urllib.parse import unquote
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ByteSize,
     Field,
     PlainValidator,
     PrivateAttr,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
 )
@@ -37,9 +40,10 @@ from metquay_proxy.rules.gate import ClientKey
 from metquay_proxy.rules.quota import Rate, parse_rate
 from metquay_proxy.rules.target import API_PREFIX, OWN_PREFIX, BaseURL, is_loopback
 from metquay_proxy.sources import Found, place_of_env_file, read_file, read_secret
-from metquay_proxy.upstream.bundle import check_bundle
-from metquay_proxy.upstream.dial import OutboundProxy
+from metquay_proxy.upstream.bundle import trust
+from metquay_proxy.upstream.dial import OutboundProxy, tls_context
 from metquay_proxy.upstream.outbound import DIRECT, parse_outbound_proxy, system_proxy
+from metquay_proxy.upstream.pool import Pool
 
 SECRETS_DIRECTORY: Final = Path("/run/secrets")
 MAX_REPLAY_LIMIT: Final = 64 * 1024 * 1024
@@ -48,7 +52,7 @@ MAX_REPLAY_LIMIT: Final = 64 * 1024 * 1024
 _NAMED_KEY: Final = re.compile(r"([A-Za-z0-9_-]+):([A-Za-z0-9._~-]{16,})(:read-only)?")
 _SHORT_KEY: Final = 16
 _SHORT_SECRET: Final = 12
-_SIZE: Final = re.compile(r"([0-9]+) *(?:([kmg]?)(i?)b)?", re.IGNORECASE)
+_REPLAY_LIMIT: Final = TypeAdapter(Annotated[ByteSize, Field(le=MAX_REPLAY_LIMIT)])
 _REDIS_URL: Final = re.compile(
     r"unix://(?P<path>/[^?#]+)|(?P<scheme>rediss?)://(?:(?P<user>[^:/?#@]*)@)?(?P<host>\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)"
     r"(?::(?P<port>[0-9]{1,5}))?/?(?P<database>[0-9]{0,4})",
@@ -165,13 +169,10 @@ def _all_keys(single: ClientKey | None, named: tuple[ClientKey, ...]) -> tuple[C
 
 
 def _replay_limit(text: str) -> int:
-    match, size = _SIZE.fullmatch(text), MAX_REPLAY_LIMIT + 1
-    if match:
-        unit = 1024 if match[3] else 1000
-        size = int(match[1]) * int(unit ** ["", "k", "m", "g"].index((match[2] or "").lower()))
-    if size > MAX_REPLAY_LIMIT:
-        raise ValueError(f"{text!r} is not a size up to 64 MiB, such as 65536, 64 KiB or 1 MiB")
-    return size
+    with contextlib.suppress(ValidationError):
+        if re.fullmatch(r"[0-9]+ *\w*", text):
+            return int(_REPLAY_LIMIT.validate_python(text))
+    raise ValueError(f"{text!r} is not a size up to 64 MiB, such as 65536, 64 KiB or 1 MiB")
 
 
 def _socket_mode(text: str) -> int:
@@ -192,7 +193,7 @@ def _file(text: str) -> Path:
 
 def _ca_bundle(text: str) -> Path:
     path = _file(text)
-    check_bundle(path)
+    trust(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), path)
     return path
 
 
@@ -386,12 +387,11 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        *_others: PydanticBaseSettingsSource,
+        **_named: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take what is passed, and nothing else: ``Found`` looks for it, since it remembers what it found where."""
-        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        del settings_cls
         return (init_settings,)
 
     _found: Found = PrivateAttr(default_factory=Found)
@@ -421,10 +421,6 @@ class Settings(BaseSettings):
                 raise ValueError(f"{path} may be half-written: {why}")
         return _all_keys(single, named)
 
-    def current_ca_bundle(self) -> Path | None:
-        """Return the CA bundle's file once more found good; raises ``OSError``, or ``ValueError`` where it is not."""
-        return self.ca_bundle and _ca_bundle(str(self.ca_bundle))
-
     def secret_files(self, *names: str) -> list[Path]:
         """Return the files that those of these settings came from which came from files."""
         return [path for name in names if (path := self._found.file(name))]
@@ -432,12 +428,7 @@ class Settings(BaseSettings):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is odd about the settings but no error: one line each, without secrets."""
-        return (*self._found.warnings, *self.doubts)
-
-    @property
-    def doubts(self) -> tuple[str, ...]:
-        """What looked wrong about the key pair when it was found; ``warnings`` holds it too."""
-        return () if self.sandbox else _doubts(self._found)
+        return tuple(self._found.warnings)
 
     def sources(self) -> tuple[Setting, ...]:
         """Return each variable's effective value, masked, and where it was found; empty unless ``load`` made this."""
@@ -487,18 +478,32 @@ def default_text(name: str) -> str | None:
     return str(default).lower() if isinstance(default, bool) else None if default in (None, ()) else str(default)
 
 
-def outbound_proxy(settings: Settings, base: BaseURL) -> OutboundProxy | None:
+def outbound_proxy(settings: Settings, base: BaseURL, warn: Callable[[str], object] = str) -> OutboundProxy | None:
     """Return the corporate proxy on the way to ``base``: the setting's, else the system's; none to this machine itself.
 
-    A system's that can't be used counts as none; ``load`` has warned of it.
+    A system's that can't be used counts as none: ``load`` has had a warning of it.
     """
     if base.scheme != "https":
         return None
     try:
         proxy = settings.outbound_proxy or system_proxy(base)
-    except ValueError:
+    except ValueError as error:
+        cure = "Metquay is asked directly; METQUAY_OUTBOUND_PROXY takes its place"
+        warn(f"HTTPS_PROXY, or the system's proxy setting, {error}. {cure}")
         return None
     return None if proxy == DIRECT else proxy
+
+
+def pool_to(base: BaseURL, settings: Settings, **more: Any) -> Pool:  # noqa: ANN401 - the pool's own
+    """Return the connections to ``base`` that these settings ask for; ``more`` is what no setting says."""
+    return Pool(
+        base,
+        ssl_context=tls_context(settings.ca_bundle) if base.scheme == "https" else None,
+        connect_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+        outbound_proxy=outbound_proxy(settings, base),
+        **more,
+    )
 
 
 def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Settings:
@@ -510,6 +515,8 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
         found.warnings.append(f"METQUAY_CLIENT_KEY {words}")
     if "client_key" in found.texts and len(key) < _SHORT_KEY:
         found.warnings.append(f"METQUAY_CLIENT_KEY is short: make it {_SHORT_KEY} random characters or more")
+    pair = Credentials(found.text("access_key"), found.text("secret_key"), tuple(found.remarks))
+    found.warnings += () if sandbox else pair.doubts()
     sources = tuple(_shown(found, name) for name in VARIABLES)
     problems = {name: _line(found, *problem) for name, problem in found.problems.items()}
     problems |= {name: _line(found, name, "is empty") for name in found.texts if not found.text(name)}
@@ -524,19 +531,11 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
             if name in found.texts or ENV_FILE not in problems:  # that it is missing has a cause, which is told
                 problems.setdefault(name, _line(found, name, _complaint(found.text(name), item["type"], item["msg"])))
     if problems:
-        raise SettingsError(problems.values(), (*found.warnings, *(() if sandbox else _doubts(found))), sources)
-    if settings.host is not None and settings.host.scheme == "https" and settings.outbound_proxy is None:
-        try:
-            system_proxy(settings.host)
-        except ValueError as error:
-            cure = "Metquay is asked directly; METQUAY_OUTBOUND_PROXY takes its place"
-            found.warnings.append(f"HTTPS_PROXY, or the system's proxy setting, {error}. {cure}")
+        raise SettingsError(problems.values(), found.warnings, sources)
+    if settings.host is not None:
+        outbound_proxy(settings, settings.host, found.warnings.append)
     settings._found, settings._sources = found, sources  # noqa: SLF001 - what only the finder knows
     return settings
-
-
-def _doubts(found: Found) -> tuple[str, ...]:
-    return Credentials(found.text("access_key"), found.text("secret_key"), tuple(found.remarks)).doubts()
 
 
 def _complaint(text: str, kind: str, words: str) -> str:
@@ -576,7 +575,7 @@ def _masked(name: str, text: str) -> str:
     with contextlib.suppress(ValueError):
         if name == "outbound_proxy":
             proxy = parse_outbound_proxy(text)
-            return "none" if proxy == DIRECT else f"http://{'***@' if proxy.authorization else ''}{proxy}"
+            return "none" if proxy == DIRECT else f"http://{'***@' if proxy.login else ''}{proxy}"
         if name == "client_keys":
             return shown_keys(_client_keys(text))
     if _is_secret(name) or (name.endswith("_file") and not os.path.isfile(text)):  # noqa: PTH113 - it may be the secret

@@ -18,20 +18,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from metquay_proxy.environment import ENV_FILE, PREFIX, Line, nearest, read_env_file, variable, variables
+from dotenv.parser import Binding
+
+from metquay_proxy.environment import ENV_FILE, PREFIX, nearest, read_env_file, variable, variables
 
 PAIR: Final = ("access_key", "secret_key")
 
 _SERVICE_LINK: Final = re.compile(r"METQUAY_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_[0-9]+_\w+)")
-_LEFT_OUT: Final = (
-    (r"(?i)(set|setx|setenv|declare)\s|\$env:", "that is a command of a shell"),
-    (r"\W*\w+[\"']?\s*:", "it has a colon in the place of ="),
-    (r"[^=]*=\s*[\"']", "its quotation mark is not closed, or something follows the closed one"),
-    (r"[^=]*\S\s+[^\s=][^=]*=", "more than a name stands before ="),
-    (r"[^=]*$", "it has no ="),
-    (r"", "it cannot be read"),
+_NO_SETTING: Final = (
+    "it is not of the form NAME=value (has it a word or a mark before the name, a colon for =, no =, or a quotation "
+    "mark that is not closed?)"
 )
-"""What a line of ``.env`` looks like that is no ``NAME=value``, and what to say of it."""
 _READABLE_BY_OTHERS: Final = 0o004
 
 
@@ -95,20 +92,21 @@ class Found:
 
     def _search_env_file(self) -> None:
         try:
-            lines = read_env_file(ENV_FILE, os.environ)
+            lines = read_env_file(ENV_FILE)
         except OSError as error:
             self.problems[ENV_FILE] = (str(error.filename), f"cannot be read: {error.strerror}")
             return
         places = {}
         for line in lines:
-            place = f"{Path(ENV_FILE).absolute()}, line {line.number}"
-            places.update(dict.fromkeys(variables([(line.name, line.value)]), place))
+            written, number = line.original
+            number += written.removesuffix(written.lstrip()).count("\n")
+            place = f"{Path(ENV_FILE).absolute()}, line {number}"
+            places.update(dict.fromkeys(variables([(line.key, line.value)]), place))
             if _is_left_out(line):
-                known = re.search("METQUAY_([A-Z_]+)", line.text.upper())
+                known = re.search("METQUAY_([A-Z_]+)", written.upper())
                 name = known[0] if known and known[1].lower() in self._names else "NAME"
-                why = next(words for start, words in _LEFT_OUT if re.match(start, line.text))
-                self.warnings.append(f"{place}, is left out: {why}; write {name}=value")
-        for name, text in variables((line.name, line.value) for line in lines).items():
+                self.warnings.append(f"{place}, is left out: {_NO_SETTING}; write {name}=value")
+        for name, text in variables((line.key, line.value) for line in lines).items():
             self._add(name, Text(text, ENV_FILE, places[name]))
 
     def _secrets(self, directory: Path) -> list[Path]:
@@ -191,9 +189,8 @@ def place_of_env_file() -> str:
     return f"{path} (there is none{hint})"
 
 
-def _is_left_out(line: Line) -> bool:
+def _is_left_out(line: Binding) -> bool:
     """Whether a line of ``.env`` is no ``NAME=value`` and is, or may be, for us."""
-    if line.name is None:
-        return True
-    taken = re.fullmatch(r"\w+", line.name) and (line.value is not None or line.name in os.environ)
-    return "METQUAY" in line.name.upper() and not taken
+    name = line.key or ""
+    taken = re.fullmatch(r"\w+", name) and (line.value is not None or name in os.environ)
+    return line.error or ("METQUAY" in name.upper() and not taken)

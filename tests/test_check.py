@@ -209,9 +209,9 @@ async def test_the_audit_log_of_a_running_proxy() -> None:
 @pytest.mark.parametrize(
     ("host", "proxy", "failed", "cause", "cure"),
     [
-        ("metquay.invalid", "", "dns", "does not know the name metquay.invalid", "METQUAY_HOST.*online"),
-        ("http://127.0.0.1:{}", "", "tcp", "Nothing listens at 127.0.0.1:{}", "METQUAY_HOST and its port"),
-        ("metquay.example", "127.0.0.1:{}", "tcp", "Nothing listens at 127.0.0.1:{}", "METQUAY_OUTBOUND_PROXY"),
+        ("metquay.invalid", "", "dns", "metquay.invalid .*name could not be looked up", "METQUAY_HOST.*network"),
+        ("http://127.0.0.1:{}", "", "tcp", "127.0.0.1:{} .*nothing listens there", "METQUAY_HOST and its port"),
+        ("metquay.example", "127.0.0.1:{}", "tcp", "127.0.0.1:{} .*nothing listens there", "METQUAY_OUTBOUND_PROXY"),
     ],
 )
 async def test_nobody_is_there(host: str, proxy: str, failed: str, cause: str, cure: str) -> None:
@@ -233,16 +233,16 @@ async def test_no_answer() -> None:
         found = await probes(f"http://127.0.0.1:{address[1]}", connect_timeout="0.2")
         for filler in fillers:
             filler.close()
-    assert_failed(found, "tcp", "does not answer", "VPN.*METQUAY_OUTBOUND_PROXY")
+    assert_failed(found, "tcp", "could not be reached within 0.2 seconds", "VPN.*METQUAY_OUTBOUND_PROXY")
 
 
 @pytest.mark.parametrize(
     ("server", "cause", "cure"),
     [
-        ({"name": "localhost"}, "of localhost.* was not accepted", "company inspects.*METQUAY_CA_BUNDLE"),
+        ({"name": "localhost"}, "localhost.*certificate was not accepted", "company inspects.*METQUAY_CA_BUNDLE"),
         ({"name": "other", "ca_bundle": "ca.pem"}, "was not accepted", "METQUAY_HOST for a typing mistake"),
         ({"name": "localhost", "ca_bundle": "ca.pem", "expired": True}, "has expired", "date and time first"),
-        ({}, "No secure connection to localhost", "the address is right and speaks TLS on that port"),
+        ({}, "localhost.* no secure connection", "Check the address, and that it speaks TLS"),
     ],
 )
 async def test_tls(authority: trustme.CA, tmp_path: Path, server: dict[str, Any], cause: str, cure: str) -> None:
@@ -412,7 +412,7 @@ async def test_the_systems_proxy_cannot_be_used(monkeypatch: pytest.MonkeyPatch,
     found = await probes("metquay.invalid")
     assert "ok" == found["settings"].outcome
     assert re.match("HTTPS_PROXY, or the system's proxy setting, (is|must be) ", found["settings"].text)
-    assert_failed(found, "dns", "does not know the name metquay.invalid", "METQUAY_HOST")
+    assert_failed(found, "dns", "metquay.invalid .*could not be looked up", "METQUAY_HOST")
     assert "pass-word" not in str(found)
 
 
@@ -436,7 +436,7 @@ async def test_redis_answers_is_gone_or_hangs(tmp_path: Path) -> None:
 def printed(capsys: pytest.CaptureFixture[str], code: int, *, as_json: bool = False, **texts: str) -> list[str]:
     """Run the command, on the simulator where no host is set; return the lines that it printed."""
     sandbox = bool(texts) and "host" not in texts
-    assert code == run(lambda: load(texts, sandbox=sandbox), as_json=as_json)
+    assert code == run(lambda: load(texts, sandbox=sandbox), print, as_json=as_json)
     return capsys.readouterr().out.splitlines()
 
 
@@ -478,5 +478,5 @@ def test_wrong_settings_are_all_that_is_told(capsys: pytest.CaptureFixture[str],
     """Nothing else was tried; a line of .env that is left out is told first, since it may be why."""
     (tmp_path / ".env").write_text("set METQUAY_HOST=lab.metquay.co\n")
     told, last = printed(capsys, 1)
-    assert re.search(r"line 1, is left out: that is a command of a shell.*METQUAY_HOST \(--host\): is missing", told)
+    assert re.search(r"line 1, is left out: .* a word .* before the name.*METQUAY_HOST \(--host\): is missing", told)
     assert "1 of 1 checks failed." == last

@@ -157,7 +157,7 @@ class TestMovedAway:
                 ["--listen", "localhost:7000"],
                 ['asks elsewhere: localhost:6387.*-e "METQUAY_LISTEN=localhost:7000"'],
             ),
-            ({}, ["--listen", "localhost:0"], ["asks elsewhere: localhost:6387.*the address that is printed"]),
+            ({}, ["--listen", "localhost:0"], ["asks elsewhere: localhost:6387.*the port that is printed"]),
             ({"LISTEN": "0.0.0.0:6387"}, ["--listen", "0.0.0.0:7000"], ['asks elsewhere: 0.0.0.0:6387.*="?']),
             ({"LISTEN": "localhost:7000"}, [], []),
             ({"LISTEN": "localhost:7000"}, ["--listen", "localhost:8000,localhost:7000"], []),
@@ -471,7 +471,7 @@ class TestHealth:
         def refuse(*_: object) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", ".env")
 
-        monkeypatch.setattr(health, "find", refuse)
+        monkeypatch.setattr(cli, "find", refuse)
         assert 1 == cli.main(["health"])
         assert "metquay-proxy: Permission denied: .env\n" == capsys.readouterr().err
 

@@ -14,6 +14,7 @@ import pytest
 import trustme
 
 from metquay_proxy import health, settings
+from metquay_proxy.environment import find
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,26 +200,6 @@ def test_a_proxy_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch,
         thread.join()
 
 
-@pytest.mark.parametrize(
-    ("environ", "file", "expected"),
-    [
-        ({}, None, None),
-        ({"METQUAY_LISTEN": "a:1"}, "METQUAY_LISTEN=b:2", "a:1"),
-        ({"METQUAY_LISTEN": ""}, "METQUAY_LISTEN=b:2", "b:2"),
-        ({"metquay_listen": "a:1"}, None, "a:1"),
-        ({}, "metquay_listen=b:2", "b:2"),
-        ({}, "METQUAY_LISTEN=", None),
-    ],
-)
-def test_where_the_proxy_listens_is_found(
-    tmp_path: Path, environ: dict[str, str], file: str | None, expected: str | None
-) -> None:
-    """The environment wins over .env, and what is empty is absent: as for the proxy itself."""
-    if file is not None:
-        (tmp_path / ".env").write_text(file)
-    assert expected == health.find("METQUAY_LISTEN", environ, str(tmp_path / ".env"))
-
-
 @pytest.mark.slow
 def test_serve_and_health_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 3,000 environments and .env files made by chance, whatever the case of names, quotes and empty values."""
@@ -242,7 +223,10 @@ def test_serve_and_health_find_the_same(tmp_path: Path, monkeypatch: pytest.Monk
             found = error.sources
         expected = {variable: value for variable, value, source in found if source != "default"}
         for variable in ("METQUAY_LISTEN", "METQUAY_TLS_CERT"):
-            assert expected.get(variable) == health.find(variable, environ), (environ, statements)
+            assert expected.get(variable) == find().get(variable.removeprefix("METQUAY_").lower()), (
+                environ,
+                statements,
+            )
 
 
 def test_files_of_secrets_do_not_say_where_the_proxy_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,11 +235,4 @@ def test_files_of_secrets_do_not_say_where_the_proxy_is(tmp_path: Path, monkeypa
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert ("box", 1, "") == settings.load(sandbox=True).listen[0]
-    assert health.find("METQUAY_LISTEN", os.environ) is None
-
-
-def test_an_unreadable_env_file_is_no_secret(tmp_path: Path) -> None:
-    """Guessing the default instead would ask the wrong proxy."""
-    (tmp_path / ".env").write_bytes(b"\xff")
-    with pytest.raises(OSError, match="UTF-8"):
-        health.find("METQUAY_LISTEN", {}, str(tmp_path / ".env"))
+    assert "listen" not in find()

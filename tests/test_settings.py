@@ -491,7 +491,7 @@ class TestProblems:
     def test_an_unusable_env_file_is_one_line(self, write: Write) -> None:
         """That something is missing then has a cause, which is told."""
         file = write("current/.env", "METQUAY_RETRIES=1".encode("utf-16"))
-        why = "it is UTF-16 text, as PowerShell 5 writes it; save it as UTF-8"
+        why = "it is not UTF-8 text (PowerShell 5 writes UTF-16); save it as UTF-8"
         assert (f"{file} cannot be read: {why}",) == problems()
 
 
@@ -557,7 +557,7 @@ class TestWarnings:
         file = write("run-secrets/METQUAY_SECRET_KEY", "another-one")
         settings = load()
         assert (f"METQUAY_SECRET_KEY (from environment) is used, and {file} is not",) == settings.warnings
-        assert settings.warnings == settings.doubts == settings.credentials().doubts()
+        assert settings.warnings == settings.credentials().doubts()
 
     def test_keys_that_look_wrong_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Beside errors too, but not where nothing is logged in to."""

@@ -33,10 +33,10 @@ _OTHER: Final = {
 """What a file begins with that holds no certificate for OpenSSL, and what to tell its owner."""
 
 
-def check_bundle(path: Path) -> None:
-    """Raise ``OSError`` where a file can't be read, ``ValueError`` (for people) where OpenSSL can't use it."""
+def trust(context: ssl.SSLContext, path: Path) -> None:
+    """Trust a bundle; raise ``OSError`` where it can't be read, ``ValueError`` (for people) where it is of no use."""
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+        context.load_verify_locations(path)
     except ssl.SSLError:
         raise ValueError(_diagnosis(path, path.read_bytes())) from None
 

@@ -29,6 +29,7 @@ from metquay_proxy.rules.address import Address
 from metquay_proxy.rules.errors import UpstreamFailure, shortage
 from metquay_proxy.rules.http1 import ClosedBeforeHead, ProtocolError, ResponseReader
 from metquay_proxy.threads import in_thread
+from metquay_proxy.upstream.bundle import trust
 from metquay_proxy.upstream.connection import left_behind
 
 if TYPE_CHECKING:
@@ -62,37 +63,32 @@ _REFUSALS: Final = {
 }
 """What to do about a corporate proxy's status."""
 _PROXY_SETTING: Final = "METQUAY_OUTBOUND_PROXY (or the system's)"
-_NETWORK: Final = "Check the network (VPN, firewall, corporate proxy)"
+_NETWORK: Final = "Check the network (cable, VPN, firewall); behind a corporate proxy, set METQUAY_OUTBOUND_PROXY."
+_CA: Final = "If your company inspects TLS or runs its own Metquay, put the issuing CA (PEM) into METQUAY_CA_BUNDLE."
 _CAUSES: Final = (
-    (TimeoutError, " within {timeout:g} seconds", f"{_NETWORK}, then try again."),
-    (socket.gaierror, ": its name could not be looked up", "Check {setting} and the network's name server (DNS)."),
+    (ssl.SSLCertVerificationError, ": its certificate was not accepted ({told})", _CA),
+    (ssl.SSLError, ": no secure connection came about ({told})", f"Check the address, and that it speaks TLS. {_CA}"),
+    (TimeoutError, " within {timeout:g} seconds", _NETWORK),
+    (socket.gaierror, ": its name could not be looked up", "Check {setting} for a typing mistake, and the network."),
     (ConnectionRefusedError, ": nothing listens there", "Check {setting} and its port."),
     (ConnectionResetError, ": the connection was closed at once", "Try again."),
-    (OSError, ": the network gives no way to it", f"{_NETWORK}."),
+    (OSError, ": the network gives no way to it", _NETWORK),
 )
-"""Why something could not be reached, and what to do about it."""
+"""Why something could not be reached (``told``: by OpenSSL), and what to do about it."""
 _SCHEME: Final = re.compile(rb"(?:\A|,)[ \t]*(basic|digest|negotiate|ntlm|kerberos|bearer)(?=[ \t,]|\Z)")
 
 
 @dataclass(frozen=True, slots=True)
 class OutboundProxy:
-    """A corporate proxy, asked for a tunnel by CONNECT; ``authorization`` is a whole header value or None."""
+    """A corporate proxy, asked for a tunnel by CONNECT; ``login`` is ``user:password`` or None."""
 
     host: str
     port: int
-    authorization: str | None = field(default=None, repr=False)
+    login: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         """Say where it is."""
         return str(Address(self.host, self.port))
-
-    @classmethod
-    def of(cls, host: str, port: int, user: str | None, password: str | None) -> OutboundProxy:
-        """Make one from the parts of a proxy URL."""
-        if user is None:
-            return cls(host, port)
-        pair = f"{user}:{password or ''}".encode()
-        return cls(host, port, "Basic " + base64.b64encode(pair).decode("ascii"))
 
 
 @dataclass(slots=True, eq=False)
@@ -124,7 +120,7 @@ class Dialer:
                     undo.pop_all()
                     return protocol
         except OSError as error:
-            raise self._failure(error) from None
+            raise self.failure(error) from None
 
     async def _look_up(self, host: str, port: int) -> Sequence[AddrInfoType]:
         """Return a host's addresses; raise ``socket.gaierror``. Who asks while another asks shares its answer.
@@ -145,8 +141,8 @@ class Dialer:
         """Ask a corporate proxy for the way; raise ``OSError`` or ``UpstreamFailure``."""
         authority = str(Address(self.base.host, self.base.port))
         head = f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n"
-        if proxy.authorization is not None:
-            head += f"Proxy-Authorization: {proxy.authorization}\r\n"
+        if proxy.login is not None:
+            head += f"Proxy-Authorization: Basic {base64.b64encode(proxy.login.encode()).decode()}\r\n"
         await self._loop.sock_sendall(sock, head.encode("ascii") + b"\r\n")
         reader = ResponseReader("CONNECT")
         try:
@@ -165,7 +161,7 @@ class Dialer:
         known = (cure for statuses, cure in _REFUSALS.items() if status in statuses)
         cure = next(known, "Ask whoever runs it to allow this address.")
         if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
-            cure = _what_it_wants(reader.head, given=proxy.authorization is not None)
+            cure = _what_it_wants(reader.head)
         did = "found no way to" if status in _GATEWAY_FAULTS else "refused the way to"
         message = f"The corporate proxy {proxy} {did} {authority} (status {status}). {cure}"
         raise UpstreamFailure("upstream-unreachable", message, repeatable=status in _GATEWAY_FAULTS)
@@ -188,28 +184,14 @@ class Dialer:
         protocol.connection_made(used)
         return protocol
 
-    def _failure(self, error: OSError) -> UpstreamFailure:
+    def failure(self, error: OSError) -> UpstreamFailure:
         """Say why no connection came about, and what to do."""
         proxy = self.proxy
         place, setting = self.base.authority, "METQUAY_HOST"
         if proxy is not None:
             place += f" (through the corporate proxy {proxy})"
-        if isinstance(error, ssl.SSLCertVerificationError):
-            why = error.verify_message or "it can't be verified"
-            message = (
-                f"The certificate of {place} was not accepted: {why}. Nothing was sent. If your company inspects TLS "
-                "or Metquay runs on your own server, put the issuing CA's certificate (PEM) into METQUAY_CA_BUNDLE."
-            )
-            return UpstreamFailure("upstream-tls", message)
-        if isinstance(error, ssl.SSLError):
-            why = getattr(error, "reason", None) or "TLS failed"
-            message = (
-                f"No secure connection to {place} could be made ({why}). Nothing was sent. Check that the address is "
-                "right and speaks TLS on that port; an intercepting firewall needs its CA in METQUAY_CA_BUNDLE."
-            )
-            return UpstreamFailure("upstream-tls", message, repeatable=True)
         # nothing else can happen once the corporate proxy is reached
-        if proxy is not None and not isinstance(error, (ConnectionResetError, TimeoutError)):
+        if proxy is not None and not isinstance(error, (ConnectionResetError, TimeoutError, ssl.SSLError)):
             place, setting = f"The corporate proxy {proxy}", _PROXY_SETTING
         if isinstance(error, socket.gaierror):  # which does not tell a shortage: another attempt does
             try:
@@ -219,8 +201,11 @@ class Dialer:
         why, cure = next((why, cure) for kind, why, cure in _CAUSES if isinstance(error, kind))
         if (short := shortage(error)) is not None:
             why, cure = f": {short[0]}", short[1]
-        message = f"{place} could not be reached{why.format(timeout=self.timeout)}. {cure.format(setting=setting)}"
-        return UpstreamFailure("upstream-unreachable", message, repeatable=True)
+        told = getattr(error, "verify_message", None) or getattr(error, "reason", None) or "TLS failed"
+        why, cure = why.format(told=told, timeout=self.timeout), cure.format(setting=setting)
+        message = f"{place} could not be reached{why}. {cure}"
+        slug = "upstream-tls" if isinstance(error, ssl.SSLError) else "upstream-unreachable"
+        return UpstreamFailure(slug, message, repeatable=not isinstance(error, ssl.SSLCertVerificationError))
 
 
 class _Unasked(asyncio.Protocol):
@@ -253,8 +238,8 @@ class _LastWords(asyncio.BufferedProtocol):
         self._tls.connection_lost(exc)
 
 
-def _what_it_wants(answer: ResponseHead, *, given: bool) -> str:
-    """Return what to do about a corporate proxy's 407; ``given``: it got a user name and password."""
+def _what_it_wants(answer: ResponseHead) -> str:
+    """Return what to do about a corporate proxy's 407."""
     asked = b",".join(value for name, value in answer.noted if name == b"proxy-authenticate")
     schemes = dict.fromkeys(scheme.decode() for scheme in _SCHEME.findall(asked))
     if schemes and "basic" not in schemes:
@@ -263,16 +248,17 @@ def _what_it_wants(answer: ResponseHead, *, given: bool) -> str:
             f"It wants a login by {wanted}, which metquay-proxy does not speak. px (or cntlm, for NTLM) does: let one "
             "of them run on this computer, and set METQUAY_OUTBOUND_PROXY=http://127.0.0.1:3128."
         )
-    if given:
-        return (
-            "It does not accept the user name and password in METQUAY_OUTBOUND_PROXY (or in the system's proxy "
-            "setting): check both. A % in them is written %25."
-        )
-    return "It wants a user name and password: put them into METQUAY_OUTBOUND_PROXY (http://user:password@host:port)."
+    return (
+        "It wants a user name and password, or others than it got: put them into METQUAY_OUTBOUND_PROXY "
+        "(http://user:password@host:port); a % in them is written %25."
+    )
 
 
 def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
-    """Return a context that verifies names and certificates by the operating system's store and ``ca_bundle``."""
+    """Return a context that verifies names and certificates by the operating system's store and ``ca_bundle``.
+
+    Raises as ``bundle.trust``.
+    """
     if sys.platform in {"win32", "darwin"}:
         context: ssl.SSLContext = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     else:
@@ -287,5 +273,5 @@ def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
     # as curl does: the CA that issued the server's certificate will do, without the root above it
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if ca_bundle is not None:
-        context.load_verify_locations(ca_bundle)
+        trust(context, ca_bundle)
     return context

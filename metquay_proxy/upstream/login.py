@@ -1,7 +1,7 @@
 """The login: one ``POST {base}/authenticate``, which buys a token for the key pair.
 
-Owns the request and the bounds on its answer. Must not judge the answer (``parse_login`` does) nor decide when to log
-in, and holds the keys no longer than the next ones.
+Owns the requests that the program makes by itself, and the bounds on their answers. Must not judge a login's answer
+(``parse_login`` does) nor decide when to log in, and holds the keys no longer than the next ones.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ class Login:
                 raise LoginFailed(msg) from None
         keys = self._keys
         data = json.dumps({"accessKey": keys.access_key, "secretKey": keys.secret_key}).encode()
+        fields = f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n"
         began = self._clock()
         try:
-            head, answer = await self._ask(data)
+            head, answer = await ask(self._pool, self._base, "POST /authenticate", fields, data)
         except ProxyError as error:
             failure = UpstreamDistrusted if error.slug == "upstream-tls" else LoginFailed
             raise failure(error.message) from None
@@ -75,17 +76,21 @@ class Login:
         except CredentialsRejected as refusal:
             raise CredentialsRejected(" ".join([str(refusal), *(f"{doubt}." for doubt in keys.doubts())])) from None
 
-    async def _ask(self, data: bytes) -> tuple[ResponseHead, bytes]:
-        head = (
-            f"POST {self._base.prefix}/authenticate HTTP/1.1\r\nHost: {self._base.authority}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\nAccept: application/json\r\n\r\n"
-        )
-        # a limit of 0: the keys' own bytes are never kept for a replay
-        body = RequestBody(Stream.of(data), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
-        answer = b""
-        with contextlib.closing(await self._pool.send("POST", head.encode("ascii"), body, own=True)) as response:
-            while piece := await response.body.read():
-                answer += piece
-                if len(answer) > _ANSWER_LIMIT:
-                    raise LoginFailed("the answer to the login is far too long; is METQUAY_HOST right?")
-        return response.head, answer
+
+async def ask(pool: Pool, base: BaseURL, what: str, fields: str = "", data: bytes = b"") -> tuple[ResponseHead, bytes]:
+    """Ask the upstream something of our own; return its answer's head and body.
+
+    ``what`` is a method and a path below the base; ``fields`` are further ones, each with its CRLF. Raises
+    ``UpstreamFailure``, and ``LoginFailed`` where the answer is far too long.
+    """
+    method, path = what.split()
+    head = f"{method} {base.prefix}{path} HTTP/1.1\r\nHost: {base.authority}\r\nAccept: application/json\r\n"
+    # a limit of 0: the keys' own bytes are never kept for a replay
+    body = RequestBody(Stream.of(data), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
+    answer = b""
+    with contextlib.closing(await pool.send(method, f"{head}{fields}\r\n".encode(), body, own=True)) as response:
+        while piece := await response.body.read():
+            answer += piece
+            if len(answer) > _ANSWER_LIMIT:
+                raise LoginFailed("the answer is far too long; is METQUAY_HOST right?")
+    return response.head, answer

@@ -54,7 +54,8 @@ def parse_outbound_proxy(text: str) -> OutboundProxy:
         port = int(parts["port"] or 80)
         if 0 < port <= MAX_PORT:
             user, password = (part and unquote(part) for part in parts.group("user", "password"))
-            return OutboundProxy.of(parts["host"].strip("[]").lower(), port, user, password)
+            login = None if user is None else f"{user}:{password or ''}"
+            return OutboundProxy(parts["host"].strip("[]").lower(), port, login)
     raise ValueError(next(why for start, why in _UNUSABLE.items() if re.match(start, text, re.IGNORECASE | re.DOTALL)))
 
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 import pytest
 import trustme
 
-from metquay_proxy.upstream.bundle import check_bundle
+from metquay_proxy.upstream.bundle import trust
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 PEM = trustme.CA().cert_pem.bytes()
 LINES = PEM.splitlines()
 PKCS7 = b"\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x07\x02\xa0"
@@ -30,7 +31,7 @@ def test_one_bad_certificate_among_good_ones(tmp_path: Path, damaged: int, bad: 
     path.write_bytes(b"".join(line + b"\n" for certificate in certificates for line in certificate))
     where = f"certificate {damaged + 1} of 3 in {path} (beginning at line {damaged * len(LINES) + 1})"
     with pytest.raises(ValueError, match="can't be read: copy it again") as caught:
-        check_bundle(path)
+        trust(CONTEXT, path)
     assert str(caught.value).startswith(where)
 
 
@@ -59,7 +60,7 @@ def test_a_file_without_certificates(tmp_path: Path, content: bytes, complaint: 
     path = tmp_path / "bundle"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="bundle") as caught:
-        check_bundle(path)
+        trust(CONTEXT, path)
     assert complaint in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -72,6 +73,6 @@ def test_a_file_without_certificates(tmp_path: Path, content: bytes, complaint: 
 def test_what_openssl_reads(tmp_path: Path, content: bytes) -> None:
     """Line ends, comments and a mark do no harm."""
     (tmp_path / "bundle").write_bytes(content)
-    check_bundle(tmp_path / "bundle")
+    trust(CONTEXT, tmp_path / "bundle")
     with pytest.raises(FileNotFoundError):
-        check_bundle(tmp_path / "none")
+        trust(CONTEXT, tmp_path / "none")

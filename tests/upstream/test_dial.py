@@ -81,7 +81,7 @@ async def test_no_such_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.getaddrinfo", fail)
     error = await failure(LAB)
     assert "upstream-unreachable" == error.slug
-    assert "its name could not be looked up. Check METQUAY_HOST and" in error.message
+    assert "its name could not be looked up. Check METQUAY_HOST for" in error.message
 
 
 async def test_a_look_up_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ async def test_a_look_up_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError(24, "x"), "this program may open no more files"),
         (ConnectionRefusedError(111, "x"), "nothing listens there. Check METQUAY_HOST and its port."),
         (ConnectionResetError(104, "x"), "the connection was closed at once. Try again."),
-        (OSError(101, "x"), "the network gives no way to it. Check the network (VPN,"),
+        (OSError(101, "x"), "the network gives no way to it. Check the network (cable,"),
         (TimeoutError(110, "x"), "could not be reached within 5 seconds."),
     ],
 )
@@ -132,19 +132,16 @@ async def test_causes(monkeypatch: pytest.MonkeyPatch, error: OSError, text: str
 
 
 def test_outbound_proxy() -> None:
-    """A corporate proxy's password is sent to it and shown nowhere."""
-    assert "Basic dTpw" == OutboundProxy.of("proxy", 80, "u", "p").authorization
-    assert "Basic dTo=" == OutboundProxy.of("proxy", 80, "u", None).authorization
-    assert None is OutboundProxy.of("proxy", 80, None, None).authorization
-    shown = OutboundProxy.of("proxy", 80, "u", "p")
+    """A corporate proxy's password is shown nowhere."""
+    shown = OutboundProxy("proxy", 80, "u:p")
     assert ("proxy:80", "OutboundProxy(host='proxy', port=80)") == (str(shown), repr(shown))
 
 
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (NO_TUNNEL % b"407 No", "does not accept the user name and password in METQUAY_OUTBOUND_PROXY"),
-        (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Negotiate, Basic realm="x"', "does not accept the user name and"),
+        (NO_TUNNEL % b"407 No", "It wants a user name and password, or others than it got: put them into METQUAY_"),
+        (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Negotiate, Basic realm="x"', "wants a user name and password"),
         (NO_TUNNEL % b"407 No\r\nPROXY-AUTHENTICATE: NTLM\r\nProxy-Authenticate: Negotiate", "by NTLM or Negotiate,"),
         (NO_TUNNEL % b"407 No\r\nProxy-Authenticate: Negotiate, NTLM", "px (or cntlm, for NTLM) does"),
         (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Digest realm="a", nonce="basic"', "a login by Digest,"),
@@ -155,7 +152,7 @@ def test_outbound_proxy() -> None:
         (NO_TUNNEL % b"503 No", "status 503"),
         (
             NO_TUNNEL % b'407 Nobody\r\nProxy-Authenticate: Basic realm="x"',
-            "wants a user name and password: put them into",
+            "wants a user name and password, ",
         ),
         (b"SSH-2.0-x\r\n\r\n", "gave no valid HTTP answer. Check METQUAY_OUTBOUND_PROXY"),
         (b"", "closed the connection"),
@@ -172,15 +169,15 @@ async def test_tunnel_refused(answer: bytes, text: str) -> None:
         writer.close()
 
     async with speaking(play) as port:
-        user, password = (None, None) if b"Nobody" in answer else ("u", "p")
-        error = await failure(LAB, proxy=OutboundProxy.of("127.0.0.1", port, user, password))
+        login = None if b"Nobody" in answer else "u:p"
+        error = await failure(LAB, proxy=OutboundProxy("127.0.0.1", port, login))
     assert ("upstream-unreachable", "no") == (error.slug, error.sent)
     assert text in error.message
     authority = b"lab.metquay.example:443"
     lines = [
         b"CONNECT " + authority + b" HTTP/1.1",
         b"Host: " + authority,
-        *([b"Proxy-Authorization: Basic dTpw"] if user else []),
+        *([b"Proxy-Authorization: Basic dTpw"] if login else []),
         b"",
         b"",
     ]
@@ -338,5 +335,5 @@ def test_tls_context(tmp_path: Path) -> None:
     assert before + 1 == context.cert_store_stats()["x509_ca"]
     assert (ssl.CERT_REQUIRED, True) == (context.verify_mode, context.check_hostname)
     bundle.write_text("nothing")
-    with pytest.raises(ssl.SSLError):
+    with pytest.raises(ValueError, match="holds no certificate"):
         tls_context(bundle)

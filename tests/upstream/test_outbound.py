@@ -18,14 +18,14 @@ BASE = BaseURL.parse("lab.metquay.co")
         ("proxy.lab.example:3128", OutboundProxy("proxy.lab.example", 3128)),
         ("http://proxy.lab.example/", OutboundProxy("proxy.lab.example", 80)),
         ("http://[::1]:3128", OutboundProxy("::1", 3128)),
-        ("http://jo%40lab:p%3Aw@proxy:1", OutboundProxy.of("proxy", 1, "jo@lab", "p:w")),
-        ("http://jo:a#b@proxy:1", OutboundProxy.of("proxy", 1, "jo", "a#b")),
-        ("http://jo:a@b@proxy:1", OutboundProxy.of("proxy", 1, "jo", "a@b")),
-        ("http://jo:a/b?c:d@proxy:1/", OutboundProxy.of("proxy", 1, "jo", "a/b?c:d")),
-        ("http://jo:a://b@proxy", OutboundProxy.of("proxy", 80, "jo", "a://b")),
-        ("http://jo:100%@proxy:1", OutboundProxy.of("proxy", 1, "jo", "100%")),
-        ("http://LAB\\jo: \u00fc[1]@[::1]:1", OutboundProxy.of("::1", 1, "LAB\\jo", " \u00fc[1]")),
-        ("jo@proxy:1", OutboundProxy.of("proxy", 1, "jo", None)),
+        ("http://jo%40lab:p%3Aw@proxy:1", OutboundProxy("proxy", 1, "jo@lab:p:w")),
+        ("http://jo:a#b@proxy:1", OutboundProxy("proxy", 1, "jo:a#b")),
+        ("http://jo:a@b@proxy:1", OutboundProxy("proxy", 1, "jo:a@b")),
+        ("http://jo:a/b?c:d@proxy:1/", OutboundProxy("proxy", 1, "jo:a/b?c:d")),
+        ("http://jo:a://b@proxy", OutboundProxy("proxy", 80, "jo:a://b")),
+        ("http://jo:100%@proxy:1", OutboundProxy("proxy", 1, "jo:100%")),
+        ("http://LAB\\jo: \u00fc[1]@[::1]:1", OutboundProxy("::1", 1, "LAB\\jo: \u00fc[1]")),
+        ("jo@proxy:1", OutboundProxy("proxy", 1, "jo:")),
         ("HTTP://Proxy.Lab.Example.:1", OutboundProxy("proxy.lab.example.", 1)),
         *[(word, DIRECT) for word in ("none", "OFF", "direct", "no", "false")],
     ],
@@ -66,7 +66,7 @@ def test_the_systems_proxy(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             monkeypatch.delenv(known)
     assert system_proxy(BASE) is None
     monkeypatch.setenv(name, "http://u:p#w@proxy:3128/")
-    assert OutboundProxy.of("proxy", 3128, "u", "p#w") == system_proxy(BASE)
+    assert OutboundProxy("proxy", 3128, "u:p#w") == system_proxy(BASE)
     monkeypatch.setenv(name, "socks5h://proxy:1080")
     with pytest.raises(ValueError, match="SOCKS"):
         system_proxy(BASE)
