@@ -26,6 +26,7 @@ from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.gate import PLACEHOLDER_LIFETIME, PROBES
 from metquay_proxy.rules.headers import RequestFields, inbound
+from metquay_proxy.rules.quota import Callers
 from metquay_proxy.rules.retries import READING
 from metquay_proxy.rules.target import LOGIN_PATH
 from metquay_proxy.telemetry import masked
@@ -83,6 +84,7 @@ class Handler:
         self._read_timeout = read_timeout
         budget = ReplayBudget(_REPLAY_TOTAL)
         self._body = partial(RequestBody, limit=replay_limit, budget=budget, timeout=read_timeout)
+        self._callers = Callers()
         self._alone: set[asyncio.Task[Any] | None] = set()
         """The tasks of writes that run on without their clients."""
         self.draining = False
@@ -175,7 +177,7 @@ class Handler:
         now = time.time()
         admission = self._gate.check(method, target, fields, now)
         exchange.client, exchange.read_only = admission.client, admission.read_only
-        exchange.caller = admission.client or exchange.agent
+        exchange.caller = admission.client or self._callers.name(fields.product, now)
         if admission.preflight:
             return self._preflight(client, exchange)
         if b"upgrade" in fields.judged and _wants_websocket(fields):
