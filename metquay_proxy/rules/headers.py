@@ -85,8 +85,7 @@ _OPTION: Final = re.compile(rb"[^ \t,](?:[^,]*[^ \t,])?")
 _NO_HOP: Final = frozenset({b"close", b"keep-alive", b"content-length"})
 """Options of Connection that name no field, or one that no option may take away: the message's own length."""
 _LONGEST_AGENT: Final = 200
-_WORD: Final = r"[a-z\x80-\xff]++"
-_PRODUCT: Final = re.compile(rf"(?:mozilla/\S+ \([^)]*\) )?+[^a-z\x80-\xff/(]*((?:{_WORD}(?:[ ._-]+{_WORD}(?!\d))*)?)")
+_PRODUCT: Final = re.compile(rb"(?:mozilla/\S+ \([^)]*\) )?[^a-z/(]*([a-z]*(?:[ ._-]+[a-z]++(?!\d))*)")
 """The words without digits that a User-Agent begins with; of one that says it is like a browser, those after that."""
 _NO_CONTENT: Final = 204
 
@@ -109,8 +108,9 @@ class RequestFields:
             lower = name.lower()
             judged[lower] = None if lower in judged else value.rstrip(b" \t")
         self.judged: Mapping[bytes, bytes | None] = judged
-        self.agent = (self.text(b"user-agent") or "")[:_LONGEST_AGENT]
-        self.product = next(_PRODUCT.finditer(self.agent.lower()))[1]
+        agent = (judged.get(b"user-agent") or b"")[:_LONGEST_AGENT]
+        self.agent = agent.decode("latin-1")
+        self.product = _PRODUCT.findall(agent.lower())[0].decode()
         self.options = connection_options(noted_fields(lines))
         self._hop = self.options - _NO_HOP
         self._lines = lines

@@ -322,7 +322,7 @@ class TestJudged:
             ("com.vendor.app", "com.vendor.App/3 (17; like tool)"),
             ("windowspowershell", "Mozilla/5.0 (Windows NT; Windows NT 10.0; en-US) WindowsPowerShell/5.1.19041"),
             ("mozilla", "Mozilla/4.0 (compatible; Win32; WinHttp.WinHttpRequest.5)"),
-            ("\xe9\x9b", "\xc9\x9b-1"),
+            ("berwachung", "\xc3\x9cberwachung-1"),
             ("", "|17|1/2|(tool)|/tool"),
             ("a" * 200, "A" * 300),
         ],
