@@ -1,72 +1,15 @@
-"""What one tool does, and what one path of Metquay answers, does not cost the other tools their service."""
+"""What one path of Metquay answers costs the tools that ask for others as little as can be."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-import string
 import time
 from collections import Counter
 from itertools import count
-from typing import TYPE_CHECKING
 
-import aiohttp
 import pytest
 
 from tests import wire
-from tests.running import FastTime, running, simulated
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-FLOOD = 200
-"""Requests that are under way at once."""
-NUMBERS = count(100)
-LETTERS = random.Random(15)  # noqa: S311 - the same ones each time
-
-
-def numbered() -> str:
-    """Return a name with another number each time."""
-    return f"x-{next(NUMBERS)}/1.0"
-
-
-def lettered() -> str:
-    """Return another name each time, without a number."""
-    return "".join(LETTERS.choices(string.ascii_letters, k=12))
-
-
-@pytest.mark.parametrize(("invent", "least"), [(numbered, 20), (lettered, 8)])
-async def test_a_tool_that_has_a_new_name_each_time(invent: Callable[[], str], least: int) -> None:
-    """It does not starve one that was there before: of a minute's requests none is refused, and they go on."""
-    quick = FastTime(40)
-    served: Counter[int] = Counter()
-
-    async def flood(session: aiohttp.ClientSession, url: str) -> None:
-        while True:
-            async with session.get(url, headers={"User-Agent": invent()}):
-                await quick.sleep(2.0)
-
-    async with (
-        simulated(clock=quick.now, sleep=quick.sleep) as sandbox,
-        running(sandbox.url, time_=quick, log_level="error") as (proxy, own),
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
-    ):
-        url = f"{own}/customers?limit=1"
-        await wire.eventually(proxy.ready)
-        flooding: list[asyncio.Task[None]] = []
-        end = quick.now() + 100.0
-        while quick.now() < end:
-            async with session.get(url, headers={"User-Agent": "honest/1.0"}) as answer:
-                if len(flooding) == FLOOD and quick.now() > end - 60.0:
-                    served[answer.status] += 1
-            if not flooding:
-                flooding = [asyncio.ensure_future(flood(session, url)) for _ in range(FLOOD)]
-        assert proxy.status()["quota"]["waiting"] <= 500
-        for task in flooding:
-            task.cancel()
-        await asyncio.gather(*flooding, return_exceptions=True)
-    assert {200} == set(served)
-    assert served[200] >= least
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
