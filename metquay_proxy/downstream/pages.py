@@ -197,7 +197,7 @@ class Pages:
         if not done.done():
             done.set_result(None)
         del exchange, answer  # a body may be large
-        if transport.can_write_eof() and not transport.is_closing():
+        if transport.can_write_eof() and not (self._closed or transport.is_closing()):
             transport.write_eof()
             await asyncio.sleep(_LINGER)  # until the client has left: aiohttp ends this then
         return response
