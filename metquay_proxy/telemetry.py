@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.log import LEVELS, log, output, to_json
@@ -34,8 +34,7 @@ RECENT: Final = 100
 """Exchanges that are kept for the status page; whoever reads too slowly misses those in between."""
 _LONGEST_PATH: Final = 1024
 _LONGEST_CALLER: Final = 80
-_LONGEST_AGENT: Final = 200
-"""Characters that are told of what a client chooses."""
+"""Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
 _UNUSUAL: Final = ("address", "replayed", "error", "reason")
 _REFUSALS: Final = 10_000
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
@@ -61,7 +60,7 @@ def event(it: Exchange) -> dict[str, Any]:
         "level": level(it),
         "timestamp": f"{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z",
         "id": it.id,
-        "client": (it.client or it.caller)[:_LONGEST_CALLER] or None,
+        "client": (it.client or it.agent or it.caller)[:_LONGEST_CALLER] or None,
         "method": it.method,
         "path": masked(it.path),
         "status": it.status,
@@ -71,7 +70,7 @@ def event(it: Exchange) -> dict[str, Any]:
         "attempts": it.attempts,
     }
     if it.agent:
-        told["user_agent"] = it.agent[:_LONGEST_AGENT]
+        told["user_agent"] = it.agent
     for name in _UNUSUAL:
         if value := getattr(it, name):
             told[name] = value
@@ -165,11 +164,13 @@ class Telemetry:
             return path if path.startswith("/-/") and path[3:] in _OWN_PAGES else "other"
         return f"/{known[1]}/{{id}}" if known[2] else f"/{known[1]}"
 
-    def since(self, number: int) -> tuple[list[str], int, int]:
-        """Return (the exchanges after the ``number``-th, as JSON; how many of them are lost; the last number)."""
-        new = self._remembered - number
-        exchanges = list(self._recent)[-new:] if new else []
-        return [to_json(event(each)) for each in exchanges], new - len(exchanges), self._remembered
+    def since(self, number: int, most: int = RECENT) -> tuple[list[str], int, int]:
+        """Return (exchanges after the ``number``-th, as JSON; how many before them are lost; the last one's number)."""
+        gone = self._remembered - len(self._recent)
+        first = max(number, gone)
+        exchanges = islice(self._recent, first - gone, first - gone + most)
+        lines = [to_json(event(each)) for each in exchanges]
+        return lines, first - number, first + len(lines)
 
     def refused(self) -> int:
         """Return how many requests the quota refused in the last minute."""

@@ -24,6 +24,7 @@ from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.headers import RequestFields, inbound
+from metquay_proxy.rules.quota import Callers
 from metquay_proxy.rules.retries import READING
 from metquay_proxy.telemetry import masked
 
@@ -76,6 +77,7 @@ class Handler:
         self._read_timeout = read_timeout
         budget = ReplayBudget(_REPLAY_TOTAL)
         self._body = partial(RequestBody, limit=replay_limit, budget=budget, timeout=read_timeout)
+        self._callers = Callers()
         self._alone: set[asyncio.Task[Any] | None] = set()
         """The tasks of writes that run on without their clients."""
         self.draining = False
@@ -168,7 +170,7 @@ class Handler:
         now = time.time()
         admission = self._gate.check(method, target, fields, now)
         exchange.client, exchange.read_only, exchange.scope = admission.client, admission.read_only, admission.scope
-        exchange.caller = admission.client or exchange.agent
+        exchange.caller = admission.client or self._callers.name(fields.product, now)
         if admission.preflight:
             return preflight(client, exchange)
         if b"upgrade" in fields.options and (fields.text(b"upgrade") or "").lower() == "websocket":

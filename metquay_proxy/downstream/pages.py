@@ -6,8 +6,10 @@ connection that is handed over to it. Of the client's request it gets the method
 answer, so that nothing can reach it that was not judged.
 
 Facts: server-sent events are lines ``data: ...`` with an empty one after each (WHATWG HTML, section 9.2). A stream of
-them remembers only the number of the last exchange that it told of, so that nothing is queued for a slow reader: what
-it missed is lost and counted. The page's policy (CSP level 3) admits its own style and script by a nonce, nothing else.
+them remembers only the number of the last exchange that it told of, and tells of few at once, so that next to nothing
+is kept for a slow reader: what it missed is lost and counted. The page's policy (CSP level 3) admits its own style and
+script by a nonce, nothing else. A socket that is closed while its client is still sending is reset, and the client may
+lose what it has not read yet (RFC 9112 section 9.6).
 """
 
 from __future__ import annotations
@@ -47,6 +49,10 @@ _SERVER: Final = "metquay-proxy"
 """aiohttp would name itself and Python, with their versions."""
 _BEATS: Final = 4
 """Looks for new exchanges from one report of the state to the next."""
+_AT_ONCE: Final = 10
+"""Exchanges that one message tells of at most."""
+_LINGER: Final = 2.0
+"""Seconds that a client may go on sending, so that it finds time to read its answer."""
 _POLICY: Final = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -79,9 +85,6 @@ class Answer:
     stream: Callable[[str | None], AsyncGenerator[bytes, None]] | None = None
 
 
-_TO_THE_PAGE: Final = Answer(302, _TEXT, headers=(("Location", OWN_PREFIX),))
-
-
 class Pages:
     """Answers the paths below ``/-/``, and what browsers ask for by themselves."""
 
@@ -112,8 +115,7 @@ class Pages:
         self._watching: dict[asyncio.Event, str | None] = {}
         """What ends each open stream of live events, and whose it is."""
         self._pages: dict[str, tuple[str, Callable[[], Answer]]] = {
-            "/": ("GET", lambda: _TO_THE_PAGE),
-            "/-": ("GET", lambda: _TO_THE_PAGE),
+            **dict.fromkeys(("/", "/-"), ("GET", lambda: Answer(302, _TEXT, headers=(("Location", OWN_PREFIX),)))),
             "/favicon.ico": ("GET", lambda: Answer(204, "image/x-icon")),
             "/-/": ("GET", self._html),
             "/-/events": ("GET", lambda: Answer(200, "text/event-stream", stream=self._events)),
@@ -172,7 +174,8 @@ class Pages:
 
     async def respond(self, request: web.BaseRequest) -> web.StreamResponse:
         """Write the answer for aiohttp, whose handler this is."""
-        exchange, answer, done = self._sending[cast("asyncio.Transport", request.transport)]
+        transport = cast("asyncio.Transport", request.transport)
+        exchange, answer, done = self._sending[transport]
         try:
             response = web.StreamResponse(status=answer.status)
             fields = [("Content-Type", answer.content_type), ("X-Content-Type-Options", "nosniff"), ("Server", _SERVER)]
@@ -193,6 +196,10 @@ class Pages:
             raise asyncio.CancelledError from None  # whoever waits for `done` tells of it, in place of aiohttp
         if not done.done():
             done.set_result(None)
+        del exchange, answer  # a body may be large
+        if transport.can_write_eof() and not (self._closed or transport.is_closing()):
+            transport.write_eof()
+            await asyncio.sleep(_LINGER)  # until the client has left: aiohttp ends this then
         return response
 
     def _readiness(self) -> Answer:
@@ -206,35 +213,29 @@ class Pages:
 
     def _state(self) -> dict[str, Any]:
         status = self._status()
-        told = dict(
-            zip(
-                ("level", "text", "cure"),
-                headline(status, self._telemetry.trouble, self._telemetry.refused(), time.time()),
-                strict=True,
-            )
-        )
-        return {"headline": told, **status, "hour": self._telemetry.hour()}
+        level, text, cure = headline(status, self._telemetry.trouble, self._telemetry.refused(), time.time())
+        return {"headline": {"level": level, "text": text, "cure": cure}, **status, "hour": self._telemetry.hour()}
 
     def _figures(self) -> str:
         lines = ",\n    ".join(self._telemetry.since(0)[0])
         return f'{json.dumps(self._state(), indent=2)[:-2]},\n  "recent": [\n    {lines}\n  ]\n}}\n'
 
     async def _events(self, client: str | None) -> AsyncGenerator[bytes, None]:
-        """Yield what is new, as one message for each look that found something, and the state at every fourth."""
+        """Yield what is new, as messages for each look that found something, and the state at every fourth."""
         number = beat = 0
         end = asyncio.Event()
         self._watching[end] = client
         try:
             while not (end.is_set() or self._closed):
-                lines, missed, number = self._telemetry.since(number)
-                state = None if beat % _BEATS else json.dumps(self._state())
-                if lines or state:
+                lines, missed, number = self._telemetry.since(number, _AT_ONCE)
+                state = "null" if beat % _BEATS else json.dumps(self._state())
+                if lines or state != "null":
                     lost = missed if beat else 0  # what came before the page was opened is no loss
-                    recent = ",".join(lines)
-                    yield f'data: {{"recent": [{recent}], "lost": {lost}, "state": {state or "null"}}}\n\n'.encode()
+                    yield f'data: {{"recent": [{",".join(lines)}], "lost": {lost}, "state": {state}}}\n\n'.encode()
                 beat += 1
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(end.wait(), self._tick)
+                if len(lines) < _AT_ONCE:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(end.wait(), self._tick)
         finally:
             del self._watching[end]
 
@@ -311,9 +312,8 @@ def _slowed(quota: Mapping[str, Any] | None, refused: int, host: str) -> tuple[s
     counted = f"{host} counted too many requests (429)"
     if quota is None:
         return told, f"{counted}, and METQUAY_RATE_LIMIT is off, so that none waits here. {again}"
-    waiting = quota["waiting"] and _count(
-        quota["waiting"], "request waits for its turn", "requests wait for their turn"
-    )
+    number = quota["waiting"]
+    waiting = number and _count(number, "request waits for its turn", "requests wait for their turn")
     used = f"{quota['used']} of {quota['limit']} requests in {quota['window']:g} s are used."
     if quota["closed_for"]:
         used = f"{counted}. Something else may use the same keys, or METQUAY_RATE_LIMIT may be set too high."

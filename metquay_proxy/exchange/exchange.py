@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from metquay_proxy.rules.target import Target
 
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
+_LONGEST_RESOURCE: Final = 1024
 _RUN: Final = os.urandom(4).hex()
 _NUMBERS: Final = count(1)
 
@@ -41,7 +42,7 @@ class Exchange:
     agent: str = ""
     """Its User-Agent, shortened."""
     caller: str = ""
-    """Whom it waits in line with: the name of the key, else the User-Agent."""
+    """Whom it waits in line with: the name of the key, else what the tool calls itself."""
     address: str | None = None
     """Where it came from, if from another machine."""
     read_only: bool = False
@@ -95,8 +96,8 @@ class Exchange:
 
     @property
     def resource(self) -> tuple[str, str]:
-        """What is asked of whom, whatever the query."""
-        return self.method, self.target.local
+        """What is asked of whom, whatever the query; shortened, since it may be remembered."""
+        return self.method, self.target.local[:_LONGEST_RESOURCE]
 
     def let_go(self) -> None:
         """Forget what served the way alone: finished exchanges are kept for people, and heads may hold secrets."""

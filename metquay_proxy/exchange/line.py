@@ -42,10 +42,6 @@ class Line:
         if ticket.refused is not None:
             raise ticket.refused
 
-    def sent(self, ticket: Ticket) -> None:
-        """Say that the request is on its way."""
-        ticket.send()
-
     def answered(self, ticket: Ticket) -> None:
         """Say that the answer's head has come, or that the attempt failed."""
         self._quota.answered(ticket, self._clock())

@@ -85,6 +85,8 @@ _OPTION: Final = re.compile(rb"[^ \t,](?:[^,]*[^ \t,])?")
 _NO_HOP: Final = frozenset({b"close", b"keep-alive", b"content-length"})
 """Options of Connection that name no field, or one that no option may take away: the message's own length."""
 _LONGEST_AGENT: Final = 200
+_PRODUCT: Final = re.compile(rb"(?:mozilla/\S+ \([^)]*\) )?[^a-z/(]*([a-z]*(?:[ ._-]+[a-z]++(?!\d))*)")
+"""The words without digits that a User-Agent begins with; of one that says it is like a browser, those after that."""
 _NO_CONTENT: Final = 204
 
 
@@ -92,11 +94,12 @@ class RequestFields:
     """The fields of one request, read once: those that somebody judges, and those that are only passed on.
 
     ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
-    ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept.
+    ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept, and
+    ``product`` the name that it begins with, in lower case, without versions and numbers.
     Nothing of it ever changes, so that many requests may share it.
     """
 
-    __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "options")
+    __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "options", "product")
 
     def __init__(self, lines: bytes) -> None:
         r"""Take valid field lines, each after its CRLF, such as ``\r\nHost: localhost\r\nAccept: */*``."""
@@ -105,7 +108,9 @@ class RequestFields:
             lower = name.lower()
             judged[lower] = None if lower in judged else value.rstrip(b" \t")
         self.judged: Mapping[bytes, bytes | None] = judged
-        self.agent = (self.text(b"user-agent") or "")[:_LONGEST_AGENT]
+        agent = (judged.get(b"user-agent") or b"")[:_LONGEST_AGENT]
+        self.agent = agent.decode("latin-1")
+        self.product = _PRODUCT.findall(agent.lower())[0].decode()
         self.options = connection_options(noted_fields(lines))
         self._hop = self.options - _NO_HOP
         self._lines = lines

@@ -11,6 +11,10 @@ Facts:
 * The server counts at arrival, which lies between sending and the answer's head. So a slot is taken from the grant,
   since it may be sent at any moment from then on, until one window (and a margin, ``SAFETY``) after the answer or the
   failure. One that was not sent after all comes back at once, and goes to whoever is next in line.
+* A 429 closes the window for all, whichever path it is of. The limit is that of the key pair, and room in our books
+  proves nothing: others may use the same keys. No neighbour can show that it concerns one path alone, as 401 can be
+  shown to, but by going on against what Metquay said. So a path that is wrong about it costs all an hour at most, which
+  is what any longer time counts as, and everybody is told for how long.
 * RFC 6585 section 4 (429), RFC 9110 section 10.2.3 (Retry-After: whole seconds or a date), 6.6.1 (Date: the moment at
   which an answer was made, by the clock of who made it).
 
@@ -49,6 +53,12 @@ BURST: Final = 0.7
 CATCH_UP: Final = 1 / 20
 """Releases missed by a driver that woke late (by 15 ms on Windows) are made up for, within this part of the window."""
 
+TOLD_APART: Final = 32
+"""Callers without a client key that are told apart,"""
+LATELY: Final = 60.0
+"""of those that asked within so many seconds;"""
+OTHERS: Final = "others without a client key"
+"""all others are one."""
 
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _RATE: Final = re.compile(r"([0-9]{1,7})\s*/\s*(s(?:ec(?:ond)?)?|m(?:in(?:ute)?)?|h(?:our)?)", re.IGNORECASE)
@@ -157,10 +167,6 @@ class Ticket:
             raise ValueError(f"a ticket that is {self.state} must not be sent")
         self.state = "sent"
 
-    def end(self) -> None:
-        """Take note that it needs its place, or its slot, no more."""
-        self.state = "over"
-
     def refuse(self, retry_after: float) -> None:
         """Let it wait no longer."""
         self.state, self.refused = "over", QuotaExceeded(retry_after)
@@ -243,7 +249,7 @@ class Window:
 
     def answered(self, ticket: Ticket, now: float) -> None:
         """Let the slot of a ticket that was sent come back one window from now."""
-        ticket.end()
+        ticket.state = "over"
         self.in_flight.remove(ticket)
         self.latency += (now - ticket.since - self.latency) / 8
         if self._cells and now - self._cells[-1].start <= self._grain:
@@ -253,7 +259,7 @@ class Window:
 
     def give_back(self, ticket: Ticket) -> None:
         """Take back the slot of a ticket that was not sent, as though it never had one."""
-        ticket.end()
+        ticket.state = "over"
         self.in_flight.remove(ticket)
         self._free([ticket.caller])
         if self._latest is ticket:
@@ -317,10 +323,32 @@ class Window:
                 del self.used_by[caller]
 
 
+class Callers:
+    """The names by which callers without a client key are told apart: ``TOLD_APART`` at most within ``LATELY`` seconds.
+
+    Whoever comes while so many are known shares the place of ``OTHERS``. So who invents names takes few turns from
+    those that were there before, and little memory; who comes after that is one of the crowd until a name is free.
+    """
+
+    def __init__(self) -> None:
+        self._asked: OrderedDict[str, float] = OrderedDict()
+        """When each asked last; who did so longest ago comes first."""
+
+    def name(self, product: str, now: float) -> str:
+        """Return the name under which a tool waits; ``product`` is what it calls itself."""
+        if product not in self._asked and len(self._asked) >= TOLD_APART:
+            if 0.0 <= now - next(iter(self._asked.values())) < LATELY:  # else long ago, or the clock was set back
+                return OTHERS
+            self._asked.popitem(last=False)
+        self._asked[product] = now
+        self._asked.move_to_end(product)
+        return product
+
+
 class Queue:
     """The tickets that wait, at most ``most``: round-robin over callers, first come first served within one.
 
-    ``turns`` yields when the first, second, ... of those that wait is due.
+    One caller has half of the places at most. ``turns`` yields when the first, second, ... of those that wait is due.
     """
 
     def __init__(self, most: int) -> None:
@@ -333,10 +361,6 @@ class Queue:
         """Return how many wait."""
         return sum(map(len, self.callers.values()))
 
-    def __bool__(self) -> bool:
-        """Return whether any waits: each request asks."""
-        return bool(self.callers)
-
     def __iter__(self) -> Iterator[Ticket]:
         """Yield the tickets in turn."""
         for turn in zip_longest(*self.callers.values()):
@@ -344,10 +368,12 @@ class Queue:
 
     def join(self, ticket: Ticket, turns: Iterator[float]) -> bool:
         """Give a ticket its place; False where there is none, or where its turn would come after its deadline."""
-        if len(self) >= self._most or nth(turns, self.place(ticket.caller)) > ticket.deadline:
+        own = self.callers.get(ticket.caller, deque())
+        full = len(self) >= self._most or len(own) >= self._most / 2
+        if full or nth(turns, self.place(ticket.caller)) > ticket.deadline:
             return False
         self.deadline = min(self.deadline, ticket.deadline)
-        self.callers.setdefault(ticket.caller, deque()).append(ticket)
+        self.callers.setdefault(ticket.caller, own).append(ticket)
         return True
 
     def place(self, caller: str) -> int:
@@ -450,7 +476,7 @@ class Quota:
         self.answered(ticket, now)
         if ticket.state == "waiting":
             self.queue.leave(ticket)
-            ticket.end()
+            ticket.state = "over"
         elif ticket.state == "granted":
             due = self.window.last
             self.window.give_back(ticket)

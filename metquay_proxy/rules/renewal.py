@@ -68,8 +68,6 @@ class TokenState:
 
     ready: bool
     """A token is usable now."""
-    ever: bool
-    """A token was had at least once."""
     seconds_left: float
     lifetime: float
     """Of the token that is usable now, else 0."""
@@ -188,7 +186,6 @@ class Renewal:
         token = self.token if self.token is not None and self.token.usable(now) else None
         return TokenState(
             ready=token is not None,
-            ever=self._renewals > 0,
             seconds_left=token.obtained_at + token.lifetime - now if token else 0.0,
             lifetime=token.lifetime if token else 0.0,
             logging_in=self._logging_in,

@@ -7,6 +7,7 @@ import pytest
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.rules.headers import RequestFields
+from metquay_proxy.rules.target import Target
 
 if TYPE_CHECKING:
     from metquay_proxy.rules.errors import Sent
@@ -26,6 +27,13 @@ def test_the_worst_that_an_attempt_may_have_done_is_kept(worst: Sent, attempts: 
     for sent in attempts:
         exchange.note_sent(sent)
     assert worst == exchange.sent
+
+
+def test_a_resource_is_short() -> None:
+    """It may be remembered for long: 1,024 characters of a path, without its query, tell it from others."""
+    exchange = Exchange("GET")
+    exchange.target = Target("/api/v1" + "/x" * 1000 + "?y", "/x" * 1000, "y")
+    assert ("GET", "/x" * 512) == exchange.resource
 
 
 def test_no_two_exchanges_share_an_id() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+import random
+import string
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import aiohttp
@@ -89,14 +92,14 @@ class Laboratory:
     url: str
 
     @contextlib.asynccontextmanager
-    async def tool(self, name: str) -> AsyncIterator[Callable[[], Coroutine[Any, Any, Seen]]]:
-        """Yield what makes one request of the tool of that name."""
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector, headers={"User-Agent": name}) as session:
+    async def tool(self, name: str | Callable[[], str]) -> AsyncIterator[Callable[[], Coroutine[Any, Any, Seen]]]:
+        """Yield what makes one request of the tool of that name, which may be another one each time."""
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
             async def get() -> Seen:
                 began = self.time.now()
-                async with session.get(self.url + "/customers?limit=1") as answer:
+                headers = {"User-Agent": name if isinstance(name, str) else name()}
+                async with session.get(self.url + "/customers?limit=1", headers=headers) as answer:
                     await answer.read()
                     retry_after = answer.headers.get("Retry-After")
                     took = self.time.now() - began
@@ -152,7 +155,7 @@ async def test_a_sequential_tool() -> None:
 async def test_eight_sequential_tools() -> None:
     """Eight tools that work at once at 100/minute wait less than 20 s for each answer, and none is refused."""
     async with laboratory("100/minute", (100, 60.0)) as lab, contextlib.AsyncExitStack() as stack:
-        tools = [await stack.enter_async_context(lab.tool(f"tool {number}")) for number in range(8)]
+        tools = [await stack.enter_async_context(lab.tool(f"tool {letter}")) for letter in "abcdefgh"]
         seen = await lab.time.until(_all(_one_after_the_other(get, 25) for get in tools))
         assert Counter({200: 200}) == Counter(answer.status for answers in seen for answer in answers)
         assert max(answer.took for answers in seen for answer in answers) < 20.0
@@ -178,14 +181,23 @@ async def test_more_than_can_wait() -> None:
         assert (200, LATENCY) == (again.status, round(again.took, 6))
 
 
-@pytest.mark.slow
-async def test_a_slow_tool_beside_a_greedy_one() -> None:
-    """A tool that asks now and then waits for one turn of a greedy one at most, however much that one wants."""
+NUMBERS = count(100)
+GREEDY = {
+    "with a name": lambda: "greedy",
+    "with numbers": lambda: f"x-{next(NUMBERS)}/1.0",
+    "with letters": lambda: "".join(random.choices(string.ascii_letters, k=12)),  # noqa: S311 - a choice, not a secret
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(GREEDY[how], id=how) for how in GREEDY])
+async def test_a_slow_tool_beside_a_greedy_one(name: Callable[[], str]) -> None:
+    """A tool waits for one turn of a greedy one that came later at most, though that has a new name each time."""
     async with (
         laboratory("100/minute", (100, 60.0)) as lab,
-        lab.tool("greedy") as greedy,
+        lab.tool(name) as greedy,
         lab.tool("slow") as slow,
     ):
+        await lab.time.until(slow())
 
         async def grab() -> None:
             while True:
@@ -193,13 +205,13 @@ async def test_a_slow_tool_beside_a_greedy_one() -> None:
                 if answer.retry_after is not None:
                     await lab.time.sleep(answer.retry_after)
 
-        grabbing = [asyncio.ensure_future(grab()) for _ in range(30)]
+        grabbing = [asyncio.ensure_future(grab()) for _ in range(100)]
         await lab.time.advance(1.0)
-        seen = await lab.time.until(_one_after_the_other(slow, 12, think=lambda: lab.time.sleep(7.0)))
+        seen = await lab.time.until(_one_after_the_other(slow, 6, think=lambda: lab.time.sleep(7.0)))
         for task in grabbing:
             task.cancel()
         await asyncio.gather(*grabbing, return_exceptions=True)
-        assert Counter({200: 12}) == Counter(answer.status for answer in seen)
+        assert Counter({200: 6}) == Counter(answer.status for answer in seen)
         assert max(answer.took for answer in seen) <= 2 * PACE + LATENCY
 
 

@@ -104,7 +104,7 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             await expect(rows).to_have_count(4)
 
             await expect(page.locator("#used")).to_have_text("3 of 100 requests in 60 s used", timeout=5000)
-            await expect(page.locator("#callers")).to_contain_text("Excel")
+            await expect(page.locator("#callers")).to_contain_text("excel")
             await expect(page.locator("#answers")).to_contain_text("2 good, 2 refused (4xx), 0 failed")
             assert await page.locator("#statuses rect").count() > 0
             await expect(page.locator("#token")).to_contain_text("1 login, no failure")

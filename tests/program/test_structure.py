@@ -47,6 +47,7 @@ OF_SEVERAL_MODULES = {
     "idempotency_key": "the whole proxy: what a key promises while answers get lost",
     "main_job": "the whole proxy, on a working day",
     "memory": "the whole proxy: what it keeps",
+    "neighbours": "the whole proxy: what one path's refusals cost those who ask for others",
     "openapi": "the simulator and the proxy, judged by the vendor's description",
     "page": "page.html, in a browser",
     "readme": "README.md",

@@ -132,7 +132,7 @@ async def send(line: Line, caller: str = "tool", max_wait: float = 10.0) -> floa
     ticket = line.ask(caller, max_wait)
     if ticket.state == "waiting":
         await line.wait(ticket)
-    line.sent(ticket)
+    ticket.send()
     line.answered(ticket)
     return time.monotonic()
 

@@ -320,6 +320,27 @@ class TestJudged:
         head = fields_of([(b"Origin", b"caf\xe9"), (b"Host", b"")])
         assert ("caf\xe9", "", None) == (head.text(b"origin"), head.text(b"host"), head.text(b"expect"))
 
+    @pytest.mark.parametrize(
+        ("product", "agents"),
+        [
+            ("tool", "tool-17|tool 17/1.0 (x)|tool_ab12|TOOL/2|Tool17|tool-550e8400-e29b|17 tool v2|tool (x64)"),
+            ("python-requests", "python-requests/2.31.0"),
+            ("microsoft office", "Microsoft Office/16.0 (Windows NT 10.0; Microsoft Excel 16.0.1)"),
+            ("com.vendor.app", "com.vendor.App/3 (17; like tool)"),
+            ("windowspowershell", "Mozilla/5.0 (Windows NT; Windows NT 10.0; en-US) WindowsPowerShell/5.1.19041"),
+            ("mozilla", "Mozilla/4.0 (compatible; Win32; WinHttp.WinHttpRequest.5)"),
+            ("berwachung", "\xc3\x9cberwachung-1"),
+            ("", "|17|1/2|(tool)|/tool"),
+            ("a" * 200, "A" * 300),
+        ],
+    )
+    def test_product(self, product: str, agents: str) -> None:
+        """A User-Agent is kept short; what its product is called is the same whatever version and number it has."""
+        for agent in agents.split("|"):
+            head = fields_of([(b"User-Agent", agent.encode("latin-1"))])
+            assert (product, agent[:200]) == (head.product, head.agent)
+        assert ("", "") == ((head := fields_of([])).product, head.agent)
+
 
 def test_connection_options() -> None:
     """Names are lower-cased, trimmed and collected from every Connection field, and from no other."""

@@ -17,7 +17,11 @@ from limits import RateLimitItemPerSecond
 from limits.strategies import MovingWindowRateLimiter
 
 from metquay_proxy.rules.quota import (
+    LATELY,
+    OTHERS,
     SAFETY,
+    TOLD_APART,
+    Callers,
     Quota,
     QuotaExceeded,
     Rate,
@@ -344,6 +348,24 @@ class TestFairness:
         assert len(tickets) - 1 == list(grants(quota, 0, tickets))[place - 1]
 
 
+class TestCallers:
+    def test_further_ones_are_one(self) -> None:
+        """Whoever asked lately keeps its name, who comes then shares one, until another has not asked for a while."""
+        callers = Callers()
+        names = [f"tool {number}" for number in range(TOLD_APART)]
+        assert names == [callers.name(name, 0.0) for name in names]
+        assert ["tool 0", OTHERS, OTHERS] == [callers.name(name, 1.0) for name in ("tool 0", "a", "b")]
+        assert OTHERS == callers.name("a", LATELY - 0.1)
+        assert ["a", OTHERS] == [callers.name("a", LATELY), callers.name("tool 1", LATELY - 0.1)]
+
+    def test_a_clock_that_was_set_back(self) -> None:
+        """What was noted by another clock keeps nobody out."""
+        callers = Callers()
+        for number in range(TOLD_APART):
+            callers.name(str(number), 1000.0)
+        assert "new" == callers.name("new", 10.0)
+
+
 class TestRefusals:
     def test_a_wait_beyond_the_budget_is_refused_at_once(self) -> None:
         """Ten are served within 20 s, the eleventh would not be; its Retry-After is its turn."""
@@ -365,6 +387,16 @@ class TestRefusals:
         with pytest.raises(QuotaExceeded) as refusal:
             quota.ask(0, "c", 100)
         assert pytest.approx(3.003) == refusal.value.retry_after
+
+    def test_one_caller_has_half_of_the_places(self) -> None:
+        """However patient it is; the other half is for the others."""
+        quota = Quota(1, 1)
+        spend(quota, 0, 1)
+        for _ in range(500):
+            quota.ask(0, "greedy", 10_000)
+        with pytest.raises(QuotaExceeded):
+            quota.ask(0, "greedy", 10_000)
+        assert "waiting" == quota.ask(0, "modest", 10_000).state
 
     def test_one_who_is_overtaken_is_refused_at_its_deadline(self) -> None:
         """Newcomers whose turn comes first push it back: it is told so at its deadline, with a true Retry-After."""
@@ -665,6 +697,7 @@ class Server(RuleBasedStateMachine):
         here = [ticket for ticket in self.tickets if ticket.state in {"waiting", "granted"}]
         if here:
             self.quota.cancel(pick.choice(here), self.now)
+            self._note_grants()
 
     @rule(seconds=st.sampled_from([None, 0.5, 5.0, 30.0]))
     def refuse(self, seconds: float | None) -> None:
