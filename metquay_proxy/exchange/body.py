@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HIGH_WATER: Final = 128 * 1024
 """Bytes that may wait for their reader before the sender is held up."""
+_FULL: Final = 5.0
+"""Seconds after which there may be room again for a body that must be kept."""
 
 
 class Stream:
@@ -58,8 +60,7 @@ class Stream:
         self._pieces.append(piece)
         self._size += len(piece)
         if self._size > HIGH_WATER and not self.held_up:
-            self.held_up = True
-            self._hold_up(True)  # noqa: FBT003 - its one argument
+            self._hold(up=True)
         if self._waiter is not None:
             self._wake()
 
@@ -68,12 +69,14 @@ class Stream:
         if data:
             self._pieces.appendleft(data)
             self._size += len(data)
+            if self._size > HIGH_WATER and not (self.held_up or self.arrived):
+                self._hold(up=True)
 
     def end(self) -> None:
         """Note that all of it has come."""
         self.arrived = True
         if self.held_up:
-            self._go_on()
+            self._hold(up=False)
         if self._waiter is not None:
             self._wake()
 
@@ -92,7 +95,7 @@ class Stream:
         pieces.clear()
         self._size = 0
         if self.held_up:
-            self._go_on()
+            self._hold(up=False)
         return data
 
     async def read(self) -> bytes:
@@ -104,9 +107,9 @@ class Stream:
             await self._waiter
         return self.read_nowait()
 
-    def _go_on(self) -> None:
-        self.held_up = False
-        self._hold_up(False)  # noqa: FBT003 - its one argument
+    def _hold(self, *, up: bool) -> None:
+        self.held_up = up
+        self._hold_up(up)
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -115,7 +118,7 @@ class Stream:
 
 
 class ReplayBudget:
-    """The bytes that all bodies together may keep."""
+    """The bytes that all bodies together may keep: ``left`` are never fewer than none."""
 
     def __init__(self, total: int) -> None:
         """``total`` is in bytes."""
@@ -153,22 +156,26 @@ class RequestBody:
 
         Raises ``RuntimeError`` where it is not replayable any more.
         """
-        if self.ended and self.replayable and not self._kept:
-            return b""
         self._check_replayable()
+        pieces = self._kept
         if not self.ended:
             if not self._source.arrived:
                 return None
             self._keep(self._source.read_nowait())
             self.ended = True
-        data = self._joined()
-        self._bound()
-        return data
+        if len(pieces) > 1:
+            pieces[:] = [b"".join(pieces)]
+        return pieces[0] if pieces else b""
 
     async def prefetch(self) -> None:
-        """Read ahead up to the replay limit while the request waits, so that a client that leaves is noticed."""
-        while self.replayable and not self.ended and self._size < self._limit and self._budget.left > 0:
-            self._keep(await self._read())
+        """Read ahead what may be kept while the request waits, so that a client that leaves is noticed."""
+        while self.replayable and not self.ended:
+            piece = await self._read()
+            if len(piece) > self._room:
+                self._source.unread(piece)
+                self.ended = False
+                return
+            self._keep(piece)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield the body from its beginning, in pieces that are never empty.
@@ -179,26 +186,39 @@ class RequestBody:
         self._check_replayable()
         for chunk in tuple(self._kept):
             yield chunk
-        self._bound()
         while not self.ended:
             chunk = await self._read()
             self._keep(chunk)
-            self._bound()
             if chunk:
                 yield chunk
 
+    async def keep(self) -> None:
+        """Read all of it, so that ``whole`` returns it, before it is sent.
+
+        Raises ``ProxyError`` body-too-large where it is longer than may be kept, idempotency-full where there is too
+        little room beside what others keep, and what ``chunks`` raises.
+        """
+        await self.prefetch()
+        if self.ended:
+            return
+        if self._budget.left >= self._limit - self._size:
+            raise _too_large(self._limit)
+        self.close()  # at once, so that another one has room
+        msg = "The proxy holds as many bytes of requests as it may. Nothing was sent; send it again in a few seconds."
+        raise ProxyError("idempotency-full", msg, retry_after=_FULL)
+
     async def all(self, limit: int) -> bytes:
-        """Return the complete body, which can still be sent; ``limit`` (bytes) is the only bound on what is kept.
+        """Return the complete body to who answers here: it can't be sent any more. ``limit`` is in bytes.
 
         Raises ``ProxyError`` body-too-large where it is longer, and what ``chunks`` raises.
         """
-        self._check_replayable()
-        while not self.ended and self._size <= limit:
-            self._keep(await self._read())
-        if self._size > limit:
-            msg = f"The body of this request is larger than the {limit} bytes that are accepted here. Nothing was sent."
-            raise ProxyError("body-too-large", msg)
-        return self._joined()
+        self.close()
+        data = b""
+        while not self.ended and len(data) <= limit:
+            data += await self._read()
+        if len(data) > limit:
+            raise _too_large(limit)
+        return data
 
     def close(self) -> None:
         """Forget the kept bytes; from here on no other attempt can send them."""
@@ -225,17 +245,21 @@ class RequestBody:
         self.ended = self._source.ended
         return chunk
 
+    @property
+    def _room(self) -> int:
+        """How many bytes more may be kept."""
+        return min(self._limit - self._size, self._budget.left)
+
     def _keep(self, chunk: bytes) -> None:
+        """Keep what goes out now; from the first piece on for which there is no room, nothing is kept any more."""
         if chunk and self.replayable:
             self._kept.append(chunk)
             self._size += len(chunk)
             self._budget.left -= len(chunk)
+            if self._room < 0:
+                self.close()
 
-    def _bound(self) -> None:
-        if self._size and (self._size > self._limit or self._budget.left < 0):
-            self.close()
 
-    def _joined(self) -> bytes:
-        if len(self._kept) > 1:
-            self._kept = [b"".join(self._kept)]
-        return self._kept[0] if self._kept else b""
+def _too_large(limit: int) -> ProxyError:
+    msg = f"The body of this request is larger than the {limit} bytes that are accepted here. Nothing was sent."
+    return ProxyError("body-too-large", msg)

@@ -72,11 +72,10 @@ class Forwarder:
         retries: int,
         clock: Callable[[], float],
         records: Records | None = None,
-        replay_limit: int = 1 << 20,
         sleep: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """``max_wait`` is in seconds, ``replay_limit`` in bytes; ``line`` is None where the quota is off.
+        """``max_wait`` is in seconds; ``line`` is None where the quota is off.
 
         ``retries`` counts further attempts; ``jitter`` yields 0 <= x < 1.
         """
@@ -86,7 +85,6 @@ class Forwarder:
         self._host = base.authority.encode()
         self._max_wait = max_wait
         self._retries = retries
-        self._replay_limit = replay_limit
         self._records = Records() if records is None else records
         self._clock = clock
         self._sleep = sleep
@@ -106,7 +104,8 @@ class Forwarder:
         """Forward a POST with an Idempotency-Key, or return what the first one with it was answered."""
         body = exchange.body
         name = record_name(exchange.scope, exchange.target.sent, exchange.fields.text(b"idempotency-key"))
-        digest = hashlib.sha256(await body.all(self._replay_limit)).digest()
+        await body.keep()
+        digest = hashlib.sha256(body.whole() or b"").digest()
         claim = await self._records.claim(name, digest, self._clock())
         if isinstance(claim, Answer):
             exchange.replayed = True

@@ -190,7 +190,6 @@ class Rig:
             max_wait=self.max_wait,
             retries=self.retries,
             clock=self.time.now,
-            replay_limit=LIMIT,
             sleep=self.time.sleep,
             jitter=lambda: self.jitter,
         )
@@ -426,7 +425,7 @@ async def test_cancelled_between_two_attempts(rig: Rig, outcome: Outcome) -> Non
 # The body, while the request waits
 
 
-@pytest.mark.parametrize(("pieces", "unread"), [((9, 9), 0), ((LIMIT, 9), 9), ((9, LIMIT, 9), 9)])
+@pytest.mark.parametrize(("pieces", "unread"), [((9, 9), 0), ((LIMIT, 9), 9), ((9, LIMIT, 9), LIMIT + 9)])
 async def test_the_body_is_read_ahead_while_waiting(rig: Rig, pieces: tuple[int, ...], unread: int) -> None:
     """While a request waits, its body is read up to the limit and no further; the rest follows when it goes out."""
     rig.upstream.outcomes = [UNREACHABLE, 200]

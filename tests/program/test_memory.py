@@ -69,17 +69,18 @@ async def test_a_gibibyte_each_way(tmp_path: Path) -> None:
         with process(tmp_path, **environment) as command:
             own = int(command.url.rpartition(":")[2])
             assert 0 == await _download(own, b"HEAD"), "warms up what is loaded once"
-            before = _peak_kib(command.popen.pid)
+            before = peak_kib(command.popen.pid)
             assert GIBIBYTE == await _download(own, b"GET")
             await _upload(own)
             assert [GIBIBYTE] == uploads
-            grown = _peak_kib(command.popen.pid) - before
+            grown = peak_kib(command.popen.pid) - before
             print(f"growth of the peak: {grown} KiB")  # noqa: T201 - the figure that the note quotes
             assert 32 * 1024 > grown
             assert 0 == await asyncio.to_thread(command.stop)
 
 
-def _peak_kib(pid: int) -> int:
+def peak_kib(pid: int) -> int:
+    """Return the most that a process ever held in memory."""
     with open(f"/proc/{pid}/status") as status:  # noqa: PTH123 - no file of ours
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
