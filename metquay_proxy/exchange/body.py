@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 HIGH_WATER: Final = 128 * 1024
 """Bytes that may wait for their reader before the sender is held up."""
-_FULL: Final = 5.0
-"""Seconds after which there may be room again for a body that must be kept."""
 
 
 class Stream:
@@ -128,7 +126,7 @@ class ReplayBudget:
 class RequestBody:
     """One request's body.
 
-    ``ended``: the whole body was read. ``replayable``: another attempt can send it from the beginning. ``sent``: an
+    ``replayable``: another attempt can send it from the beginning. ``sent``: an
     attempt has handed its last byte to the network (whoever sends sets it). ``chunked``: it came without a length.
     """
 
@@ -143,8 +141,12 @@ class RequestBody:
         self._budget = budget
         self._timeout = timeout
         self._kept: list[bytes] = []
-        self.ended = source.ended
         self.chunked = chunked
+
+    @property
+    def ended(self) -> bool:
+        """Whether the whole body was read."""
+        return self._source.ended
 
     @property
     def arrived(self) -> bool:
@@ -162,7 +164,6 @@ class RequestBody:
             if not self._source.arrived:
                 return None
             self._keep(self._source.read_nowait())
-            self.ended = True
         if len(pieces) > 1:
             pieces[:] = [b"".join(pieces)]
         return pieces[0] if pieces else b""
@@ -173,7 +174,6 @@ class RequestBody:
             piece = await self._read()
             if len(piece) > self._room:
                 self._source.unread(piece)
-                self.ended = False
                 return
             self._keep(piece)
 
@@ -201,24 +201,22 @@ class RequestBody:
         await self.prefetch()
         if self.ended:
             return
-        if self._budget.left >= self._limit - self._size:
-            raise _too_large(self._limit)
+        too_large = self._limit - self._size <= self._budget.left
         self.close()  # at once, so that another one has room
+        if too_large:
+            msg = f"The body of this request is larger than the {self._limit} bytes that are accepted here."
+            raise ProxyError("body-too-large", f"{msg} Nothing was sent.")
         msg = "The proxy holds as many bytes of requests as it may. Nothing was sent; send it again in a few seconds."
-        raise ProxyError("idempotency-full", msg, retry_after=_FULL)
+        raise ProxyError("idempotency-full", msg, retry_after=5)
 
     async def all(self, limit: int) -> bytes:
-        """Return the complete body to who answers here: it can't be sent any more. ``limit`` is in bytes.
+        """Return the complete body to who answers here: with a limit of its own (bytes), and beside what others keep.
 
-        Raises ``ProxyError`` body-too-large where it is longer, and what ``chunks`` raises.
+        Raises what ``keep`` does, of its bounds body-too-large alone. Nothing must have been read before.
         """
-        self.close()
-        data = b""
-        while not self.ended and len(data) <= limit:
-            data += await self._read()
-        if len(data) > limit:
-            raise _too_large(limit)
-        return data
+        self._limit, self._budget = limit, ReplayBudget(limit)
+        await self.keep()
+        return self.whole() or b""
 
     def close(self) -> None:
         """Forget the kept bytes; from here on no other attempt can send them."""
@@ -229,21 +227,18 @@ class RequestBody:
 
     def _check_replayable(self) -> None:
         if not self.replayable:
-            msg = "the body was not kept: another attempt would send only a part of it"
-            raise RuntimeError(msg)
+            raise RuntimeError("the body was not kept: another attempt would send only a part of it")
 
     async def _read(self) -> bytes:
         try:
             async with asyncio.timeout(self._timeout):
-                chunk = await self._source.read()
+                return await self._source.read()
         except TimeoutError:
             msg = (
                 f"The tool announced a body and then sent nothing for {self._timeout:g} seconds. "
                 "The request was dropped; send it again."
             )
             raise ProxyError("request-timeout", msg) from None
-        self.ended = self._source.ended
-        return chunk
 
     @property
     def _room(self) -> int:
@@ -258,8 +253,3 @@ class RequestBody:
             self._budget.left -= len(chunk)
             if self._room < 0:
                 self.close()
-
-
-def _too_large(limit: int) -> ProxyError:
-    msg = f"The body of this request is larger than the {limit} bytes that are accepted here. Nothing was sent."
-    return ProxyError("body-too-large", msg)
