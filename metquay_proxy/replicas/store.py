@@ -235,7 +235,7 @@ class SharedRecords(Records):
             with contextlib.suppress(Away):
                 kind, _, _ = await self._ask(record, *self.told(record, self._share.name, self._clock()))
                 told = kind != b"wait"
-        if not told:
+        if not told and (record in self._ended or len(self._untold) < self._max_records):
             self._untold[record] = None
         return told
 
@@ -250,9 +250,8 @@ class SharedRecords(Records):
         try:
             return await asyncio.shield(asking)
         finally:
-            await asyncio.gather(
-                asking, return_exceptions=True
-            )  # who was cancelled says that the key is free, which must not overtake this
+            # who was cancelled says next that the key is free, which must not overtake this
+            await asyncio.gather(asking, return_exceptions=True)
 
 
 def _outcome(said: list[bytes]) -> tuple[bytes, float, bytes]:
