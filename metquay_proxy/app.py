@@ -130,7 +130,6 @@ class Proxy:
                 retries=settings.retries,
                 clock=clock,
                 records=None if self._shared is None else self._shared.records,
-                replay_limit=settings.replay_limit,
                 sleep=sleep,
             ),
             pages=self._pages,

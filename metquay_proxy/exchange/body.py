@@ -58,8 +58,7 @@ class Stream:
         self._pieces.append(piece)
         self._size += len(piece)
         if self._size > HIGH_WATER and not self.held_up:
-            self.held_up = True
-            self._hold_up(True)  # noqa: FBT003 - its one argument
+            self._hold(up=True)
         if self._waiter is not None:
             self._wake()
 
@@ -68,12 +67,14 @@ class Stream:
         if data:
             self._pieces.appendleft(data)
             self._size += len(data)
+            if self._size > HIGH_WATER and not (self.held_up or self.arrived):
+                self._hold(up=True)
 
     def end(self) -> None:
         """Note that all of it has come."""
         self.arrived = True
         if self.held_up:
-            self._go_on()
+            self._hold(up=False)
         if self._waiter is not None:
             self._wake()
 
@@ -92,7 +93,7 @@ class Stream:
         pieces.clear()
         self._size = 0
         if self.held_up:
-            self._go_on()
+            self._hold(up=False)
         return data
 
     async def read(self) -> bytes:
@@ -104,9 +105,9 @@ class Stream:
             await self._waiter
         return self.read_nowait()
 
-    def _go_on(self) -> None:
-        self.held_up = False
-        self._hold_up(False)  # noqa: FBT003 - its one argument
+    def _hold(self, *, up: bool) -> None:
+        self.held_up = up
+        self._hold_up(up)
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -115,7 +116,7 @@ class Stream:
 
 
 class ReplayBudget:
-    """The bytes that all bodies together may keep."""
+    """The bytes that all bodies together may keep: ``left`` are never fewer than none."""
 
     def __init__(self, total: int) -> None:
         """``total`` is in bytes."""
@@ -125,7 +126,7 @@ class ReplayBudget:
 class RequestBody:
     """One request's body.
 
-    ``ended``: the whole body was read. ``replayable``: another attempt can send it from the beginning. ``sent``: an
+    ``replayable``: another attempt can send it from the beginning. ``sent``: an
     attempt has handed its last byte to the network (whoever sends sets it). ``chunked``: it came without a length.
     """
 
@@ -140,8 +141,12 @@ class RequestBody:
         self._budget = budget
         self._timeout = timeout
         self._kept: list[bytes] = []
-        self.ended = source.ended
         self.chunked = chunked
+
+    @property
+    def ended(self) -> bool:
+        """Whether the whole body was read."""
+        return self._source.ended
 
     @property
     def arrived(self) -> bool:
@@ -153,22 +158,24 @@ class RequestBody:
 
         Raises ``RuntimeError`` where it is not replayable any more.
         """
-        if self.ended and self.replayable and not self._kept:
-            return b""
         self._check_replayable()
+        pieces = self._kept
         if not self.ended:
             if not self._source.arrived:
                 return None
             self._keep(self._source.read_nowait())
-            self.ended = True
-        data = self._joined()
-        self._bound()
-        return data
+        if len(pieces) > 1:
+            pieces[:] = [b"".join(pieces)]
+        return pieces[0] if pieces else b""
 
     async def prefetch(self) -> None:
-        """Read ahead up to the replay limit while the request waits, so that a client that leaves is noticed."""
-        while self.replayable and not self.ended and self._size < self._limit and self._budget.left > 0:
-            self._keep(await self._read())
+        """Read ahead what may be kept while the request waits, so that a client that leaves is noticed."""
+        while self.replayable and not self.ended:
+            piece = await self._read()
+            if len(piece) > self._room:
+                self._source.unread(piece)
+                return
+            self._keep(piece)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield the body from its beginning, in pieces that are never empty.
@@ -179,26 +186,37 @@ class RequestBody:
         self._check_replayable()
         for chunk in tuple(self._kept):
             yield chunk
-        self._bound()
         while not self.ended:
             chunk = await self._read()
             self._keep(chunk)
-            self._bound()
             if chunk:
                 yield chunk
 
-    async def all(self, limit: int) -> bytes:
-        """Return the complete body, which can still be sent; ``limit`` (bytes) is the only bound on what is kept.
+    async def keep(self) -> None:
+        """Read all of it, so that ``whole`` returns it, before it is sent.
 
-        Raises ``ProxyError`` body-too-large where it is longer, and what ``chunks`` raises.
+        Raises ``ProxyError`` body-too-large where it is longer than may be kept, idempotency-full where there is too
+        little room beside what others keep, and what ``chunks`` raises.
         """
-        self._check_replayable()
-        while not self.ended and self._size <= limit:
-            self._keep(await self._read())
-        if self._size > limit:
-            msg = f"The body of this request is larger than the {limit} bytes that are accepted here. Nothing was sent."
-            raise ProxyError("body-too-large", msg)
-        return self._joined()
+        await self.prefetch()
+        if self.ended:
+            return
+        too_large = self._limit - self._size <= self._budget.left
+        self.close()  # at once, so that another one has room
+        if too_large:
+            msg = f"The body of this request is larger than the {self._limit} bytes that are accepted here."
+            raise ProxyError("body-too-large", f"{msg} Nothing was sent.")
+        msg = "The proxy holds as many bytes of requests as it may. Nothing was sent; send it again in a few seconds."
+        raise ProxyError("idempotency-full", msg, retry_after=5)
+
+    async def all(self, limit: int) -> bytes:
+        """Return the complete body to who answers here: with a limit of its own (bytes), and beside what others keep.
+
+        Raises what ``keep`` does, of its bounds body-too-large alone. Nothing must have been read before.
+        """
+        self._limit, self._budget = limit, ReplayBudget(limit)
+        await self.keep()
+        return self.whole() or b""
 
     def close(self) -> None:
         """Forget the kept bytes; from here on no other attempt can send them."""
@@ -209,33 +227,29 @@ class RequestBody:
 
     def _check_replayable(self) -> None:
         if not self.replayable:
-            msg = "the body was not kept: another attempt would send only a part of it"
-            raise RuntimeError(msg)
+            raise RuntimeError("the body was not kept: another attempt would send only a part of it")
 
     async def _read(self) -> bytes:
         try:
             async with asyncio.timeout(self._timeout):
-                chunk = await self._source.read()
+                return await self._source.read()
         except TimeoutError:
             msg = (
                 f"The tool announced a body and then sent nothing for {self._timeout:g} seconds. "
                 "The request was dropped; send it again."
             )
             raise ProxyError("request-timeout", msg) from None
-        self.ended = self._source.ended
-        return chunk
+
+    @property
+    def _room(self) -> int:
+        """How many bytes more may be kept."""
+        return min(self._limit - self._size, self._budget.left)
 
     def _keep(self, chunk: bytes) -> None:
+        """Keep what goes out now; from the first piece on for which there is no room, nothing is kept any more."""
         if chunk and self.replayable:
             self._kept.append(chunk)
             self._size += len(chunk)
             self._budget.left -= len(chunk)
-
-    def _bound(self) -> None:
-        if self._size and (self._size > self._limit or self._budget.left < 0):
-            self.close()
-
-    def _joined(self) -> bytes:
-        if len(self._kept) > 1:
-            self._kept = [b"".join(self._kept)]
-        return self._kept[0] if self._kept else b""
+            if self._room < 0:
+                self.close()

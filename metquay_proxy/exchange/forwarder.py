@@ -14,7 +14,6 @@ import hashlib
 import math
 import random
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -72,11 +71,10 @@ class Forwarder:
         retries: int,
         clock: Callable[[], float],
         records: Records | None = None,
-        replay_limit: int = 1 << 20,
         sleep: Callable[[float], Coroutine[Any, Any, None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """``max_wait`` is in seconds, ``replay_limit`` in bytes; ``line`` is None where the quota is off.
+        """``max_wait`` is in seconds; ``line`` is None where the quota is off, ``records`` where nobody shares them.
 
         ``retries`` counts further attempts; ``jitter`` yields 0 <= x < 1.
         """
@@ -86,8 +84,8 @@ class Forwarder:
         self._host = base.authority.encode()
         self._max_wait = max_wait
         self._retries = retries
-        self._replay_limit = replay_limit
         self._records = Records() if records is None else records
+        self._shared = records is not None
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
@@ -106,7 +104,8 @@ class Forwarder:
         """Forward a POST with an Idempotency-Key, or return what the first one with it was answered."""
         body = exchange.body
         name = record_name(exchange.scope, exchange.target.sent, exchange.fields.text(b"idempotency-key"))
-        digest = hashlib.sha256(await body.all(self._replay_limit)).digest()
+        await body.keep()
+        digest = hashlib.sha256(body.whole() or b"").digest()
         claim = await self._records.claim(name, digest, self._clock())
         if isinstance(claim, Answer):
             exchange.replayed = True
@@ -119,10 +118,8 @@ class Forwarder:
             if 200 <= head.status <= 299:  # noqa: PLR2004 - RFC 9110 section 15.3, the successful class
                 exchange.note_sent("yes")
                 answer = Answer(head.status, head.reason, head.headers, None)
-                beginning = await _beginning(response, MAX_ANSWER)
-                if len(beginning) <= MAX_ANSWER:
-                    answer = replace(answer, body=beginning)
-                response.body.unread(beginning)
+                answer.body = await _beginning(response, MAX_ANSWER)
+                response.body.unread(answer.body)
         except BaseException as error:
             left: Sent = "unknown" if body.sent else "no"
             exchange.note_sent(error.sent if isinstance(error, ProxyError) else left)
@@ -280,11 +277,15 @@ class Forwarder:
             raise QuotaExceeded(attempts.wait)
 
     def _back_off(self, attempts: _Attempts, ended: Response | ProxyError, pause: float | None) -> bool:
-        """Plan another attempt after a pause; False where there must be none."""
+        """Plan another attempt after a pause; False where there must be none.
+
+        Of what other replicas write to the same target meanwhile nothing is known here.
+        """
         if (
             pause is None
             or attempts.failed == self._retries
             or attempts.overtaken
+            or (self._shared and attempts.overwriting and getattr(ended, "sent", "unknown") != "no")
             or not attempts.repeatable
             or self._clock() + pause > attempts.deadline
         ):
@@ -338,6 +339,7 @@ class _Attempts:
         """``deadline`` is in seconds of the forwarder's clock."""
         self.exchange = exchange
         self.deadline = deadline
+        self.overwriting = exchange.method in retries.OVERWRITING
 
     @property
     def repeatable(self) -> bool:
@@ -347,8 +349,7 @@ class _Attempts:
     @property
     def overtaken(self) -> bool:
         """Whether another write to the same target was forwarded after this PUT or DELETE."""
-        writes, exchange = self.writes, self.exchange
-        return writes is not None and exchange.method in retries.OVERWRITING and writes.last is not exchange
+        return self.writes is not None and self.overwriting and self.writes.last is not self.exchange
 
     def begin(self) -> None:
         """Count an attempt that is about to be sent; raise ``ProxyError`` where it would undo a newer write."""

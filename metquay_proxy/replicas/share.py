@@ -62,7 +62,7 @@ class Reply(BaseModel):
     generation: str = Field(max_length=100)
     now: float = Field(ge=0.0, le=1e11, strict=False)
     """Redis's clock, as text, since the script's JSON has too few digits."""
-    replicas: Count = 0
+    replicas: int = Field(default=0, ge=0, le=10_000)
     used: Count = 0
     """Slots taken by all."""
     granted: Count = 0
@@ -178,6 +178,10 @@ class Share:
         news = (moment + self._rate.window * _TELLING for _, moment in islice(self._over, self._told, None))
         return min(at, next(news, at))
 
+    def before(self, now: float, seconds: float) -> float | None:
+        """Return when, on Redis's clock, a call that is made now is ``seconds`` old; None before the first answer."""
+        return None if self._ahead is None else now + self._ahead + seconds
+
     def report(self, now: float, fresh: str, *, leaving: bool = False) -> dict[str, Any]:
         """Return the call to be made now: what became of this replica's requests, and how many wait.
 
@@ -197,7 +201,7 @@ class Share:
             "generation": self.generation,
             "fresh": fresh,
             "replicas": max(1, self.heard.replicas),
-            "before": None if self._ahead is None else now + self._ahead + LATE,
+            "before": self.before(now, LATE),
             "leaving": leaving,
             "beat": beat,
             "silent": self._beat * _SILENT,
@@ -269,7 +273,8 @@ class Share:
         # a replica among more than there are slots has one in several windows, and not all have theirs at once
         stretch = 1.0 if limit else replicas / self._rate.limit
         self._window.resize(Rate(max(1, limit), self._rate.window * stretch))
-        returns = sorted(end for end in self._returns for _ in range(self._each) if end > now)
+        ends = (end for end in self._returns for _ in range(self._each) if end > now)
+        returns = sorted(islice(ends, self._rate.limit))
         if not limit and self.heard.replicas:
             returns.append(now + self._jitter() * self._window.rate.window)
         self._window.lend(OTHERS, returns[min(len(returns), self._window.used) :])

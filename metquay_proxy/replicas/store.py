@@ -26,8 +26,8 @@ import redis.asyncio
 import structlog
 
 from metquay_proxy.exchange.line import Line
-from metquay_proxy.replicas.share import Reply, Share
-from metquay_proxy.rules.idempotency import LIFETIME, MAX_RECORDS, Answer, Claim, Records, full, judged_elsewhere
+from metquay_proxy.replicas.share import LATE, Reply, Share
+from metquay_proxy.rules.idempotency import LIFETIME, Answer, Claim, Records, full, greed, judged
 from metquay_proxy.rules.quota import Rate
 
 if TYPE_CHECKING:
@@ -39,17 +39,14 @@ if TYPE_CHECKING:
 
 SLOW: Final = 0.05
 """Seconds after which Redis counts as away."""
-_CONNECTING: Final = 1.0
 _PATIENCE: Final = 1.0
-"""Seconds that a claim waits for Redis: that a request is executed twice is worse than that."""
+"""Seconds that a connection takes, and a claim waits for Redis: that a request is executed twice is worse."""
 _GIVEN_UP: Final = 5.0
 """Seconds alone after which claims don't wait for Redis any more."""
 _GATHERING: Final = 10.0
 """Seconds that a claim waits at most until all replicas have told a new window what they know."""
 _QUOTA, _RECORD = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("quota.lua", "record.lua"))
 _SHA1: Final = {script: hashlib.sha1(script.encode()).hexdigest() for script in (_QUOTA, _RECORD)}  # noqa: S324 - Redis's name for it
-_KEYS: Final = ("state", "seen", "flight", "back", "line")
-_GARBAGE: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _WHY: Final = {
     "TimeoutError": "it takes longer than 50 ms to answer",
     "AuthenticationError": "it refuses the user or the password",
@@ -125,7 +122,7 @@ class Store:
             retry=redis.asyncio.retry.Retry(redis.backoff.NoBackoff(), 0),
         )
         self._redis = redis.asyncio.Redis.from_pool(pool)
-        self.connect = partial(self._within, _CONNECTING, self._redis.ping)
+        self.connect = partial(self._within, _PATIENCE, self._redis.ping)
         self.ping = partial(self._within, SLOW, self._redis.eval, "return 1", 0)
         self.close = self._redis.aclose
 
@@ -136,7 +133,7 @@ class Store:
         said = await self._within(within, self._run, script, keys, values)
         try:
             return read(said)
-        except _GARBAGE as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise Away("it answers what no script of ours does") from error
 
     async def _run(self, script: str, keys: Sequence[str], values: Sequence[Any]) -> Any:  # noqa: ANN401 - as above
@@ -158,14 +155,12 @@ class Store:
 class SharedRecords(Records):
     """The records of all replicas; those of this one's own requests are kept here too, for when Redis is away."""
 
-    def __init__(
-        self, share: Share, store: Store, prefix: str, clock: Callable[[], float], max_records: int = MAX_RECORDS
-    ) -> None:
-        """``prefix`` begins the names of the keys."""
-        super().__init__(max_records)
+    def __init__(self, share: Share, store: Store, prefix: str, clock: Callable[[], float], *bounds: int) -> None:
+        """``prefix`` begins the names of the keys; ``bounds`` are those of ``Records``, for all replicas together."""
+        super().__init__(*bounds)
         self._share = share
         self._store = store
-        self._prefix = prefix
+        self._keys = [prefix + name for name in ("records:text", "records:ends", "records:answers", "state")]
         self._clock = clock
         self._generation = ""
         self._asking: set[bytes] = set()
@@ -201,14 +196,14 @@ class SharedRecords(Records):
         """Take note of a call that was carried out."""
         if self._generation != self._share.generation:
             self._generation = self._share.generation
-            self._untold |= dict.fromkeys(self.known())
+            self._untold = dict.fromkeys(self.known()) | self._untold
         self._heard.set()
 
     async def catch_up(self) -> None:
         """Tell, for ever, what could not be told, or what Redis lost; what fails is left to the next call."""
         while await self._heard.wait():
             self._heard.clear()
-            while self._untold and await self._tell(next(iter(self._untold))):
+            while self._untold and await self._tell(next(reversed(self._untold))):  # the newest are asked for first
                 pass
 
     async def _claimed(self, claim: Claim) -> Claim | Answer:
@@ -227,40 +222,43 @@ class SharedRecords(Records):
             if kind == b"full":
                 raise full(self._max_records, seconds)
             if kind == b"known":
-                return judged_elsewhere(claim.digest, known, seconds)
+                return judged(claim.digest, known, seconds)
             await asyncio.sleep(min(seconds, _PATIENCE))
         self._untold[claim.record] = None
         return claim
 
     async def _tell(self, record: bytes) -> bool:
         """Tell the others what is known of a record; return whether that was done."""
-        self._untold[record] = None
-        if self._share.local:
-            return False
-        del self._untold[record]  # now, since there may be more to tell before this has come through
-        if record in self._asking:  # it is not this replica's before that is decided
-            return True
-        try:
-            await self._ask(record, *self.told(record, self._share.name, self._clock()))
-        except Away:
+        self._untold.pop(record, None)  # now, since there may be more to tell before this has come through
+        told = record in self._asking  # it is not this replica's before that is decided
+        if not told and not self._share.local:
+            with contextlib.suppress(Away):
+                kind, _, _ = await self._ask(record, *self.told(record, self._share.name, self._clock()))
+                told = kind != b"wait"
+        if not told and (record in self._ended or len(self._untold) < self._max_records):
             self._untold[record] = None
-            return False
-        return True
+        return told
 
     async def _ask(
         self, record: bytes, what: str, value: bytes, lifetime: float, within: float = SLOW
     ) -> tuple[bytes, float, bytes]:
-        name, share = record.hex(), self._share
-        keys = (f"{self._prefix}record:{name}", f"{self._prefix}records", f"{self._prefix}state")
-        values = (what, share.name, share.generation, value, int(lifetime * 1000), self._max_records, name)
-        return await self._store.run(_RECORD, keys, values, _outcome, within)
+        share = self._share
+        before = share.before(self._clock(), max(within, LATE)) or 0
+        bounds = (self._max_records, greed(record, self._max_records), self._max_answers)
+        values = (what, share.name, share.generation, before, value, lifetime, *bounds, record)
+        asking = asyncio.ensure_future(self._store.run(_RECORD, self._keys, values, _outcome, within))
+        try:
+            return await asyncio.shield(asking)
+        finally:
+            # who was cancelled says next that the key is free, which must not overtake this
+            await asyncio.gather(asking, return_exceptions=True)
 
 
 def _outcome(said: list[bytes]) -> tuple[bytes, float, bytes]:
     kind, seconds, known = said
     if kind not in {b"done", b"wait", b"full", b"known"} or not 0 <= float(seconds) <= LIFETIME:
         raise ValueError(kind)
-    return kind, float(seconds), known
+    return kind, float(seconds), b"" + known
 
 
 class Replica:
@@ -277,7 +275,7 @@ class Replica:
         """``prefix`` begins the names of the keys; without a ``rate`` only the records are shared."""
         self._store = store
         self._clock = clock
-        self._keys = [prefix + name for name in _KEYS]
+        self._keys = [prefix + name for name in ("state", "seen", "flight", "back", "line")]
         self._changed = asyncio.Event()
         self._share = Share(rate or Rate(1, 1.0), secrets.token_hex(8), random.random, self._changed.set)
         self._line = Line(self._share, clock, call_later)

@@ -4,18 +4,22 @@ Owns the part of the contract (1.5) that speaks of them: scope, digest, what fre
 ``now``, sends nothing, waits for nothing; its methods are coroutines only because a store beyond this process needs to
 wait. In memory, lost at restart.
 
+A record is text, here and in a store beyond this process: the digest of the request's body (32 bytes), then ``R`` and
+the name of the replica that executes it, or nothing where the outcome is unknown, or the answer as it came: head, empty
+line, body. An answer that is not kept is cut off behind its status.
+
 Facts: the vendor has no such header, so that the promise is kept here. draft-ietf-httpapi-idempotency-key-header,
 sections 2.5 to 2.7: a key is good for one request; another payload with it is 422, a first one still under way 409.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
@@ -26,17 +30,25 @@ if TYPE_CHECKING:
 LIFETIME: Final = 24 * 3600.0
 """Seconds that a record is kept once its request has ended."""
 MAX_ANSWER: Final = 64 * 1024
-"""Bytes of an answer's body that are kept."""
-MAX_RECORDS: Final = 10_000
+"""Bytes of an answer that are kept, its head included,"""
+MAX_ANSWERS: Final = 64 * 1024 * 1024
+"""and of all answers: the oldest go first, and their keys stay."""
+MAX_RECORDS: Final = 200_000
 ABANDONED: Final = 600.0
 """Seconds after which the request of another replica, of which nothing was heard, has an unknown outcome."""
 
 _KEY: Final = re.compile(r"[!-~](?:[ -~]{0,253}[!-~])?")
+_BLANK_LINE: Final = b"\r\n\r\n"
+_DIGEST: Final = 32
+_CUT: Final = _DIGEST + len(b"HTTP/1.1 200")
+_SCOPE: Final = 8
+_NOBODY: Final = bytes(_SCOPE)
+_GREED: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
-    """A recorded 2xx answer; ``body`` is None where it was longer than ``MAX_ANSWER``, or broke off."""
+    """A recorded 2xx answer; ``body`` is None where the answer was not kept, and then there are no fields either."""
 
     status: int
     reason: bytes
@@ -52,15 +64,8 @@ class Claim:
     digest: bytes
 
 
-@dataclass(slots=True)
-class _Record:
-    digest: bytes
-    expires: float
-    answer: Answer | None
-
-
 def record_name(client: str | None, target: str, key: str | None) -> bytes:
-    """Return the name of a record: a digest over client key name, path with query as sent, and key.
+    """Return the name of a record: digests of the client key, then of that, path with query as sent, and key.
 
     ``key`` is None where the header came more than once. Raises ``ProxyError`` bad-request where it is no key.
     """
@@ -69,7 +74,17 @@ def record_name(client: str | None, target: str, key: str | None) -> bytes:
             "bad-request",
             "Idempotency-Key must come once and hold 1 to 255 visible ASCII characters. Nothing was sent.",
         )
-    return hashlib.sha256("\0".join((client or "", target, key)).encode("utf-8", "surrogateescape")).digest()
+    scope = _NOBODY if client is None else _sha256(client)[:_SCOPE]
+    return scope + _sha256("\0".join((client or "", target, key)))
+
+
+def greed(record: bytes, most: int) -> int:
+    """Return how many times as many records as are free (of ``most``) the client key of this one may hold.
+
+    One alone gets three quarters of them, two three sevenths each, and some are always left for another. Where there
+    are no client keys, all are for all.
+    """
+    return most if record.startswith(_NOBODY) else _GREED
 
 
 def proves_nothing_was_executed(status: int) -> bool:
@@ -80,11 +95,18 @@ def proves_nothing_was_executed(status: int) -> bool:
 class Records:
     """The records of this process."""
 
-    def __init__(self, max_records: int = MAX_RECORDS) -> None:
-        """Start empty."""
+    def __init__(self, max_records: int = MAX_RECORDS, max_answers: int = MAX_ANSWERS) -> None:
+        """Start empty; ``max_answers`` is in bytes."""
         self._max_records = max_records
+        self._max_answers = max_answers
         self._running: dict[bytes, bytes] = {}
-        self._ended: OrderedDict[bytes, _Record] = OrderedDict()
+        self._ended: OrderedDict[bytes, tuple[float, bytes]] = OrderedDict()
+        self._answers: deque[bytes] = deque()
+        """The names of those whose answers are kept, oldest first,"""
+        self._kept = 0
+        """and the bytes of these answers."""
+        self._of: Counter[bytes] = Counter()
+        """How many each client key has."""
 
     def __len__(self) -> int:
         """Return how many records there are, running ones included."""
@@ -96,20 +118,19 @@ class Records:
         Raises ``ProxyError``: ``in-progress``, ``outcome-unknown``, ``idempotency-key-reused``, ``idempotency-full``.
         """
         self._forget_expired(now)
-        running = self._running.get(record)
-        ended = self._ended.get(record)
-        if running is not None:
-            return judged(digest, running, None, running=True)
-        if ended is not None:
-            return judged(digest, ended.digest, ended.answer)
-        if len(self) >= self._max_records:
-            raise full(self._max_records, next(iter(self._ended.values())).expires - now if self._ended else 60.0)
-        self._running[record] = digest
+        known = self._running.get(record) or self._ended.get(record, (0.0, None))[1]
+        if known is not None:
+            return judged(digest, known)
+        free = self._max_records - len(self)
+        if self._of[record[:_SCOPE]] >= greed(record, self._max_records) * free:
+            raise full(self._max_records, next(iter(self._ended.values()))[0] - now if self._ended else 60.0)
+        self._running[record] = digest + b"R"
+        self._of[record[:_SCOPE]] += 1
         return Claim(record, digest)
 
     def known(self) -> Iterator[bytes]:
         """Yield the names of all records."""
-        yield from (*self._running, *self._ended)
+        yield from (*self._ended, *self._running)
 
     def told(self, record: bytes, replica: str, now: float) -> tuple[str, bytes, float]:
         """Return what a store beyond this process is to do with a record, its value, and for how many seconds.
@@ -117,34 +138,55 @@ class Records:
         ``replica`` names this process.
         """
         if record in self._running:
-            return "keep", encoded(self._running[record], None, running=replica), LIFETIME
-        ended = self._ended.get(record)
-        if ended is None:
+            return "keep", self._running[record] + replica.encode(), LIFETIME
+        if record not in self._ended:
             return "free", b"", LIFETIME
-        return "keep", encoded(ended.digest, ended.answer), max(1.0, ended.expires - now)
+        expires, text = self._ended[record]
+        return "keep", text, max(1.0, expires - now)
 
     async def complete(self, claim: Claim, answer: Answer | None, now: float) -> None:
         """Record a 2xx answer, or (None) that nobody knows whether the request was executed."""
-        if self._running.pop(claim.record, None) is not None:
-            self._ended[claim.record] = _Record(claim.digest, now + LIFETIME, answer)
+        if self._running.pop(claim.record, None) is None:
+            return
+        text = encoded(claim.digest, answer)
+        self._ended[claim.record] = now + LIFETIME, text
+        if text[_CUT:]:
+            self._answers.append(claim.record)
+            self._kept += len(text)
+        while self._kept > self._max_answers:
+            oldest = self._answers.popleft()
+            expires, text = self._ended[oldest]
+            self._ended[oldest] = expires, text[:_CUT]
+            self._kept -= len(text)
 
     async def free(self, claim: Claim) -> None:
         """Forget a request that was certainly not executed: its key may be used again."""
-        self._running.pop(claim.record, None)
+        if self._running.pop(claim.record, None) is not None:
+            self._of[claim.record[:_SCOPE]] -= 1
 
     def _forget_expired(self, now: float) -> None:
-        while self._ended and next(iter(self._ended.values())).expires <= now:
-            self._ended.popitem(last=False)
+        while self._ended and next(iter(self._ended.values()))[0] <= now:
+            record, (_, text) = self._ended.popitem(last=False)
+            self._of[record[:_SCOPE]] -= 1
+            if text[_CUT:]:
+                self._answers.popleft()
+                self._kept -= len(text)
 
 
-def judged(digest: bytes, known: bytes, answer: Answer | None, *, running: bool = False) -> Answer:
-    """Return the answer to a request with ``digest`` whose key is known, for ``known``; raise as ``claim`` does."""
-    if known != digest:
+def judged(digest: bytes, record: bytes, age: float = 0.0) -> Answer:
+    """Return the answer to a request with ``digest`` whose key has a ``record``; raise as ``claim`` does.
+
+    ``age`` is the record's, in seconds. What can't be read was executed for all that is known.
+    """
+    running = record.startswith(b"R", _DIGEST)
+    answer = _answer(record[_DIGEST:])
+    readable = running or answer is not None or len(record) == _DIGEST
+    if readable and record[:_DIGEST] != digest:
         raise ProxyError(
             "idempotency-key-reused",
             "This Idempotency-Key was used for another request body. Nothing was sent; a new one needs a new key.",
         )
-    if running:
+    if running and age < ABANDONED:
         raise ProxyError(
             "in-progress",
             "The first request with this Idempotency-Key is still under way. Ask again with it in a few seconds.",
@@ -156,60 +198,35 @@ def judged(digest: bytes, known: bytes, answer: Answer | None, *, running: bool 
 
 
 def full(most: int, wait: float) -> ProxyError:
-    """Return the refusal where ``most`` records are there; the first of them goes in ``wait`` seconds."""
+    """Return the refusal where there is no room for one more among ``most``; the first of them goes in ``wait`` s."""
     return ProxyError(
         "idempotency-full",
-        f"The proxy keeps at most {most} requests with an Idempotency-Key. Nothing was sent.",
+        f"The proxy remembers {most} requests with an Idempotency-Key for a day, of which each client key has its "
+        "share, and forgets none sooner. Nothing was sent.",
         retry_after=wait,
     )
 
 
-def encoded(digest: bytes, answer: Answer | None, *, running: str | None = None) -> bytes:
-    """Write a record for a store beyond this process: one line of JSON, then the answer's body.
-
-    ``running`` is the replica that executes the request; without it and without an answer the outcome is unknown.
-    """
-    told: dict[str, object] = {"digest": digest.hex()}
-    if running is not None:
-        told["running"] = running
-    elif answer is not None:
-        fields = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in answer.fields]
-        told |= {"status": answer.status, "reason": answer.reason.decode("latin-1"), "fields": fields}
-        told["kept"] = answer.body is not None
-    return json.dumps(told).encode() + b"\n" + (answer.body or b"" if answer else b"")
+def encoded(digest: bytes, answer: Answer | None) -> bytes:
+    """Write the record of a request that has ended; without an answer nobody knows how."""
+    if answer is None:
+        return digest
+    lines = b"".join(b"%b: %b\r\n" % field for field in answer.fields)
+    text = b"HTTP/1.1 %d %b\r\n%b\r\n%b" % (answer.status, answer.reason, lines, answer.body or b"")
+    kept = answer.body is not None and len(text) <= MAX_ANSWER
+    return digest + text if kept else (digest + text)[:_CUT]
 
 
-def decoded(record: bytes) -> tuple[bytes, str | None, Answer | None]:
-    """Return digest, executing replica and answer of what ``encoded`` wrote; ValueError where others wrote it."""
-    line, _, body = record.partition(b"\n")
-    try:
-        told = json.loads(line)
-        return bytes.fromhex(told["digest"]), told.get("running"), _answer(told, body) if "status" in told else None
-    except (ArithmeticError, AttributeError, LookupError, ProtocolError, TypeError, ValueError) as error:
-        raise ValueError("no record") from error
-
-
-def _answer(told: dict[str, Any], body: bytes) -> Answer:
-    """Read a recorded answer as though Metquay had sent it just now."""
-    lines = "".join(f"{name}: {value}\r\n" for name, value in told["fields"])
+def _answer(text: bytes) -> Answer | None:
+    """Read a recorded answer as though Metquay had sent it just now; None where there is none that it can have sent."""
+    lines, blank, body = text.partition(_BLANK_LINE)
     reader = ResponseReader("HEAD")
-    reader.feed(b"HTTP/1.1 %d " % told["status"] + f"{told['reason']}\r\n{lines}\r\n".encode("latin-1"))
+    with contextlib.suppress(ProtocolError):
+        reader.feed(lines + _BLANK_LINE)
     head = reader.head
-    if head is None or reader.surplus or len(head.headers) != len(told["fields"]) or len(body) > MAX_ANSWER:
-        raise ValueError("no head, or more than one")
-    return Answer(head.status, head.reason, head.headers, body if told["kept"] else None)
-
-
-def judged_elsewhere(digest: bytes, record: bytes, age: float) -> Answer:
-    """Return the answer that another replica recorded ``age`` seconds ago; raise as ``claim`` does.
-
-    What can't be read was executed for all that is known.
-    """
-    try:
-        known, running, answer = decoded(record)
-    except ValueError:
-        known, running, answer = digest, None, None
-    return judged(digest, known, answer, running=running is not None and age < ABANDONED)
+    if head is None or head.status // 100 != 2 or len(text) > MAX_ANSWER:  # noqa: PLR2004 - RFC 9110 section 15.3
+        return None
+    return Answer(head.status, head.reason, head.headers, body if blank else None)
 
 
 def _unknown(answer: Answer | None) -> ProxyError:
@@ -222,7 +239,11 @@ def _unknown(answer: Answer | None) -> ProxyError:
         )
     return ProxyError(
         "outcome-unknown",
-        f"The first request with this Idempotency-Key was executed (status {answer.status}). Its answer was not kept "
-        "(too long, or broken off). Look in Metquay for the record; do not send it again.",
+        f"The first request with this Idempotency-Key was executed (status {answer.status}). Its answer is not kept "
+        "(too long, broken off, or too many came since). Look in Metquay for the record; do not send it again.",
         sent="yes",
     )
+
+
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

@@ -45,14 +45,14 @@ async def sent(body: RequestBody) -> list[bytes]:
 class TestWhole:
     async def test_no_body(self) -> None:
         """A request without a body is complete from the start, and can be sent any number of times."""
-        budget = ReplayBudget(-1)
+        budget = ReplayBudget(0)
         body = body_of(Stream.of(), limit=0, budget=budget)
         await body.prefetch()
         assert (True, True) == (body.ended, body.arrived)
         assert [b"", b""] == [body.whole(), body.whole()]
         assert [] == await sent(body)
         assert body.replayable
-        assert -1 == budget.left
+        assert 0 == budget.left
 
     async def test_a_body_that_has_arrived(self, source: Stream) -> None:
         """It is sent in one piece, again and again."""
@@ -108,8 +108,10 @@ class TestWhole:
     async def test_what_was_read_ahead_comes_first(self, source: Stream) -> None:
         """Bytes that were read while the request waited are a part of the body like any other."""
         body = body_of(fed(source, b"ab", ended=False), limit=2)
-        await body.prefetch()
+        reading = asyncio.ensure_future(body.prefetch())
+        await asyncio.sleep(0)
         fed(source, b"cd")
+        await reading
         assert b"abcd" == body.whole()
 
 
@@ -187,7 +189,7 @@ class TestChunks:
         with pytest.raises(RuntimeError, match="only a part"):
             await sent(body)
         with pytest.raises(RuntimeError, match="only a part"):
-            await body.all(100)
+            body.whole()
 
     async def test_closed_in_mid_attempt(self, source: Stream) -> None:
         """The attempt that runs goes on, and no byte is kept that nobody would give back."""
@@ -212,13 +214,14 @@ class TestChunks:
 
 
 class TestSilence:
-    @pytest.mark.parametrize("way", ["chunks", "prefetch", "all"])
+    @pytest.mark.parametrize("way", ["chunks", "prefetch", "keep", "all"])
     async def test_a_silent_client(self, source: Stream, way: str) -> None:
         """A client that announces a body and sends nothing is told so; nothing complete was sent."""
         body = body_of(fed(source, b"ab", ended=False), timeout=0)
         ways: dict[str, Callable[[], Awaitable[object]]] = {
             "chunks": lambda: sent(body),
             "prefetch": body.prefetch,
+            "keep": body.keep,
             "all": lambda: body.all(100),
         }
         with pytest.raises(ProxyError, match="nothing for 0 seconds") as caught:
@@ -235,29 +238,20 @@ class TestSilence:
 
 
 class TestPrefetch:
-    async def test_it_stops_at_the_limit(self, source: Stream) -> None:
-        """No more is read ahead than may be kept, so that the client feels the back-pressure."""
-        body = body_of(fed(source, b"x" * 9, ended=False))
+    @pytest.mark.parametrize(("limit", "left"), [(10, 100), (100, 10), (10, 10)])
+    async def test_it_takes_what_may_be_kept(self, source: Stream, limit: int, left: int) -> None:
+        """A piece for which there is no room is left where it is, so that the client feels the back-pressure."""
+        budget = ReplayBudget(left)
+        body = body_of(fed(source, b"x" * 9, ended=False), limit=limit, budget=budget)
         task = asyncio.ensure_future(body.prefetch())
         await asyncio.sleep(0)
         assert not task.done()
-        fed(source, b"y" * 5, ended=False)
+        fed(source, b"y" * 2)
         await task
-        fed(source, b"z")
-        assert not body.ended
-        assert [b"x" * 9, b"y" * 5, b"z"] == await sent(body)
-        assert not body.replayable
-
-    async def test_it_stops_at_what_all_may_keep(self, source: Stream) -> None:
-        """An exhausted budget ends the reading ahead; what was read is still sent."""
-        budget = ReplayBudget(2)
-        body = body_of(fed(source, b"ab", ended=False), budget=budget)
         await body.prefetch()
-        assert 0 == budget.left
-        fed(source, b"cd")
-        await body.prefetch()
-        assert not body.ended
-        assert [b"ab", b"cd"] == await sent(body)
+        assert (False, left - 9) == (body.ended, budget.left)
+        assert [b"x" * 9, b"y" * 2] == await sent(body)
+        assert (False, left) == (body.replayable, budget.left)
 
     async def test_it_stops_at_the_end(self, source: Stream) -> None:
         """A body that was read whole can be sent whole."""
@@ -276,14 +270,41 @@ class TestPrefetch:
         assert [b"y"] == [chunk async for chunk in chunks]
 
 
-class TestAll:
+class TestKeep:
     async def test_it_can_still_be_sent(self, source: Stream) -> None:
-        """Who looks at the body first takes nothing from it, whatever other bodies keep."""
+        """Who looks at the body first takes nothing from it; no byte of the bounds is left unused."""
+        budget = ReplayBudget(4)
+        body = body_of(fed(source, b"ab", ended=False), limit=4, budget=budget)
+        assert b"ab" == await anext(body.chunks())
+        fed(source, b"cd")
+        await body.keep()
+        await body.keep()
+        assert [b"abcd"] * 2 == [body.whole(), body.whole()]
+        assert 0 == budget.left
+        body.close()
+        assert 4 == budget.left
+
+    @pytest.mark.parametrize(
+        ("limit", "left", "slug"),
+        [(3, 100, "body-too-large"), (3, 3, "body-too-large"), (10, 3, "idempotency-full"), (4, 3, "idempotency-full")],
+    )
+    async def test_no_room(self, source: Stream, limit: int, left: int, slug: str) -> None:
+        """It is refused as soon as a bound would be passed; nothing stays taken from the others."""
+        budget = ReplayBudget(left)
+        body = body_of(fed(source, b"ab", b"cd", ended=False), limit=limit, budget=budget)
+        with pytest.raises(ProxyError) as caught:
+            await body.keep()
+        assert (slug, "no") == (caught.value.slug, caught.value.sent)
+        body.close()
+        assert left == budget.left
+
+
+class TestAll:
+    async def test_it_counts_by_itself(self, source: Stream) -> None:
+        """Who answers here gets the body whatever may be kept for a replay, and whatever others keep."""
         budget = ReplayBudget(0)
-        body = body_of(fed(source, b"ab", b"cd"), budget=budget)
+        body = body_of(fed(source, b"ab", b"cd"), limit=0, budget=budget)
         assert b"abcd" == await body.all(4)
-        assert b"abcd" == await body.all(4)
-        assert b"abcd" == body.whole()
         body.close()
         assert 0 == budget.left
 
@@ -291,30 +312,22 @@ class TestAll:
         """No body is an empty one."""
         assert b"" == await body_of(Stream.of()).all(0)
 
-    async def test_it_includes_what_an_attempt_has_read(self, source: Stream) -> None:
-        """It begins at the beginning, as every attempt does."""
-        body = body_of(fed(source, b"ab", ended=False))
-        assert b"ab" == await anext(body.chunks())
-        fed(source, b"cd")
-        assert b"abcd" == await body.all(10)
 
-    @pytest.mark.parametrize("more", [b"", b"e"])
-    async def test_the_limit_is_not_the_end(self, source: Stream, more: bytes) -> None:
-        """A body that has reached the bound is complete only once its end has come."""
-        body = body_of(fed(source, b"abcd", ended=False))
-        reading = asyncio.ensure_future(body.all(4))
-        await asyncio.sleep(0)
-        assert not reading.done()
-        fed(source, *([more] if more else []))
-        with pytest.raises(ProxyError) if more else contextlib.nullcontext():
-            assert b"abcd" == await reading
-
-    async def test_too_large(self, source: Stream) -> None:
-        """The refusal comes as soon as the bound is passed: an endless body is not awaited."""
-        body = body_of(fed(source, b"abc", ended=False))
-        with pytest.raises(ProxyError, match="the 2 bytes") as caught:
-            await body.all(2)
+@pytest.mark.parametrize("way", ["keep", "all"])
+@pytest.mark.parametrize("more", [b"", b"e"])
+async def test_the_limit_is_not_the_end(source: Stream, way: str, more: bytes) -> None:
+    """A body that has reached the bound is complete only once its end has come; an endless one is not awaited."""
+    body = body_of(fed(source, b"abcd", ended=False), limit=4)
+    reading: asyncio.Future[bytes | None] = asyncio.ensure_future(body.keep() if way == "keep" else body.all(4))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    fed(source, *([more] if more else []), ended=not more)
+    if more:
+        with pytest.raises(ProxyError, match="the 4 bytes") as caught:
+            await reading
         assert (413, "body-too-large", "no") == (caught.value.status, caught.value.slug, caught.value.sent)
+    else:
+        assert b"abcd" == (await reading or body.whole())
 
 
 async def test_close_gives_back_once(source: Stream) -> None:
@@ -361,8 +374,8 @@ class Pieces(Stream):
     st.lists(st.binary(min_size=1, max_size=6), max_size=8),
     st.booleans(),
     st.integers(0, 20),
-    st.integers(-5, 40),
-    st.lists(st.tuples(st.sampled_from(["prefetch", "part", "whole", "all"]), st.integers(0, 5)), max_size=6),
+    st.integers(0, 40),
+    st.lists(st.tuples(st.sampled_from(["prefetch", "part", "whole", "keep"]), st.integers(0, 5)), max_size=6),
 )
 @settings(deadline=None)
 def test_whatever_is_tried_the_body_is_sent_whole_or_not_at_all(
@@ -385,14 +398,16 @@ def test_whatever_is_tried_the_body_is_sent_whole_or_not_at_all(
                 await body.prefetch()
             elif step == "whole":
                 assert body.whole() in {None, complete}
-            elif step == "all":
+            elif step == "keep":
                 with contextlib.suppress(ProxyError):
-                    assert complete == await body.all(10 * count)
+                    await body.keep()
+                    assert complete == body.whole()
             else:
                 chunks = body.chunks()
                 part = b"".join([await anext(chunks, b"") for _ in range(count)])
                 assert complete.startswith(part)
                 await chunks.aclose()
+            assert 0 <= budget.left
         if body.replayable:
             assert complete == b"".join(await sent(body))
             assert body.ended
@@ -471,6 +486,17 @@ class TestStream:
         stream.feed(bytes(HIGH_WATER + 1))
         stream.end()
         assert [True, False, True, False] == told
+
+    def test_what_is_put_back_waits_too(self) -> None:
+        """It holds the sender up where it is too much, unless nothing more will come."""
+        told: list[bool] = []
+        stream = Stream(told.append)
+        stream.unread(bytes(HIGH_WATER + 1))
+        stream.unread(b"a")
+        assert [True] == told
+        stream.end()
+        stream.unread(bytes(HIGH_WATER + 1))
+        assert [True, False] == told
 
     def test_what_was_read_can_be_put_back(self) -> None:
         """It comes first again, even after the end."""

@@ -18,7 +18,7 @@ from metquay_proxy.exchange.tokens import TokenCache
 from metquay_proxy.rules.credentials import AccessToken, LoginFailed
 from metquay_proxy.rules.errors import ProxyError, UpstreamFailure
 from metquay_proxy.rules.headers import RequestFields, ResponseHead
-from metquay_proxy.rules.idempotency import MAX_ANSWER
+from metquay_proxy.rules.idempotency import MAX_ANSWER, Records
 from metquay_proxy.rules.quota import Quota
 from metquay_proxy.rules.target import BaseURL, Target
 from tests.fake_time import FakeTime
@@ -172,6 +172,7 @@ class Rig:
     max_wait: float = 20.0
     jitter: float = 1.0
     lasts: float = 0.0
+    records: Records | None = None
     time: FakeTime = field(default_factory=FakeTime)
     timers: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -189,7 +190,7 @@ class Rig:
             max_wait=self.max_wait,
             retries=self.retries,
             clock=self.time.now,
-            replay_limit=LIMIT,
+            records=self.records,
             sleep=self.time.sleep,
             jitter=lambda: self.jitter,
         )
@@ -425,7 +426,7 @@ async def test_cancelled_between_two_attempts(rig: Rig, outcome: Outcome) -> Non
 # The body, while the request waits
 
 
-@pytest.mark.parametrize(("pieces", "unread"), [((9, 9), 0), ((LIMIT, 9), 9), ((9, LIMIT, 9), 9)])
+@pytest.mark.parametrize(("pieces", "unread"), [((9, 9), 0), ((LIMIT, 9), 9), ((9, LIMIT, 9), LIMIT + 9)])
 async def test_the_body_is_read_ahead_while_waiting(rig: Rig, pieces: tuple[int, ...], unread: int) -> None:
     """While a request waits, its body is read up to the limit and no further; the rest follows when it goes out."""
     rig.upstream.outcomes = [UNREACHABLE, 200]
@@ -709,6 +710,27 @@ async def test_the_later_one_is_repeated(rig: Rig) -> None:
     assert (200, 2, "unknown") == await rig.answer("PUT", "/1"), "what has ended overtakes nothing"
 
 
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        (RESET, ("upstream-closed", 1, "unknown")),
+        (STALE, ("upstream-closed", 1, "unknown")),
+        (busy(), (503, 1, "no")),
+        (UNREACHABLE, (200, 2, "no")),
+        (401, (200, 2, "no")),
+        (Reply(429, Retry_After="5"), (200, 2, "no")),
+    ],
+)
+async def test_other_replicas(method: str, outcome: Outcome, expected: tuple[int | str, int, str]) -> None:
+    """Where replicas share, one may have written meanwhile: only what was certainly not executed is sent again."""
+    async with Rig(records=Records()) as rig:
+        rig.upstream.outcomes = [outcome, 200]
+        assert expected == await rig.answer(method, body=b"{}")
+        rig.upstream.outcomes = [busy(), 200]
+        assert 2 == (await rig.answer("GET"))[1]
+
+
 async def test_posts_do_not_overtake_each_other(rig: Rig) -> None:
     """POSTs to one list that found no connection are all sent again."""
     rig.upstream.outcomes = [UNREACHABLE, UNREACHABLE, UNREACHABLE, 201]
@@ -730,6 +752,8 @@ async def test_overtaken_in_the_line() -> None:
 
 
 # Idempotency-Key
+
+HEAD: Final = len("HTTP/1.1 201 Reason\r\n\r\n")
 
 
 @pytest.mark.parametrize("pieces", [(b'{"metquayId": 1}',), (b'{"metquay', b'Id": 1}'), ()])
@@ -794,13 +818,14 @@ async def test_cancelled_with_a_key(lasts: float, expected: object) -> None:
 @pytest.mark.parametrize(
     ("pieces", "again"),
     [
-        ((b"x" * MAX_ANSWER,), (201, 0, "no")),
+        ((b"x" * (MAX_ANSWER - HEAD),), (201, 0, "no")),
+        ((b"x" * (MAX_ANSWER - HEAD + 1),), ("outcome-unknown", 0, "yes")),
         ((b"x" * (MAX_ANSWER + 1),), ("outcome-unknown", 0, "yes")),
         ((b"x" * MAX_ANSWER, b"y", b"z"), ("outcome-unknown", 0, "yes")),
     ],
 )
 async def test_a_long_answer(rig: Rig, pieces: tuple[bytes, ...], again: object) -> None:
-    """An answer beyond 64 KiB reaches its client whole, but only that it came is recorded."""
+    """An answer beyond 64 KiB, its head included, reaches its client whole, but only that it came is recorded."""
     rig.upstream.outcomes = [Reply(201, *pieces)]
     assert b"".join(pieces) == await (await rig.post()).text()
     assert again == (await rig.post()).outcome

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from packaging.requirements import Requirement
 
-from metquay_proxy.rules.idempotency import MAX_ANSWER, MAX_RECORDS
+from metquay_proxy.rules.idempotency import MAX_ANSWERS, MAX_RECORDS
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY
 from metquay_proxy.settings import VARIABLES, default_text, flag, parse_redis_url, variable
 from tests.running import process
@@ -458,10 +458,8 @@ def test_redis_keeps_what_it_must_and_nothing_on_disk(name: str) -> None:
     options = words_of(DEPLOYMENTS[name]().redis)
     assert ("", "no") == (options["--save"], options["--appendonly"])
     assert "noeviction" == options["--maxmemory-policy"]
-    held = int(options["--maxmemory"].removesuffix("gb")) << 30
-    assert (
-        held > MAX_RECORDS * MAX_ANSWER * 1.5
-    )  # the allocator rounds up by a quarter, and each has headers and a name
+    held = int(options["--maxmemory"].removesuffix("mb")) << 20
+    assert held > 1.5 * (MAX_ANSWERS + 400 * MAX_RECORDS), "each has a name, and two places in an order"
     limits = {
         "compose-replicas": lambda: documents(COMPOSE)[0]["services"]["redis"]["mem_limit"].removesuffix("m"),
         "kubernetes-replicas": lambda: redis_pod()["containers"][0]["resources"]["limits"]["memory"].removesuffix("Mi"),

@@ -70,11 +70,11 @@ async def test_a_gibibyte_each_way(tmp_path: Path) -> None:
         with process(tmp_path, **environment) as command:
             own = int(command.url.rpartition(":")[2])
             assert 0 == await _download(own, b"HEAD"), "warms up what is loaded once"
-            before = _peak_kib(command.popen.pid)
+            before = peak_kib(command.popen.pid)
             assert GIBIBYTE == await _download(own, b"GET")
             await _upload(own)
             assert [GIBIBYTE] == uploads
-            grown = _peak_kib(command.popen.pid) - before
+            grown = peak_kib(command.popen.pid) - before
             print(f"growth of the peak: {grown} KiB")  # noqa: T201 - the figure that the note quotes
             assert 32 * 1024 > grown
             assert 0 == await asyncio.to_thread(command.stop)
@@ -115,7 +115,7 @@ async def test_text_that_a_client_chooses(tmp_path: Path, path: str, readers: in
             own = int(command.url.rpartition(":")[2])
             for _ in range(3):
                 await _asked(own, b"/-/status", b"x")
-            before = _peak_kib(command.popen.pid)
+            before = peak_kib(command.popen.pid)
             for number in range(100 if readers else 300):
                 name = bytes([0x80 + number % 100, 0x80 + number // 100]) * 30_000
                 assert (await _asked(own, b"/%d" % number + b"x" * 60_000, name)).startswith(b"HTTP/1.1 200")
@@ -127,7 +127,7 @@ async def test_text_that_a_client_chooses(tmp_path: Path, path: str, readers: in
             status = await _asked(own, b"/-/status", b"x")
             if readers and path == "/-/events":
                 await asyncio.sleep(1.0)  # for the next state and what came meanwhile
-            grown = (_peak_kib(command.popen.pid) - before) / 1024
+            grown = (peak_kib(command.popen.pid) - before) / 1024
             print(f"growth of the peak: {grown:.1f} MiB, the status has {len(status)} bytes")  # noqa: T201 - for the note
             assert bound > grown
             assert 400_000 > len(status)
@@ -143,7 +143,8 @@ async def _asked(port: int, target: bytes, name: bytes) -> bytes:
     return answer
 
 
-def _peak_kib(pid: int) -> int:
+def peak_kib(pid: int) -> int:
+    """Return the most that a process ever held in memory."""
     with open(f"/proc/{pid}/status") as status:  # noqa: PTH123 - no file of ours
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import random
 import ssl
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from metquay_proxy.replicas.store import Away, Replica, Store, namespace
+from metquay_proxy.replicas.store import Away, Replica, SharedRecords, Store, namespace
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.idempotency import Answer, Claim, record_name
+from metquay_proxy.rules.idempotency import Answer, Claim, Records, record_name
 from metquay_proxy.rules.quota import Rate
 from metquay_proxy.settings import RedisAddress
 from tests.redis_server import needs_redis, redis_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from pathlib import Path
 
     from metquay_proxy.exchange.line import Line
@@ -32,6 +33,12 @@ RATE = Rate(20, 0.5)
 NAME = record_name(None, "/api/v1/customers", "key-1")
 BODY = hashlib.sha256(b"{}").digest()
 ANSWER = Answer(201, b"Created", [(b"Content-Type", b"application/json")], b'{"metquayId": 1}')
+EARLIER = (
+    "for _, name in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do redis.call('ZINCRBY', KEYS[1], -ARGV[1], name) end"
+)
+"""Makes all records older, by seconds."""
+SPOIL = "for _, name in ipairs(redis.call('HKEYS', KEYS[1])) do redis.call('HSET', KEYS[1], name, ARGV[1]) end"
+"""Puts something else in their place."""
 
 pytestmark = needs_redis
 
@@ -86,9 +93,10 @@ async def until(true: object, seconds: float = 6.0) -> None:
 
 
 class Relay:
-    """The way to a Redis, on which each answer takes ``seconds`` more."""
+    """The way to a Redis, on which each answer takes ``seconds`` more, and what holds ``slow`` comes ``held`` late."""
 
-    seconds = 0.0
+    seconds = held = 0.0
+    slow = b""
 
     def __init__(self, redis: RedisServer) -> None:
         self._redis = redis
@@ -97,12 +105,16 @@ class Relay:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Connect one client."""
         back, forth = await asyncio.open_connection("127.0.0.1", self._redis.port)
-        with contextlib.suppress(ConnectionError):
-            await asyncio.gather(self._pass(reader, forth, slow=False), self._pass(back, writer, slow=True))
+        try:
+            with contextlib.suppress(ConnectionError):
+                await asyncio.gather(self._pass(reader, forth, there=True), self._pass(back, writer, there=False))
+        finally:
+            forth.close()
+            writer.close()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, slow: bool) -> None:
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, there: bool) -> None:
         while data := await reader.read(65536):
-            await asyncio.sleep(self.seconds if slow else 0.0)
+            await asyncio.sleep(self.seconds if not there else self.held if self.slow in data else 0.0)
             writer.write(data)
         writer.close()
 
@@ -386,8 +398,7 @@ class TestRecords:
         """It stays: at first it seems to be under way, and after ten minutes nobody knows its outcome."""
         async with replicas(redis) as (one, two):
             await claimed(one)
-            name = f"{PREFIX}record:{NAME.hex()}"
-            redis.run("PEXPIRE", name, str((24 * 3600 - 601) * 1000))
+            redis.run("EVAL", EARLIER, "1", f"{PREFIX}records:ends", "601")
             with pytest.raises(ProxyError) as caught:
                 await answered(two)
             assert "outcome-unknown" == caught.value.slug
@@ -481,3 +492,97 @@ class TestRecords:
             await asyncio.gather(asking, return_exceptions=True)
             assert asking.cancelled()
             await claimed(two)
+
+    @pytest.mark.parametrize("held", [0.3, 1.3])
+    async def test_a_claim_that_comes_late(self, redis: RedisServer, held: float) -> None:
+        """Whether its client leaves meanwhile or it is given up: it does not come after the word that frees it."""
+        async with replicas(redis) as (_, two), relay(redis) as way:
+            one = Replica(Store(way.address, lambda: None), PREFIX, RATE, time.monotonic)
+            await one.start()
+            await until(lambda: one.status()["shared"])
+            await two.records.free(await claimed(two))  # Redis knows the script from now on
+            way.slow, way.held = b"claim", held
+            asking = asyncio.create_task(answered(one))
+            await asyncio.sleep(0.1)
+            if held < 1.0:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+                assert asking.cancelled()
+            else:
+                claim = await asking
+                assert isinstance(claim, Claim)
+                await one.records.free(claim)
+            await asyncio.sleep(0.4)
+            await claimed(two)
+            await one.stop()
+
+    async def test_as_in_memory(self, redis: RedisServer) -> None:
+        """Who remembers nothing itself gets from Redis what the records in memory would say, within the same bounds."""
+
+        async def outcome(records: Records, name: bytes, answer: Answer | str | None) -> object:
+            try:
+                claim = await records.claim(name, BODY, time.monotonic())
+            except ProxyError as error:
+                return error.slug, error.sent
+            if isinstance(claim, Claim) and isinstance(answer, str):
+                await records.free(claim)
+            elif isinstance(claim, Claim):
+                await records.complete(claim, cast("Answer | None", answer), time.monotonic())
+            return claim
+
+        draw, bounds, seen = random.Random(7), (24, 5000), set()  # noqa: S311 - a test's
+        async with replica(redis) as one:
+            memory = Records(*bounds)
+            for number in range(400):
+                client = draw.choice([None, "a", "b"])
+                name = record_name(client, "/x", str(draw.randrange(30 if client == "a" else 8)))
+                answer = draw.choice([ANSWER, Answer(200, b"OK", [], bytes(900)), None, "free"])
+                expected = await outcome(memory, name, answer)
+                shared = SharedRecords(one._share, one._store, PREFIX, time.monotonic, *bounds)
+                assert expected == await outcome(shared, name, answer), number
+                seen.add(type(expected) if not isinstance(expected, tuple) else expected)
+        unknown = [("outcome-unknown", sent) for sent in ("unknown", "yes")]
+        assert {Claim, Answer, *unknown, ("idempotency-full", "no")} == seen
+
+    async def test_what_is_forgotten_after_a_day(self, redis: RedisServer) -> None:
+        """A key may be used again then, and its bytes, its place and that of its client key are free."""
+        async with replica(redis) as one:
+            await one.records.complete(await claimed(one), ANSWER, time.monotonic())
+            shared = SharedRecords(one._share, one._store, PREFIX, time.monotonic)
+            redis.run("EVAL", EARLIER, "1", f"{PREFIX}records:ends", "86400")
+            claim = await shared.claim(NAME, BODY, time.monotonic())
+            assert isinstance(claim, Claim)
+            await shared.free(claim)
+            assert {"0"} == {*redis.run("--raw", "HVALS", f"{PREFIX}records:text").split()}, "nothing but the counts"
+
+    @pytest.mark.parametrize("garbage", ["garbage" * 9, "{}", "R", "\r\n\r\n"])
+    async def test_a_record_that_nobody_of_us_wrote(self, redis: RedisServer, garbage: str) -> None:
+        """It is no answer, and whoever has its key is told that nobody knows."""
+        async with replicas(redis) as (one, two):
+            await one.records.complete(await claimed(one), ANSWER, time.monotonic())
+            redis.run("EVAL", SPOIL, "1", f"{PREFIX}records:text", garbage)
+            with pytest.raises(ProxyError) as caught:
+                await answered(two)
+            assert "outcome-unknown" == caught.value.slug
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            *(7, [b"done", b"0"], [[b"done"], b"0", b""], [b"done", b"nan", b""], [b"full", b"1e12", b""]),
+            [b"known", b"0", 7],
+        ],
+    )
+    async def test_what_no_script_of_ours_says(self, redis: RedisServer, said: object) -> None:
+        """It is as though Redis were away: the key is claimed after a second, on the word of this replica alone."""
+
+        class Odd(Store):
+            async def _run(self, script: str, keys: Sequence[str], values: Sequence[Any]) -> Any:  # noqa: ANN401 - as there
+                return said if values[0] == "claim" else await super()._run(script, keys, values)
+
+        one = Replica(Odd(local(redis), lambda: None), PREFIX, RATE, time.monotonic)
+        await one.start()
+        await until(lambda: one.status()["shared"])
+        claim = await claimed(one)
+        await one.records.complete(claim, ANSWER, time.monotonic())
+        assert ANSWER == await answered(one)
+        await one.stop()
