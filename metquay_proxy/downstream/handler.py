@@ -75,8 +75,7 @@ class Handler:
         self._origin = f"{scheme}://".encode()
         self._audit = audit
         self._read_timeout = read_timeout
-        budget = ReplayBudget(_REPLAY_TOTAL)
-        self._body = partial(RequestBody, limit=replay_limit, budget=budget, timeout=read_timeout)
+        self._body = partial(RequestBody, limit=replay_limit, budget=ReplayBudget(_REPLAY_TOTAL), timeout=read_timeout)
         self._callers = Callers()
         self._alone: set[asyncio.Task[Any] | None] = set()
         """The tasks of writes that run on without their clients."""
@@ -252,6 +251,8 @@ class Handler:
             added += b"Connection: keep-alive\r\n"
         if exchange.cors:
             added += "".join(f"{name}: {value}\r\n" for name, value in exchange.cors).encode("latin-1")
+        if exchange.replayed:
+            added += b"Idempotency-Replayed: true\r\n"
         if exchange.note is not None:
             added += b"X-Metquay-Proxy-Note: %b\r\n" % exchange.note.encode()
         host = exchange.fields.judged.get(b"host")

@@ -208,8 +208,7 @@ class Pages:
     def _html(self) -> Answer:
         nonce = secrets.token_urlsafe(16)
         fields = (("Content-Security-Policy", _POLICY.format(nonce)), ("Referrer-Policy", "no-referrer"))
-        body = _PAGE.replace("{nonce}", nonce).encode()
-        return Answer(200, "text/html; charset=utf-8", body, headers=fields)
+        return Answer(200, "text/html; charset=utf-8", _PAGE.replace("{nonce}", nonce).encode(), headers=fields)
 
     def _state(self) -> dict[str, Any]:
         status = self._status()

@@ -21,7 +21,6 @@ from metquay_proxy.exchange.body import Stream
 from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules import retries
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
-from metquay_proxy.rules.headers import ResponseHead
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Answer, Records, proves_nothing_was_executed, record_name
 from metquay_proxy.rules.quota import QuotaExceeded, retry_after_seconds
 from metquay_proxy.rules.renewal import Refusals
@@ -109,7 +108,7 @@ class Forwarder:
         claim = await self._records.claim(name, digest, self._clock())
         if isinstance(claim, Answer):
             exchange.replayed = True
-            return _replayed(claim)
+            return Response(claim.head, Stream.of(claim.body or b""))
         answer: Answer | None = None
         try:
             response = await self._repeatedly(exchange)
@@ -117,7 +116,7 @@ class Forwarder:
             executed = not proves_nothing_was_executed(head.status)
             if 200 <= head.status <= 299:  # noqa: PLR2004 - RFC 9110 section 15.3, the successful class
                 exchange.note_sent("yes")
-                answer = Answer(head.status, head.reason, head.headers, None)
+                answer = Answer(head, None)
                 answer.body = await _beginning(response, MAX_ANSWER)
                 response.body.unread(answer.body)
         except BaseException as error:
@@ -382,14 +381,6 @@ class _Attempts:
         if isinstance(self.ended, Response):
             self.ended.close()
         self.ended = None
-
-
-def _replayed(answer: Answer) -> Response:
-    """Return a recorded answer as though it came now, in one piece however it came then."""
-    body = answer.body or b""
-    fields = [(name, value) for name, value in answer.fields if name.lower() != b"content-length"]
-    fields += [(b"Content-Length", b"%d" % len(body)), (b"Idempotency-Replayed", b"true")]
-    return Response(ResponseHead.made(answer.status, answer.reason, fields, len(body)), Stream.of(body))
 
 
 async def _beside(what: Coroutine[Any, Any, T], reading: Coroutine[Any, Any, None]) -> T:

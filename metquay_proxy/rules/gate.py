@@ -221,15 +221,13 @@ class Gate:
         )
 
     def _check_read_only(self, method: str, target: Target, admission: Admission) -> None:
-        key = self._named(admission.client)
-        limited = key is not None and key.read_only
+        limited = any(key.name == admission.client and key.read_only for key in self.keys)
         if _is_login(method, target) or (target.own and (not limited or target.local == "/-/test")):
             return
-        why = "METQUAY_READ_ONLY is set. Nothing was sent to Metquay. Use a proxy that may write."
+        why, other = "METQUAY_READ_ONLY is set", "a proxy"
         if limited:
-            who = f'the client key "{admission.client}"'
-            why = f"{who} may only read. Nothing was sent to Metquay. Use one that may write."
-        msg = f"{method} was refused, because {why}"
+            why, other = f'the client key "{admission.client}" may only read', "one"
+        msg = f"{method} was refused, because {why}. Nothing was sent to Metquay. Use {other} that may write."
         raise ProxyError("read-only", msg)
 
     def _identify(self, secret: bytes, now: float) -> ClientKey | None:

@@ -177,14 +177,6 @@ class ResponseHead:
     keep_alive: bool
     kept_for: float | None = None
 
-    @classmethod
-    def made(cls, status: int, reason: bytes, fields: list[tuple[bytes, bytes]], length: int | None) -> ResponseHead:
-        """Make one that no upstream sent just now."""
-        lines = b"".join(b"\r\n%b: %b" % field for field in fields)
-        noted = noted_fields(lines)
-        kept, passed = passed_on(status, lines, noted)
-        return cls(status, reason, 1, lines, kept, noted, passed, length, until_close=False, keep_alive=True)
-
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Its fields, in order and case, values without the space around them."""

@@ -35,14 +35,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
 
 from metquay_proxy.rules import faults
-from metquay_proxy.rules.headers import (
-    NAMES,
-    RequestFields,
-    ResponseHead,
-    connection_options,
-    noted_fields,
-    passed_on,
-)
+from metquay_proxy.rules.headers import NAMES, RequestFields, ResponseHead, connection_options, noted_fields, passed_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -438,8 +431,7 @@ class RequestReader(_Reader):
             if found is None:
                 raise self._fault("a head is malformed", head[0])
             self.head = RequestHead(head[1].decode(), head[2].decode(), *found)
-            if found[2]:
-                self._left = found[2]
+            self._left = found[2] or 0
             self.complete = found[2] == 0
         body = b""
         if not self.complete:

@@ -27,6 +27,8 @@ from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from metquay_proxy.rules.headers import ResponseHead
+
 LIFETIME: Final = 24 * 3600.0
 """Seconds that a record is kept once its request has ended."""
 MAX_ANSWER: Final = 64 * 1024
@@ -48,11 +50,9 @@ _GREED: Final = 3
 
 @dataclass(slots=True)
 class Answer:
-    """A recorded 2xx answer; ``body`` is None where the answer was not kept, and then there are no fields either."""
+    """A recorded 2xx answer; ``body`` is None where it was not kept, and then the head may have lost its fields."""
 
-    status: int
-    reason: bytes
-    fields: list[tuple[bytes, bytes]]
+    head: ResponseHead
     body: bytes | None
 
 
@@ -211,8 +211,8 @@ def encoded(digest: bytes, answer: Answer | None) -> bytes:
     """Write the record of a request that has ended; without an answer nobody knows how."""
     if answer is None:
         return digest
-    lines = b"".join(b"%b: %b\r\n" % field for field in answer.fields)
-    text = b"HTTP/1.1 %d %b\r\n%b\r\n%b" % (answer.status, answer.reason, lines, answer.body or b"")
+    head = answer.head
+    text = b"HTTP/1.1 %d %b%b\r\n\r\n%b" % (head.status, head.reason, head.lines, answer.body or b"")
     kept = answer.body is not None and len(text) <= MAX_ANSWER
     return digest + text if kept else (digest + text)[:_CUT]
 
@@ -220,13 +220,15 @@ def encoded(digest: bytes, answer: Answer | None) -> bytes:
 def _answer(text: bytes) -> Answer | None:
     """Read a recorded answer as though Metquay had sent it just now; None where there is none that it can have sent."""
     lines, blank, body = text.partition(_BLANK_LINE)
-    reader = ResponseReader("HEAD")
+    reader = ResponseReader("POST")
     with contextlib.suppress(ProtocolError):
         reader.feed(lines + _BLANK_LINE)
     head = reader.head
     if head is None or head.status // 100 != 2 or len(text) > MAX_ANSWER:  # noqa: PLR2004 - RFC 9110 section 15.3
         return None
-    return Answer(head.status, head.reason, head.headers, body if blank else None)
+    if blank and head.length not in {None, len(body)}:
+        return None
+    return Answer(head, body if blank else None)
 
 
 def _unknown(answer: Answer | None) -> ProxyError:
@@ -239,8 +241,8 @@ def _unknown(answer: Answer | None) -> ProxyError:
         )
     return ProxyError(
         "outcome-unknown",
-        f"The first request with this Idempotency-Key was executed (status {answer.status}). Its answer is not kept "
-        "(too long, broken off, or too many came since). Look in Metquay for the record; do not send it again.",
+        f"The first request with this Idempotency-Key was executed (status {answer.head.status}). Its answer is not "
+        "kept (too long, broken off, or too many came since). Look in Metquay for the record; do not send it again.",
         sent="yes",
     )
 

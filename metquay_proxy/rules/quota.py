@@ -35,7 +35,7 @@ import zlib
 from collections import OrderedDict, deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from itertools import count, islice, zip_longest
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -96,9 +96,8 @@ def retry_after_seconds(fields: Sequence[tuple[bytes, bytes]], text: bytes, now_
     missing. Failing that the first "N seconds" in ``text`` counts, as Metquay writes it, gzipped where the tool likes
     that.
     """
-    if text.startswith(b"\x1f\x8b"):
-        with contextlib.suppress(zlib.error):
-            text = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(text, 4096)
+    with contextlib.suppress(zlib.error):
+        text = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(text, 4096)
     said = {name.lower(): value.decode("latin-1") for name, value in reversed(fields)}
     header = said.get(b"retry-after", "")
     if match := _DELAY.fullmatch(header):
@@ -125,12 +124,8 @@ class QuotaExceeded(Exception):
     """No slot in time. A request that comes back after ``retry_after`` seconds gets one if nobody else came."""
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__(retry_after)
+        super().__init__(f"no slot in time; the next free one comes in {retry_after:.1f} s")
         self.retry_after = retry_after
-
-    def __str__(self) -> str:
-        """Say when to come back."""
-        return f"no slot in time; the next free one comes in {self.retry_after:.1f} s"
 
 
 class Ticket:
@@ -214,7 +209,7 @@ class Window:
         """Seconds that answers took of late."""
         self.closed_until = -math.inf
         self._cells: deque[_Cell] = deque()
-        self._slots = count()
+        self._slots = 0
         self._now = self.last = -math.inf
         """The latest release."""
         self._latest: Ticket | None = None
@@ -240,12 +235,13 @@ class Window:
         self._count(ticket.caller)
         self.in_flight.add(ticket)
         self._latest = ticket
-        ticket.grant(next(self._slots) if slot is None else slot, now, self.last)
+        ticket.grant(self.reserve(1)[0] if slot is None else slot, now, self.last)
         self.last = due
 
     def reserve(self, number: int) -> list[int]:
         """Return the numbers of so many slots, which no other grant will have."""
-        return list(islice(self._slots, number))
+        self._slots += number
+        return [*range(self._slots - number, self._slots)]
 
     def answered(self, ticket: Ticket, now: float) -> None:
         """Let the slot of a ticket that was sent come back one window from now."""

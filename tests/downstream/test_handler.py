@@ -20,9 +20,9 @@ from metquay_proxy.exchange.body import Stream
 from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.gate import ClientKey, Gate
-from metquay_proxy.rules.headers import ResponseHead
 from metquay_proxy.rules.target import BaseURL, TargetRules
 from metquay_proxy.telemetry import Telemetry, level
+from tests.heads import response_head
 from tests.wire import BLANK, OK, Broken, Client, Peer, answered, eventually, get, head, post, rule, running
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class TestMistakes:
         body.feed(b"a")
 
         async def answer(_: Exchange) -> Response:
-            return Response(ResponseHead.made(200, b"OK", [], None), body)
+            return Response(response_head(200, b"OK", []), body)
 
         async with handled(answer) as (client, telemetry):
             await client.send(head(f"GET /x HTTP/{version}"))

@@ -19,6 +19,7 @@ from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.idempotency import Answer, Claim, Records, record_name
 from metquay_proxy.rules.quota import Rate
 from metquay_proxy.settings import RedisAddress
+from tests.heads import response_head
 from tests.redis_server import needs_redis, redis_server
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ PREFIX = namespace("lab.metquay.co", "the access key")
 RATE = Rate(20, 0.5)
 NAME = record_name(None, "/api/v1/customers", "key-1")
 BODY = hashlib.sha256(b"{}").digest()
-ANSWER = Answer(201, b"Created", [(b"Content-Type", b"application/json")], b'{"metquayId": 1}')
+ANSWER = Answer(response_head(201, b"Created", [(b"Content-Type", b"application/json")]), b'{"metquayId": 1}')
 EARLIER = (
     "for _, name in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do redis.call('ZINCRBY', KEYS[1], -ARGV[1], name) end"
 )
@@ -536,7 +537,7 @@ class TestRecords:
             for number in range(400):
                 client = draw.choice([None, "a", "b"])
                 name = record_name(client, "/x", str(draw.randrange(30 if client == "a" else 8)))
-                answer = draw.choice([ANSWER, Answer(200, b"OK", [], bytes(900)), None, "free"])
+                answer = draw.choice([ANSWER, Answer(response_head(200, b"OK", []), bytes(900)), None, "free"])
                 expected = await outcome(memory, name, answer)
                 shared = SharedRecords(one._share, one._store, PREFIX, time.monotonic, *bounds)
                 assert expected == await outcome(shared, name, answer), number

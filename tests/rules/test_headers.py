@@ -394,18 +394,6 @@ class TestNames:
         assert noted == noted_fields(lines)
 
 
-@pytest.mark.parametrize("length", [3, None])
-def test_a_head_that_no_upstream_sent(length: int | None) -> None:
-    """A recorded answer's head says of its fields and its body what one that was read would."""
-    fields = [(b"Content-Type", b"text/plain"), (b"Connection", b"X-A, close"), (b"X-A", b"1")]
-    head = ResponseHead.made(201, b"Created", fields, length)
-    assert (201, b"Created", 1, length, False) == (head.status, head.reason, head.minor, head.length, head.until_close)
-    assert fields == head.headers
-    assert [(b"connection", b"x-a, close")] == head.noted
-    assert b"\r\nContent-Type: text/plain" == head.kept
-    assert frozenset() == head.passed
-
-
 def answer(stream: bytes, method: str = "GET") -> ResponseHead:
     """Read an answer's head as the transport does."""
     reader = ResponseReader(method)

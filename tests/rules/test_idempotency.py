@@ -25,13 +25,14 @@ from metquay_proxy.rules.idempotency import (
     proves_nothing_was_executed,
     record_name,
 )
+from tests.heads import response_head
 
 T = TypeVar("T")
 
 NAME = record_name("workbook", "/api/v1/customers", "key-1")
 OTHER = record_name("workbook", "/api/v1/customers", "key-2")
 BODY = hashlib.sha256(b"{}").digest()
-ANSWER = Answer(201, b"Created", [(b"Content-Type", b"application/json")], b'{"metquayId": 1}')
+ANSWER = Answer(response_head(201, b"Created", [(b"Content-Type", b"application/json")]), b'{"metquayId": 1}')
 
 
 async def claimed(records: Records, name: bytes = NAME, digest: bytes = BODY, now: float = 0.0) -> Claim:
@@ -58,9 +59,11 @@ async def test_the_second_gets_the_first_ones_answer_for_a_day() -> None:
 
 
 RUNS = "the first still runs"
-BROKEN = Answer(201, b"Created", [(b"X", b"y")], None)
-LONG = Answer(201, b"Created", [(b"X", bytes(100).hex().encode())], bytes(MAX_ANSWER - 200))
-LONGEST = Answer(201, b"Created", [(b"X", b"y")], bytes(MAX_ANSWER - len("HTTP/1.1 201 Created\r\nX: y\r\n\r\n")))
+BROKEN = Answer(response_head(201, b"Created", [(b"X", b"y")]), None)
+LONG = Answer(response_head(201, b"Created", [(b"X", bytes(100).hex().encode())]), bytes(MAX_ANSWER - 200))
+LONGEST = Answer(
+    response_head(201, b"Created", [(b"X", b"y")]), bytes(MAX_ANSWER - len("HTTP/1.1 201 Created\r\nX: y\r\n\r\n"))
+)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ async def test_the_share_of_a_client_key() -> None:
 
 async def test_the_oldest_answers_make_room() -> None:
     """Where answers hold too many bytes, the oldest are forgotten, and that they were executed is not."""
-    answer = Answer(201, b"Created", [], bytes(400))
+    answer = Answer(response_head(201, b"Created", []), bytes(400))
     size = len(encoded(BODY, answer))
     records = Records(max_answers=2 * size + 1)
     for number in range(5):
@@ -169,7 +172,7 @@ async def test_the_bounds_hold_in_memory() -> None:
     tracemalloc.start()
     try:
         records = Records(MAX_RECORDS // 10, MAX_ANSWERS // 10)
-        answer = Answer(201, b"Created", [], bytes(MAX_ANSWERS // MAX_RECORDS))
+        answer = Answer(response_head(201, b"Created", []), bytes(MAX_ANSWERS // MAX_RECORDS))
         for number in range(MAX_RECORDS // 10):
             digest = hashlib.sha256(b"%d" % number).digest()
             claim = await records.claim(bytes(8) + digest, digest, 0.0)
@@ -211,7 +214,7 @@ def test_proof(status: int, *, proof: bool) -> None:
 _TEXT = st.from_regex(rb"([!-~\x80-\xff]([\t -~\x80-\xff]{0,6}[!-~\x80-\xff])?)?", fullmatch=True)
 _FIELDS = st.lists(st.tuples(st.from_regex(rb"X-[A-Za-z]{1,6}", fullmatch=True), _TEXT), max_size=3)
 _BODIES = st.none() | st.binary(max_size=32) | st.just(b"\n{}\n")
-_ANSWERS = st.none() | st.builds(Answer, st.integers(200, 299), _TEXT, _FIELDS, _BODIES)
+_ANSWERS = st.none() | st.builds(Answer, st.builds(response_head, st.integers(200, 299), _TEXT, _FIELDS), _BODIES)
 
 
 @given(st.binary(min_size=32, max_size=32), _ANSWERS)
