@@ -124,7 +124,7 @@ class QuotaExceeded(Exception):
     """No slot in time. A request that comes back after ``retry_after`` seconds gets one if nobody else came."""
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__(f"no slot in time; the next free one comes in {retry_after:.1f} s")
+        super().__init__(retry_after)
         self.retry_after = retry_after
 
 

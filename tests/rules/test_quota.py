@@ -372,7 +372,7 @@ class TestRefusals:
         quota = Quota(100, 60)
         spend(quota, 0, 70)
         tickets = [quota.ask(0, "tool", 20) for _ in range(10)]
-        with pytest.raises(QuotaExceeded, match=r"no slot in time; the next free one comes in 21\.3 s") as refusal:
+        with pytest.raises(QuotaExceeded) as refusal:
             quota.ask(0, "tool", 20)
         assert pytest.approx(11 * PACE) == refusal.value.retry_after
         assert 10 == len(grants(quota, 0, tickets))
