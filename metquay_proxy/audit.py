@@ -1,8 +1,8 @@
 """The audit log: one JSON line for each write, for whoever must say later who changed what.
 
-Owns the file. Must not see bodies, keys or query values: it is handed the fields of a line. A line is appended by one
-write to a file opened with O_APPEND (POSIX: the offset is set to the end before each write), so that several proxies
-may share a file and rotation by rename or by truncation loses nothing.
+Owns the file, and what a line says: never bodies, keys or query values. A line is appended by one write to a file
+opened with O_APPEND (POSIX: the offset is set to the end before each write), so that several proxies may share a file
+and rotation by rename or by truncation loses nothing.
 
 Facts: open(2) of a FIFO waits for a reader, unless O_NONBLOCK makes ENXIO of that; a disk that is full may take the
 first part of a line.
@@ -18,15 +18,19 @@ import stat
 import tempfile
 import threading
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.log import reporter
+from metquay_proxy.telemetry import masked
 from metquay_proxy.threads import Writer
 
 if TYPE_CHECKING:
     import io
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from metquay_proxy.exchange.exchange import Exchange
 
 _REPORT: Final = reporter("audit log can't be written", "audit log is written again")
 
@@ -68,6 +72,23 @@ def try_log(path: Path) -> None:
 def why_not(path: Path, error: OSError) -> str:
     """Return why the file can't be written, for people."""
     return f"cannot write {path}: {error.strerror or error}"
+
+
+def entry(exchange: Exchange) -> dict[str, Any]:
+    """Return the fields of the line for a write that has ended."""
+    fields = {
+        "time": datetime.fromtimestamp(exchange.ended, UTC).isoformat(timespec="milliseconds"),
+        "client": exchange.client,
+        "user_agent": exchange.agent or None,
+        "address": exchange.address,
+        "method": exchange.method,
+        "path": masked(exchange.path),
+        "status": exchange.status or None,
+        "error": exchange.error,
+        "sent": "yes" if exchange.answered_by == "metquay" else exchange.sent,
+        "id": exchange.id,
+    }
+    return fields | ({"replayed": True} if exchange.replayed else {})
 
 
 class AuditLog:

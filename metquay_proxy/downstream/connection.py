@@ -25,15 +25,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from metquay_proxy.exchange.body import Stream
+from metquay_proxy.exchange.receiver import Receiver
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.http1 import MAX_HEAD, RequestReader
+from metquay_proxy.rules.http1 import RequestReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from metquay_proxy.rules.http1 import FieldsMemory, RequestHead
 
-_HIGH_WATER: Final = 64 * 1024
+_HIGH_WATER: Final = 32 * 1024
 """Bytes of answers that may wait for the client before whoever writes them must."""
 _CLOSED: Final = getattr(select, "POLLRDHUP", 0)
 """What poll(2) calls a peer that has closed its side; only Linux knows that."""
@@ -70,7 +71,7 @@ class Serving(Protocol):
         """Answer what was no request."""
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(Receiver):
     """The protocol of one connection.
 
     ``full``: the client takes its answers too slowly, so that whoever writes must wait for ``drained``. ``gone``: it
@@ -111,6 +112,7 @@ class ClientConnection(asyncio.Protocol):
 
         ``make_helper`` makes the protocol that ``hand_over`` hands over to.
         """
+        super().__init__()
         self._serving = serving
         self._bounds = bounds
         self._reader = RequestReader(memory)
@@ -160,7 +162,7 @@ class ClientConnection(asyncio.Protocol):
             if self._reader.complete:
                 self._stream.end()
                 self._stream = None
-        elif self._reader.held > MAX_HEAD:
+        elif self._reader.held:
             self._hold_up(True)  # noqa: FBT003 - its one argument
 
     def pause_writing(self) -> None:
@@ -316,7 +318,7 @@ class ClientConnection(asyncio.Protocol):
         except ProxyError as error:
             self._refuse(error)
         else:
-            if self._reader.held <= MAX_HEAD:
+            if not self._reader.held:
                 self._hold_up(False)  # noqa: FBT003 - its one argument
             self._begin(piece)
 

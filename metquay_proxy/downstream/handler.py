@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from metquay_proxy.audit import entry
 from metquay_proxy.downstream.answers import OwnAnswers, preflight, send_continue, write_error
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.exchange.exchange import Exchange, Response
@@ -26,7 +26,6 @@ from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.headers import RequestFields, inbound
 from metquay_proxy.rules.quota import Callers
 from metquay_proxy.rules.retries import READING
-from metquay_proxy.telemetry import masked
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
     from metquay_proxy.telemetry import Telemetry
 
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
+_HEADS_TOTAL: Final = 16 * 1024 * 1024
+"""Bytes of the heads of all requests that are being served."""
 _WORTH_TELLING: Final = 0.1
 """Seconds; shorter waits are not worth telling."""
 
@@ -81,6 +82,7 @@ class Handler:
         """The tasks of writes that run on without their clients."""
         self.draining = False
         self._stopping = False
+        self._heads = 0
 
     def drain(self) -> None:
         """Take no new requests; those that are under way are the last of their connections."""
@@ -105,13 +107,19 @@ class Handler:
         exchange.keep = head.keep_alive
         exchange.body = self._body(stream, chunked=head.length is None)
         self._telemetry.opened()
+        self._heads += head.size
         try:
+            if self._heads > _HEADS_TOTAL:
+                exchange.keep = False
+                msg = "The heads of all requests under way are too large together. Nothing was sent. Send shorter ones."
+                raise ProxyError("head-too-large", msg)
             await self._judge(client, exchange, head)
         except asyncio.CancelledError:
             self._cancelled(client, exchange)
         except Exception as failure:  # noqa: BLE001 - whatever it is, the client gets an answer or sees it break
             self._failed(client, exchange, failure)
         finally:
+            self._heads -= head.size
             self._close(exchange)
         return exchange.keep and not self.draining
 
@@ -310,21 +318,7 @@ class Handler:
         exchange.let_go()
         self._telemetry.closed(exchange)
         if self._audit is not None and exchange.audited:
-            self._audit.write(
-                {
-                    "time": datetime.fromtimestamp(exchange.ended, UTC).isoformat(timespec="milliseconds"),
-                    "client": exchange.client,
-                    "user_agent": exchange.agent or None,
-                    "address": exchange.address,
-                    "method": exchange.method,
-                    "path": masked(exchange.path),
-                    "status": exchange.status or None,
-                    "error": exchange.error,
-                    "sent": "yes" if exchange.answered_by == "metquay" else exchange.sent,
-                    "id": exchange.id,
-                }
-                | ({"replayed": True} if exchange.replayed else {})
-            )
+            self._audit.write(entry(exchange))
 
 
 def _shutting_down(*, doubtful: bool = False) -> ProxyError:

@@ -18,7 +18,7 @@ from metquay_proxy.rules.errors import ProxyError
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-HIGH_WATER: Final = 128 * 1024
+HIGH_WATER: Final = 32 * 1024
 """Bytes that may wait for their reader before the sender is held up."""
 
 

@@ -349,6 +349,8 @@ class RequestHead(NamedTuple):
     fields: RequestFields
     length: int | None
     keep_alive: bool
+    size: int
+    """Bytes of all of it."""
 
 
 def _parse_fields(block: bytes) -> _Found | None:
@@ -430,7 +432,7 @@ class RequestReader(_Reader):
             found = self._memory[head[3]]
             if found is None:
                 raise self._fault("a head is malformed", head[0])
-            self.head = RequestHead(head[1].decode(), head[2].decode(), *found)
+            self.head = RequestHead(head[1].decode(), head[2].decode(), *found, len(head[0]))
             self._left = found[2] or 0
             self.complete = found[2] == 0
         body = b""

@@ -45,7 +45,6 @@ _DIGEST: Final = 32
 _CUT: Final = _DIGEST + len(b"HTTP/1.1 200")
 _SCOPE: Final = 8
 _NOBODY: Final = bytes(_SCOPE)
-_GREED: Final = 3
 
 
 @dataclass(slots=True)
@@ -84,7 +83,7 @@ def greed(record: bytes, most: int) -> int:
     One alone gets three quarters of them, two three sevenths each, and some are always left for another. Where there
     are no client keys, all are for all.
     """
-    return most if record.startswith(_NOBODY) else _GREED
+    return most if record.startswith(_NOBODY) else 3
 
 
 def proves_nothing_was_executed(status: int) -> bool:

@@ -23,6 +23,7 @@ import sys
 from typing import TYPE_CHECKING, Final, cast
 
 from metquay_proxy.exchange.body import RequestBody, Stream
+from metquay_proxy.exchange.receiver import Receiver
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
 from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
 
@@ -43,7 +44,7 @@ _Selector: Final = getattr(selectors, "PollSelector", selectors.SelectSelector)
 _BEFORE_A_REPEAT: Final = "A read can simply be repeated; before you repeat a change, look whether it was made."
 
 
-class Connection(asyncio.Protocol):
+class Connection(Receiver):
     """One connection to the upstream, over TLS or not."""
 
     _transport: asyncio.Transport
@@ -74,6 +75,7 @@ class Connection(asyncio.Protocol):
 
         ``on_lost``: the connection has closed.
         """
+        super().__init__()
         self._memory = memory
         self._on_free = on_free
         self._on_lost = on_lost

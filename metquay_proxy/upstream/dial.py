@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from metquay_proxy.rules.headers import ResponseHead
     from metquay_proxy.rules.target import BaseURL
 
-_P = TypeVar("_P", bound=asyncio.Protocol)
+_P = TypeVar("_P", bound=asyncio.BaseProtocol)
 
 _CA_FILES: Final = (
     "/etc/ssl/certs/ca-certificates.crt",

@@ -178,7 +178,7 @@ class Crowd:
         """Let so many send this, and then ``forever`` again and again; none of them reads."""
         for _ in range(number):
             sock = socket.socket()
-            sock.setblocking(False)
+            sock.settimeout(0)
             self._sockets.append(sock)
             await self._loop.sock_connect(sock, ("127.0.0.1", self._port))
             self._tasks.append(self._loop.create_task(self._send(sock, b"".join(pieces), forever)))
@@ -225,8 +225,13 @@ class Crowd:
             reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 18)
             while (each := next(numbers)) < number:
                 name = "".join(LETTERS[each // 26**place % 26] for place in range(3))
-                head = f"POST /kept HTTP/1.1\r\nHost: localhost\r\nUser-Agent: {name * 60}\r\nIdempotency-Key: {each}\r\n"
-                writer.write(f"{head}Content-Length: 2\r\n\r\n{{}}".encode())
+                fields = (
+                    "Host: localhost",
+                    f"User-Agent: {name * 60}",
+                    f"Idempotency-Key: {each}",
+                    "Content-Length: 2",
+                )
+                writer.write("\r\n".join(("POST /kept HTTP/1.1", *fields, "", "{}")).encode())
                 answer = await reader.readuntil(b"\r\n\r\n")
                 assert answer.startswith(b"HTTP/1.1 201 "), answer
                 await reader.readexactly(ANSWER)
@@ -246,7 +251,9 @@ class Crowd:
             await self.come(40, kept + bytes(1_000_000), forever=waiting)
             keyed = kept[:-2] + b"Idempotency-Key: k\r\n\r\n"
             await self.come(10, keyed + bytes(1_000_000), forever=waiting)
-        await self.come(20, long_head("PUT /x?", "Content-Length: 100000000", size=70_000) + b"\r\n", forever=bytes(65536))
+        await self.come(
+            20, long_head("PUT /x?", "Content-Length: 100000000", size=70_000) + b"\r\n", forever=bytes(65536)
+        )
         await self.come(200, long_head("GET /x?"))
         slow = long_head("GET /open/endless?") + b"\r\n"
         await self.come(90, slow, forever=slow)

@@ -1,0 +1,41 @@
+"""What the connections of both sides have in common: how many bytes they read at once.
+
+Owns that bound, the greatest part of what connections hold in memory. One by itself reads as much as event loops do;
+where there are many, each reads less at once.
+
+Facts: asyncio and uvloop read up to 256 KiB at once, unless a ``BufferedProtocol`` names the place. They ask for that
+place, fill it and say so without doing anything else in between, so that all connections can share it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+from weakref import WeakSet
+
+AT_ONCE: Final = 256 * 1024
+"""Bytes that a connection reads at once at most,"""
+IN_ALL: Final = 32 * 1024 * 1024
+"""and that all those which are there now can have read so."""
+
+_BUFFER: Final = memoryview(bytearray(AT_ONCE))
+_LIVING: Final[WeakSet[Receiver]] = WeakSet()
+
+
+class Receiver(asyncio.BufferedProtocol):
+    """A protocol that gets its bytes in pieces, of a size that depends on how many such protocols there are."""
+
+    def __init__(self) -> None:
+        _LIVING.add(self)
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        """Name the place, and so the most that may come."""
+        return _BUFFER[: IN_ALL // len(_LIVING)]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take the bytes out of it."""
+        self.data_received(bytes(_BUFFER[:nbytes]))
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came."""
+        raise NotImplementedError
