@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 AT_ONCE: Final = 256 * 1024
 """Bytes that a connection reads at once at most,"""
-IN_ALL: Final = 32 * 1024 * 1024
+IN_ALL: Final = 16 * 1024 * 1024
 """and that all those which are there now can have read so."""
 
 _BUFFER: Final = memoryview(bytearray(AT_ONCE))

@@ -39,6 +39,7 @@ WITHOUT_OWN_TESTS = {
 OF_SEVERAL_MODULES = {
     "audit_of_writes": "which requests the server writes into the audit log",
     "benchmarks": "benchmarks/: what it makes of figures, and the README's page of them",
+    "bounds": "what all of the proxy holds at most, and what SECURITY.md says of it",
     "browser_attacks": "the gate, as a browser meets it",
     "deploy": "the files in deploy/ and .github/",
     "deploy_metrics": "the dashboard and the alerts in deploy/",
