@@ -384,6 +384,31 @@ async def test_answers_that_nobody_takes(bench: Bench, request_: bytes) -> None:
     await bench.healthy()
 
 
+@rule("contract 6")
+async def test_the_heads_of_all_requests(bench: Bench) -> None:
+    """Beyond 16 MiB of heads under way another one is refused and nothing is sent; what had come goes on."""
+    large = head("GET /x HTTP/1.1", *(f"X-{number}: {'v' * 1000}" for number in range(120)))
+    clients = [await bench.client() for _ in range((16 << 20) // len(large))]
+    for client in clients:
+        await client.send(large)
+    peers = [await bench.upstream.peer() for _ in clients]
+    refused = await bench.client()
+    await refused.send(large)
+    answer = await refused.answer()
+    assert (431, "head-too-large", b"no") == (answer.status, answer.slug, answer.value(b"X-Metquay-Proxy-Sent"))
+    await refused.gone()
+    for peer in peers:
+        await peer.request()
+        await peer.send(OK)
+    assert [200] * len(clients) == [(await client.answer()).status for client in clients]
+    await clients[0].send(large)
+    once_more = [asyncio.ensure_future(peer.request()) for peer in peers]
+    done, others = await asyncio.wait(once_more, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    assert 1 == len(done)
+    for other in others:
+        other.cancel()
+
+
 @rule("contract 6", bounds=Bounds(silence=0.2))
 @pytest.mark.parametrize("request_", [get(), get("/../x") * 1000, get("/-/status"), get("/-/events")])
 async def test_a_client_that_stops_reading(bench: Bench, request_: bytes) -> None:
