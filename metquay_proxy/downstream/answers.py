@@ -3,16 +3,18 @@
 Owns the form of these answers (part 8 of the contract) and the login with a placeholder (part 4). Nothing here is ever
 forwarded, and the gate has admitted whoever gets more than an error.
 
-Facts: RFC 9110 section 10.1.1 (Expect), 8.6 (a 204 has no Content-Length); Fetch standard, section 4.8 (preflights).
+Facts: RFC 9110 section 8.6 (a 204 has no Content-Length); Fetch standard, section 4.8 (preflights).
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-from metquay_proxy.downstream.pages import own_fields, wrong_method
+from metquay_proxy.downstream.pages import wrong_method
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.gate import PLACEHOLDER_LIFETIME, PROBES
 from metquay_proxy.rules.target import LOGIN_PATH
@@ -43,15 +45,16 @@ class OwnAnswers:
         if target.local == LOGIN_PATH:
             if exchange.method != "POST":
                 raise wrong_method(exchange.method, LOGIN_PATH, "POST")
-            send_continue(client, exchange)
+            client.proceed()
             granted = self._login(exchange.client, await exchange.body.all(_LIMIT), now)
             _write(client, exchange, 200, [("Content-Type", "application/json")], granted)
             return
         exchange.quiet = target.unasked or target.local in _QUIET
         answer = self._pages.answer(exchange.method, target.local)
-        send_continue(client, exchange)
+        client.proceed()
         await exchange.body.all(_LIMIT)
         exchange.keep = False
+        answer = replace(answer, headers=(*answer.headers, *_own_fields(exchange)))
         await self._pages.send(client, exchange, answer)
 
     def _login(self, client: str | None, body: bytes, now: float) -> bytes:
@@ -99,7 +102,7 @@ def _write(
     exchange.status = status
     exchange.head_sent = True
     exchange.keep = exchange.keep and exchange.body.arrived  # what else comes of it is no next request
-    fields += own_fields(exchange)
+    fields += _own_fields(exchange)
     fields.append(("Connection", "keep-alive" if exchange.keep else "close"))
     if status != HTTPStatus.NO_CONTENT:
         fields.append(("Content-Length", str(len(body))))
@@ -108,11 +111,10 @@ def _write(
     client.write(head if exchange.method == "HEAD" else head + body)
 
 
-def send_continue(client: ClientConnection, exchange: Exchange) -> None:
-    """Answer Expect: 100-continue here: the gate has admitted the request, and its body is wanted."""
-    wanted = (exchange.fields.text(b"expect") or "").lower() == "100-continue"
-    if wanted and exchange.minor and not exchange.body.arrived:
-        client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+def _own_fields(exchange: Exchange) -> list[tuple[str, str]]:
+    """Return the fields that every answer of the proxy's own has."""
+    date = formatdate(usegmt=True)
+    return [*exchange.cors, ("Cache-Control", "no-store"), ("Date", date), ("X-Request-Id", exchange.id)]
 
 
 def _secret_key(data: bytes) -> str | None:

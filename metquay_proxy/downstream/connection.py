@@ -4,7 +4,8 @@ Owns the reading of requests, their order, back-pressure in both directions and 
 rule: who serves is handed in.
 
 Facts: RFC 9112 section 9.3.2 (pipelining: answers go out in the order of the requests), 9.6 (to close while the client
-is still sending would reset the connection, and the reset could overtake the answer); RFC 9110 section 15.5.9 (408).
+is still sending would reset the connection, and the reset could overtake the answer); RFC 9110 section 10.1.1 (Expect),
+15.5.9 (408).
 While reading is paused, nobody hears that the client has left. uvloop raises ``RuntimeError`` where a transport that is
 closed is written to, paused or resumed. On Python 3.11 a task that is cancelled before its first step never runs, its
 ``finally`` included.
@@ -191,6 +192,13 @@ class ClientConnection(Receiver):
         if self.gone or self.transport.is_closing():
             raise ConnectionResetError
         self.transport.write(data)
+
+    def proceed(self) -> None:
+        """Answer Expect: 100-continue, if the request has that and waits: it was admitted, and its body is wanted."""
+        head = self._reader.head
+        waits = head is not None and (head.fields.text(b"expect") or "").lower() == "100-continue" and head.minor
+        if waits and not self._reader.complete:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def hand_over(self, data: bytes) -> None:
         """Let another protocol answer: it gets ``data``, and nothing that the client sends after that."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from metquay_proxy.audit import entry
-from metquay_proxy.downstream.answers import OwnAnswers, preflight, send_continue, write_error
+from metquay_proxy.downstream.answers import OwnAnswers, preflight, write_error
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.errors import ProxyError
@@ -187,7 +187,7 @@ class Handler:
         if target.pass_through:
             exchange.keep_authorization = not self._gate.is_ours(fields.text(b"authorization"), now)
         if b"expect" in fields.judged:
-            send_continue(client, exchange)
+            client.proceed()
         return self._forward(client, exchange)
 
     async def _forward(self, client: ClientConnection, exchange: Exchange) -> None:

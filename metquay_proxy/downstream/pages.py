@@ -21,7 +21,6 @@ import math
 import secrets
 import time
 from dataclasses import dataclass
-from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -179,7 +178,7 @@ class Pages:
         try:
             response = web.StreamResponse(status=answer.status)
             fields = [("Content-Type", answer.content_type), ("X-Content-Type-Options", "nosniff"), ("Server", _SERVER)]
-            response.headers.extend([*fields, *answer.headers, *own_fields(exchange)])
+            response.headers.extend([*fields, *answer.headers])
             if answer.stream is None:
                 response.content_length = len(answer.body)
             await response.prepare(request)
@@ -243,12 +242,6 @@ class Pages:
 
     async def _tested(self, _client: str | None) -> AsyncGenerator[bytes, None]:
         yield json.dumps(self._test and await self._test()).encode()
-
-
-def own_fields(exchange: Exchange) -> list[tuple[str, str]]:
-    """Return the fields that every answer of the proxy's own has."""
-    date = formatdate(usegmt=True)
-    return [*exchange.cors, ("Cache-Control", "no-store"), ("Date", date), ("X-Request-Id", exchange.id)]
 
 
 def wrong_method(method: str, path: str, allow: str) -> ProxyError:

@@ -120,3 +120,14 @@ class Response:
         self.head = head
         self.body = body
         self.close = close
+
+    async def beginning(self, limit: int) -> bytes:
+        """Return the whole body, or a beginning that is longer than ``limit`` bytes; close what breaks off."""
+        beginning = b""
+        try:
+            while len(beginning) <= limit and not self.body.ended:
+                beginning += await self.body.read()
+        except BaseException:
+            self.close()
+            raise
+        return beginning

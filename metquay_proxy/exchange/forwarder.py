@@ -117,7 +117,7 @@ class Forwarder:
             if 200 <= head.status <= 299:  # noqa: PLR2004 - RFC 9110 section 15.3, the successful class
                 exchange.note_sent("yes")
                 answer = Answer(head, None)
-                answer.body = await _beginning(response, MAX_ANSWER)
+                answer.body = await response.beginning(MAX_ANSWER)
                 response.body.unread(answer.body)
         except BaseException as error:
             left: Sent = "unknown" if body.sent else "no"
@@ -125,10 +125,7 @@ class Forwarder:
             executed = exchange.sent != "no"
             raise
         finally:
-            if executed:
-                await self._records.complete(claim, answer, self._clock())
-            else:
-                await self._records.free(claim)
+            await self._records.complete(claim, answer, self._clock(), executed=executed)
         return response
 
     async def _repeatedly(self, exchange: Exchange) -> Response:  # noqa: C901 - each step of an attempt, in order
@@ -264,7 +261,7 @@ class Forwarder:
         asked = retry_after_seconds(response.head.headers, b"", time.time())
         if asked is None:
             with contextlib.suppress(ProxyError):  # it broke off in mid-text, and is a 429 all the same
-                asked = retry_after_seconds((), await _beginning(response, _TEXT_LIMIT), 0.0)
+                asked = retry_after_seconds((), await response.beginning(_TEXT_LIMIT), 0.0)
         response.close()
         if self._line is not None:
             self._line.close(asked)
@@ -393,15 +390,3 @@ async def _beside(what: Coroutine[Any, Any, T], reading: Coroutine[Any, Any, Non
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return result
-
-
-async def _beginning(response: Response, limit: int) -> bytes:
-    """Return the whole body, or a beginning that is longer than ``limit`` bytes; close what breaks off."""
-    beginning = b""
-    try:
-        while len(beginning) <= limit and not response.body.ended:
-            beginning += await response.body.read()
-    except BaseException:
-        response.close()
-        raise
-    return beginning

@@ -179,17 +179,12 @@ class SharedRecords(Records):
         finally:
             self._asking.discard(record)
             if found is not claim:
-                await self.free(claim)
+                await self.complete(claim, None, now, executed=False)
         return found
 
-    async def complete(self, claim: Claim, answer: Answer | None, now: float) -> None:
-        """Record a 2xx answer, or (None) that nobody knows whether the request was executed."""
-        await super().complete(claim, answer, now)
-        await self._tell(claim.record)
-
-    async def free(self, claim: Claim) -> None:
-        """Forget a request that was certainly not executed: its key may be used again."""
-        await super().free(claim)
+    async def complete(self, claim: Claim, answer: Answer | None, now: float, *, executed: bool = True) -> None:
+        """Record what came of a request, and tell the others."""
+        await super().complete(claim, answer, now, executed=executed)
         await self._tell(claim.record)
 
     def heard(self) -> None:

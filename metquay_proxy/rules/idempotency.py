@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to execute one request, until it is completed, lost or freed."""
+    """The right to execute one request, until that is completed."""
 
     record: bytes
     digest: bytes
@@ -143,9 +143,15 @@ class Records:
         expires, text = self._ended[record]
         return "keep", text, max(1.0, expires - now)
 
-    async def complete(self, claim: Claim, answer: Answer | None, now: float) -> None:
-        """Record a 2xx answer, or (None) that nobody knows whether the request was executed."""
+    async def complete(self, claim: Claim, answer: Answer | None, now: float, *, executed: bool = True) -> None:
+        """Record a 2xx answer, or (None) that nobody knows whether the request was executed.
+
+        ``executed``: False where it was certainly not, so that its key may be used again.
+        """
         if self._running.pop(claim.record, None) is None:
+            return
+        if not executed:
+            self._of[claim.record[:_SCOPE]] -= 1
             return
         text = encoded(claim.digest, answer)
         self._ended[claim.record] = now + LIFETIME, text
@@ -157,11 +163,6 @@ class Records:
             expires, text = self._ended[oldest]
             self._ended[oldest] = expires, text[:_CUT]
             self._kept -= len(text)
-
-    async def free(self, claim: Claim) -> None:
-        """Forget a request that was certainly not executed: its key may be used again."""
-        if self._running.pop(claim.record, None) is not None:
-            self._of[claim.record[:_SCOPE]] -= 1
 
     def _forget_expired(self, now: float) -> None:
         while self._ended and next(iter(self._ended.values()))[0] <= now:

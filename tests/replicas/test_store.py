@@ -392,7 +392,7 @@ class TestRecords:
     async def test_what_was_not_executed_frees_the_key_for_all(self, redis: RedisServer) -> None:
         """A refusal that proves it lets the other try."""
         async with replicas(redis) as (one, two):
-            await one.records.free(await claimed(one))
+            await one.records.complete(await claimed(one), None, 0.0, executed=False)
             await claimed(two)
 
     async def test_the_claim_of_a_replica_that_died(self, redis: RedisServer) -> None:
@@ -501,7 +501,9 @@ class TestRecords:
             one = Replica(Store(way.address, lambda: None), PREFIX, RATE, time.monotonic)
             await one.start()
             await until(lambda: one.status()["shared"])
-            await two.records.free(await claimed(two))  # Redis knows the script from now on
+            await two.records.complete(
+                await claimed(two), None, 0.0, executed=False
+            )  # Redis knows the script from now on
             way.slow, way.held = b"claim", held
             asking = asyncio.create_task(answered(one))
             await asyncio.sleep(0.1)
@@ -512,7 +514,7 @@ class TestRecords:
             else:
                 claim = await asking
                 assert isinstance(claim, Claim)
-                await one.records.free(claim)
+                await one.records.complete(claim, None, 0.0, executed=False)
             await asyncio.sleep(0.4)
             await claimed(two)
             await one.stop()
@@ -526,7 +528,7 @@ class TestRecords:
             except ProxyError as error:
                 return error.slug, error.sent
             if isinstance(claim, Claim) and isinstance(answer, str):
-                await records.free(claim)
+                await records.complete(claim, None, 0.0, executed=False)
             elif isinstance(claim, Claim):
                 await records.complete(claim, cast("Answer | None", answer), time.monotonic())
             return claim
@@ -553,7 +555,7 @@ class TestRecords:
             redis.run("EVAL", EARLIER, "1", f"{PREFIX}records:ends", "86400")
             claim = await shared.claim(NAME, BODY, time.monotonic())
             assert isinstance(claim, Claim)
-            await shared.free(claim)
+            await shared.complete(claim, None, 0.0, executed=False)
             assert {"0"} == {*redis.run("--raw", "HVALS", f"{PREFIX}records:text").split()}, "nothing but the counts"
 
     @pytest.mark.parametrize("garbage", ["garbage" * 9, "{}", "R", "\r\n\r\n"])

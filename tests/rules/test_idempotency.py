@@ -91,7 +91,7 @@ async def test_freed() -> None:
     """What was certainly not executed frees its key, for another body too."""
     records = Records()
     claim = await claimed(records)
-    await records.free(claim)
+    await records.complete(claim, None, 0.0, executed=False)
     assert 0 == len(records)
     await claimed(records, digest=b"other")
 
@@ -101,7 +101,7 @@ async def test_settled_once() -> None:
     records = Records()
     claim = await claimed(records)
     await records.complete(claim, ANSWER, 0.0)
-    await records.free(claim)
+    await records.complete(claim, None, 0.0, executed=False)
     await records.complete(claim, None, 0.0)
     assert ANSWER == await records.claim(NAME, BODY, 0.0)
 
@@ -241,7 +241,7 @@ async def test_what_a_store_beyond_this_process_is_told() -> None:
         if name == b"ended":
             await records.complete(claim, ANSWER, 100.0)
         elif name == b"freed":
-            await records.free(claim)
+            await records.complete(claim, None, 0.0, executed=False)
     assert [b"ended", b"runs"] == list(records.known())
     assert ("keep", BODY + b"Ra", LIFETIME) == records.told(b"runs", "a", 200.0)
     assert ("keep", encoded(BODY, ANSWER), LIFETIME - 100.0) == records.told(b"ended", "a", 200.0)
@@ -315,7 +315,7 @@ def test_model(steps: list[tuple[str, bytes, bytes]]) -> None:
                     found = "claim"
                 assert expected == found
             elif action == "free" and name in held:
-                await records.free(held.pop(name))
+                await records.complete(held.pop(name), None, 0.0, executed=False)
             elif action in {"complete", "lose"} and name in held:
                 answer = ANSWER if action == "complete" else None
                 claim = held.pop(name)
