@@ -299,10 +299,9 @@ class Forwarder:
             exchange.waited += self._clock() - began
 
     def _quota_exceeded(self, refusal: QuotaExceeded) -> ProxyError:
-        by_metquay = self._line is None or self._line.snapshot().closed_for > 0
         why = (
             "Metquay says that its limit is reached (429); something else may use it too."
-            if by_metquay
+            if self._line is None or self._line.snapshot().closed_for > 0
             else "More is asked for than Metquay grants this key pair."
         )
         wait = max(1, math.ceil(refusal.retry_after))

@@ -3,22 +3,31 @@
 Owns that bound, the greatest part of what connections hold in memory. One by itself reads as much as event loops do;
 where there are many, each reads less at once.
 
-Facts: asyncio and uvloop read up to 256 KiB at once, unless a ``BufferedProtocol`` names the place. They ask for that
-place, fill it and say so without doing anything else in between, so that all connections can share it.
+Facts: asyncio and uvloop read up to 256 KiB at once, unless a ``BufferedProtocol`` names the place. A loop asks for
+that place, fills it and says so without doing anything else in between, so that its connections can share it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Final
 from weakref import WeakSet
 
 AT_ONCE: Final = 256 * 1024
-"""Bytes that a connection reads at once at most,"""
+"""Bytes that a connection reads at once at most;"""
 IN_ALL: Final = 16 * 1024 * 1024
-"""and that all those which are there now can have read so."""
+"""and no more than its part of these, if all that were there when it came had the same part."""
 
-_BUFFER: Final = memoryview(bytearray(AT_ONCE))
+
+class _Shared(threading.local):
+    """The place; another loop, which runs in another thread, has another."""
+
+    def __init__(self) -> None:
+        self.place = memoryview(bytearray(AT_ONCE))
+
+
+_SHARED: Final = _Shared()
 _LIVING: Final[WeakSet[Receiver]] = WeakSet()
 
 
@@ -27,14 +36,15 @@ class Receiver(asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         _LIVING.add(self)
+        self._place = _SHARED.place[: IN_ALL // len(_LIVING)]
 
     def get_buffer(self, _sizehint: int) -> memoryview:
-        """Name the place, and so the most that may come."""
-        return _BUFFER[: IN_ALL // len(_LIVING)]
+        """Name the place."""
+        return self._place
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take the bytes out of it."""
-        self.data_received(bytes(_BUFFER[:nbytes]))
+        self.data_received(bytes(self._place[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Take what came."""

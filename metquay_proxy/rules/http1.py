@@ -65,7 +65,7 @@ _KEPT_FOR: Final = re.compile(rb"(?:\A|[,; \t])timeout[ \t]*+=[ \t]*+\"?([0-9]{1
 _VERSION: Final = len(b"HTTP/1.1")
 _START: Final = b"HTTP/1."
 _CRLF: Final = b"\r\n"
-_BLANK_LINE: Final = b"\r\n\r\n"
+BLANK_LINE: Final = b"\r\n\r\n"
 _MAX_CHUNK_LINE: Final = 4096
 _MAX_LENGTH_DIGITS: Final = 18
 _MAX_ANSWERED: Final = 256
@@ -158,7 +158,7 @@ class _Reader:
                 start += 1
                 left -= 1
             elif self._trailers:
-                text, start = self._take(data, start, _BLANK_LINE, MAX_HEAD, "trailer section")
+                text, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "trailer section")
                 if text:
                     if not _well_formed(text, 0, MAX_FIELDS):
                         raise self._fault("a trailer is malformed, or there are too many")
@@ -237,7 +237,7 @@ class ResponseReader(_Reader):
     def _read_heads(self, data: bytes) -> bytes:
         start = 0
         while True:
-            block, start = self._take(data, start, _BLANK_LINE, MAX_HEAD, "head")
+            block, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "head")
             if not block:
                 begun = bytes((self._buffer or b"")[:16])
                 if not begun.startswith(_START[: len(begun)]):
@@ -288,7 +288,7 @@ def _parse_answer(block: bytes, *, tunnel: bool = False) -> ResponseHead | None:
         if not minor:
             raise ProtocolError("the upstream sent an interim answer, which HTTP/1.0 does not know")
         return None
-    lines = block[line.end() : -len(_BLANK_LINE)]
+    lines = block[line.end() : -len(BLANK_LINE)]
     noted = noted_fields(lines)
     length, until_close = (0, False) if tunnel and status in _SUCCESS else _framing(noted, minor)
     if status in _BODILESS:
@@ -358,7 +358,7 @@ def _parse_fields(block: bytes) -> _Found | None:
     if not _well_formed(block, _VERSION, MAX_FIELDS):
         return None
     minor = int(block[_VERSION - 1 : _VERSION])
-    fields = RequestFields(block[_VERSION : -len(_BLANK_LINE)])
+    fields = RequestFields(block[_VERSION : -len(BLANK_LINE)])
     if faults.head_fault(minor, fields.judged) is not None:
         return None
     length = None if b"transfer-encoding" in fields.judged else int(fields.text(b"content-length") or 0)
@@ -449,7 +449,7 @@ class RequestReader(_Reader):
             self._empty += 1
             if self._empty > _MAX_EMPTY:
                 raise self._fault("too many empty lines")
-        text, start = self._take(data, start, _BLANK_LINE, MAX_HEAD, "head")
+        text, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "head")
         head = _REQUEST_HEAD.match(text)
         if head is None and (text or not faults.BEGUN.match(self._buffer or b"")):
             raise self._fault("no request looks like this", text)
@@ -458,7 +458,7 @@ class RequestReader(_Reader):
     def _fault(self, _why: str, head: bytes = b"") -> Exception:
         head = head or bytes(self._buffer or b"")
         line, _, rest = head.partition(_CRLF)
-        whole = head.endswith(_BLANK_LINE)
+        whole = head.endswith(BLANK_LINE)
         large = len(line) > MAX_LINE or rest.count(_CRLF) - whole > MAX_FIELDS or (len(head) >= MAX_HEAD and not whole)
         self._refusal = faults.broken_body() if self.head else faults.request_fault(head, large=large)
         return self._refusal

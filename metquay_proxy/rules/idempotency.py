@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
+from metquay_proxy.rules.http1 import BLANK_LINE, ProtocolError, ResponseReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,6 @@ ABANDONED: Final = 600.0
 """Seconds after which the request of another replica, of which nothing was heard, has an unknown outcome."""
 
 _KEY: Final = re.compile(r"[!-~](?:[ -~]{0,253}[!-~])?")
-_BLANK_LINE: Final = b"\r\n\r\n"
 _DIGEST: Final = 32
 _CUT: Final = _DIGEST + len(b"HTTP/1.1 200")
 _SCOPE: Final = 8
@@ -219,10 +218,10 @@ def encoded(digest: bytes, answer: Answer | None) -> bytes:
 
 def _answer(text: bytes) -> Answer | None:
     """Read a recorded answer as though Metquay had sent it just now; None where there is none that it can have sent."""
-    lines, blank, body = text.partition(_BLANK_LINE)
+    lines, blank, body = text.partition(BLANK_LINE)
     reader = ResponseReader("POST")
     with contextlib.suppress(ProtocolError):
-        reader.feed(lines + _BLANK_LINE)
+        reader.feed(lines + BLANK_LINE)
     head = reader.head
     if head is None or head.status // 100 != 2 or len(text) > MAX_ANSWER:  # noqa: PLR2004 - RFC 9110 section 15.3
         return None

@@ -235,13 +235,14 @@ class Window:
         self._count(ticket.caller)
         self.in_flight.add(ticket)
         self._latest = ticket
-        ticket.grant(self.reserve(1)[0] if slot is None else slot, now, self.last)
+        self._slots += 1
+        ticket.grant(self._slots if slot is None else slot, now, self.last)
         self.last = due
 
     def reserve(self, number: int) -> list[int]:
         """Return the numbers of so many slots, which no other grant will have."""
         self._slots += number
-        return [*range(self._slots - number, self._slots)]
+        return [*range(self._slots - number + 1, self._slots + 1)]
 
     def answered(self, ticket: Ticket, now: float) -> None:
         """Let the slot of a ticket that was sent come back one window from now."""
