@@ -264,6 +264,17 @@ def test_the_last_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 60 == len(telemetry.hour())
 
 
+@pytest.mark.parametrize("now", [-90.0, 0.0, 30.0])
+def test_a_clock_that_was_never_set(monkeypatch: pytest.MonkeyPatch, now: float) -> None:
+    """In the first hour of 1970, and before it, the figures are figures, too."""
+    monkeypatch.setattr("metquay_proxy.telemetry.time.time", lambda: now)
+    telemetry = Telemetry()
+    assert [] == telemetry.hour()
+    telemetry.closed(exchange())
+    assert [[now // 60, 1, 0, 0]] == [row[:4] for row in telemetry.hour()]
+    assert json.loads(telemetry.since(0)[0][0])["timestamp"].startswith(("1970-01-01T00:00", "1969-12-31T23:58"))
+
+
 def test_how_many_the_quota_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the last minute are counted, whatever else was answered; memory stays bounded."""
     telemetry, now = Telemetry(), 1_700_000_000.0
