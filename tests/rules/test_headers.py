@@ -394,6 +394,11 @@ class TestNames:
         assert noted == noted_fields(lines)
 
 
+def test_fields_of_an_answer() -> None:
+    """They are there in order and case, without the blanks around their values."""
+    assert [(b"A", b"b c"), (b"a", b""), (b"B", b"d")] == answer(b"HTTP/1.1 200 OK\r\nA: \t b c \r\na:\r\nB:d").headers
+
+
 def answer(stream: bytes, method: str = "GET") -> ResponseHead:
     """Read an answer's head as the transport does."""
     reader = ResponseReader(method)

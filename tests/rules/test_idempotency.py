@@ -269,6 +269,7 @@ def test_judged_elsewhere(age: float, slug: str) -> None:
             for line in (b"Evil : 1", b"Evil", b"E: \0", b"E: \n1", b" : 1")
         ),
         b"HTTP/1.1 201 Created\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 201 Created\r\nContent-Length: 3\r\n\r\n{}",
         b"HTTP/1.1 201 Created\r\n\r\n" + bytes(MAX_ANSWER),
         b"HTTP/1.1 201 " + b"x" * MAX_ANSWER + b"\r\n\r\n",
         b"HTTP/1.1 201 Created\r\n" + b"X: y\r\n" * 300 + b"\r\n",
