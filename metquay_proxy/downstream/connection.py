@@ -381,7 +381,8 @@ def reset(transport: asyncio.WriteTransport) -> None:
             handle.setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
             )
-    transport.abort()
+    with contextlib.suppress(AttributeError):  # early Pythons 3.11, where TLS was closed twice and so has ended
+        transport.abort()
 
 
 def remote(peer: object) -> str | None:

@@ -364,7 +364,8 @@ class Sandbox:
         await self._server.shutdown(_SHUTDOWN)
         for transport in transports:
             if transport is not None:
-                transport.abort()
+                with contextlib.suppress(AttributeError):  # early Pythons 3.11, where TLS was closed twice
+                    transport.abort()
         self._server = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:

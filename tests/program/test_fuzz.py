@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz_seeds import ANSWERS, REQUESTS
 from tests.readings import readings
-from tests.wire import OK, Bench, Broken, Peer, eventually, get, running
+from tests.wire import OK, Bench, Broken, Peer, eventually, get, patiently, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -148,10 +148,15 @@ async def try_request(bench: Bench, segments: list[bytes]) -> None:
 async def try_answer(bench: Bench, data: bytes) -> None:
     """Let the upstream answer with the bytes and look what became of them."""
 
+    ended = asyncio.Event()
+
     async def play(peer: Peer) -> None:
         peer.writer.write(data)
         await asyncio.sleep(0)
-        peer.close()
+        peer.writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            await peer.reader.read()
+        ended.set()  # the next one would not be repeated on this connection
 
     bench.upstream.plays(play)
     client = await bench.client()
@@ -159,6 +164,7 @@ async def try_answer(bench: Bench, data: bytes) -> None:
     with contextlib.suppress(Broken):
         await client.answer()
     client.writer.transport.abort()
+    await patiently(ended.wait())
     await bench.healthy()
     await at_rest(bench)
     assert [] == bench.upstream.faults == bench.crashes
