@@ -147,7 +147,6 @@ async def try_request(bench: Bench, segments: list[bytes]) -> None:
 
 async def try_answer(bench: Bench, data: bytes) -> None:
     """Let the upstream answer with the bytes and look what became of them."""
-
     ended = asyncio.Event()
 
     async def play(peer: Peer) -> None:
