@@ -107,6 +107,15 @@ def _print(*lines: str, to: TextIO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _tell(*lines: str, to: TextIO | None = None) -> None:
+    """Print from within a loop, which must not wait: where a pipe is full, because nobody reads it, nothing is told."""
+    import select  # noqa: PLC0415 - the other commands can do without
+
+    # a pipe that takes anything takes 512 bytes and more at once (POSIX: PIPE_BUF); Linux 4,096
+    if os.name == "nt" or select.select([], [to or sys.stdout], [], 0)[1]:
+        _print(*lines, to=to)
+
+
 def _settings_parser(command: str, description: str) -> _Parser:
     """Return the parser of a command that takes all settings."""
     from metquay_proxy.settings import VARIABLES, default_text, flag, meaning  # noqa: PLC0415 - slow
@@ -188,7 +197,7 @@ def _welcome(proxy: Proxy, settings: Settings) -> None:
     page = root and f"{root}/-/"
     if output.as_json:
         told = {"version": __version__, "addresses": urls, "upstream": whom, "status_page": page, "try": test}
-        _print(json.dumps({"event": "started", **told}))
+        _tell(json.dumps({"event": "started", **told}))
         return
     lines = [f"metquay-proxy {__version__} listens on {', '.join(urls)}", f"for {whom}"]
     if any(address.hosts != address.reach for address in proxy.listening):
@@ -197,7 +206,7 @@ def _welcome(proxy: Proxy, settings: Settings) -> None:
         lines.append(f"status page: {page}")
     if settings.keys:
         lines.append("each tool must send a client key, for instance in a header X-Proxy-Key")
-    _print(*lines, f"try: {test}")
+    _tell(*lines, f"try: {test}")
 
 
 def _url(proxy: Proxy, address: Address) -> str:
@@ -240,7 +249,7 @@ def _sandbox(arguments: Sequence[str]) -> int:
     from metquay_proxy.sandbox import command  # noqa: PLC0415 - slow
 
     def report(why: str | None) -> None:
-        _print(f"no new clients are let in: {why}" if why else "new clients are let in again", to=sys.stderr)
+        _tell(f"no new clients are let in: {why}" if why else "new clients are let in again", to=sys.stderr)
 
     parser = _Parser("sandbox", "Run the Metquay simulator alone, as an upstream for anything.")
     parser.add_argument("--listen", default=SANDBOX_LISTEN, metavar="ADDRESS", help="host:port (default: %(default)s)")
@@ -255,7 +264,7 @@ def _sandbox(arguments: Sequence[str]) -> int:
         parser.error("--listen takes one host and port here")
     try:
         listen = functools.partial(listeners.listen, report)
-        asyncio.run(command.run(simulator, address.host, address.port, listen, _print))
+        asyncio.run(command.run(simulator, address.host, address.port, listen, _tell))
     except listeners.CannotListen as error:
         raise OSError(0, f"{error.cause} Choose another place with --listen.") from None
     return 0

@@ -251,6 +251,33 @@ class TestStreams:
             popen.terminate()
         assert 0 == popen.wait(20)
 
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes that say whether they are full")
+    @pytest.mark.parametrize("words", ["serve --sandbox", "sandbox"])
+    def test_a_server_whose_output_nobody_reads(self, tmp_path: Path, words: str) -> None:
+        """A pipe that is full stops neither the start nor the end."""
+        port = free_port()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        command = [sys.executable, "-m", "metquay_proxy", *words.split(), "--listen", f"localhost:{port}"]
+        popen = subprocess.Popen(command, cwd=tmp_path, stdout=writer, stderr=subprocess.DEVNULL)  # noqa: S603 - our own
+        try:
+            answered = b""
+            until = time.monotonic() + 10
+            while not answered and time.monotonic() < until:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as client:
+                    client.sendall(b"GET /-/x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                    answered = client.recv(13)
+            assert b"HTTP/1.1 404 " == answered
+        finally:
+            popen.terminate()
+            os.close(writer)
+        assert 0 == popen.wait(20)
+        os.close(reader)
+
     @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full, and kibibytes")
     def test_a_log_that_is_full_is_not_kept(self, tmp_path: Path) -> None:
         """Of what could not be written 4,000 lines gather in memory, and no more."""

@@ -257,8 +257,7 @@ class ClientConnection(Receiver):
             return
         self._deadline = math.inf
         if self._reader.begun and not self._deaf:
-            seconds = self._bounds.head
-            why = f"The head of this request was not complete {seconds:g} seconds after its first byte."
+            why = f"The head of this request was not complete {self._bounds.head:g} seconds after its first byte."
             self._refuse(ProxyError("request-timeout", why))
         else:
             self.close()
@@ -314,8 +313,6 @@ class ClientConnection(Receiver):
         else:
             self.busy = False
             self._reader.next()
-            if self._paused:
-                self._hold_up(False)  # noqa: FBT003 - its one argument
 
     def _go_on(self) -> None:
         if self.gone or self._deaf:

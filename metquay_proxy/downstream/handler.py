@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from metquay_proxy.telemetry import Telemetry
 
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
-_HEADS_TOTAL: Final = 16 * 1024 * 1024
-"""Bytes of the heads of all requests that are being served."""
+_LARGE_HEAD: Final = 4096
+"""Bytes; the heads of all requests under way that are larger"""
+_HEADS_TOTAL: Final = 8 * 1024 * 1024
+"""have so many bytes together at most."""
 _WORTH_TELLING: Final = 0.1
 """Seconds; shorter waits are not worth telling."""
 
@@ -107,11 +109,14 @@ class Handler:
         exchange.keep = head.keep_alive
         exchange.body = self._body(stream, chunked=head.length is None)
         self._telemetry.opened()
-        self._heads += head.size
+        large = head.size if head.size > _LARGE_HEAD else 0
+        self._heads += large
         try:
-            if self._heads > _HEADS_TOTAL:
+            if large and self._heads > _HEADS_TOTAL:
                 exchange.keep = False
-                msg = "The heads of all requests under way are too large together. Nothing was sent. Send shorter ones."
+                msg = (
+                    "The heads of all requests under way are too large together. Nothing was sent. Send a shorter one."
+                )
                 raise ProxyError("head-too-large", msg)
             await self._judge(client, exchange, head)
         except asyncio.CancelledError:
@@ -119,7 +124,7 @@ class Handler:
         except Exception as failure:  # noqa: BLE001 - whatever it is, the client gets an answer or sees it break
             self._failed(client, exchange, failure)
         finally:
-            self._heads -= head.size
+            self._heads -= large
             self._close(exchange)
         return exchange.keep and not self.draining
 

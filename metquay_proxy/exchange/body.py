@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Final
 from metquay_proxy.rules.errors import ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, MutableSequence
 
 HIGH_WATER: Final = 32 * 1024
 """Bytes that may wait for their reader before the sender is held up."""
+_SMALL: Final = 4096
+"""Bytes; what is smaller is joined to what came before, since each piece costs some 40 bytes beside its own."""
 
 
 class Stream:
@@ -55,7 +57,7 @@ class Stream:
 
     def feed(self, piece: bytes) -> None:
         """Take a piece, which is not empty."""
-        self._pieces.append(piece)
+        _add(self._pieces, piece)
         self._size += len(piece)
         if self._size > HIGH_WATER and not self.held_up:
             self._hold(up=True)
@@ -113,6 +115,13 @@ class Stream:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+
+
+def _add(pieces: MutableSequence[bytes], piece: bytes) -> None:
+    if pieces and len(pieces[-1]) < _SMALL:
+        pieces[-1] += piece
+    else:
+        pieces.append(piece)
 
 
 class ReplayBudget:
@@ -248,7 +257,7 @@ class RequestBody:
     def _keep(self, chunk: bytes) -> None:
         """Keep what goes out now; from the first piece on for which there is no room, nothing is kept any more."""
         if chunk and self.replayable:
-            self._kept.append(chunk)
+            _add(self._kept, chunk)
             self._size += len(chunk)
             self._budget.left -= len(chunk)
             if self._room < 0:

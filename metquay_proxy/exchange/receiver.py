@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 AT_ONCE: Final = 256 * 1024
 """Bytes that a connection reads at once at most;"""
-IN_ALL: Final = 16 * 1024 * 1024
+IN_ALL: Final = 8 * 1024 * 1024
 """and no more than its part of these, if all that were there when it came had the same part."""
 
 

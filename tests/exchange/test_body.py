@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -125,7 +126,7 @@ class TestChunks:
         assert b"cd" == await anext(first)
         await first.aclose()
         fed(source, b"ef")
-        assert [b"ab", b"cd", b"ef"] == await sent(body)
+        assert [b"abcd", b"ef"] == await sent(body)
         assert body.ended
         assert body.replayable
 
@@ -435,6 +436,28 @@ class TestStream:
         assert (True, False) == (stream.arrived, stream.ended)
         assert b"e" == stream.read_nowait()
         assert stream.ended
+
+    async def test_tiny_pieces_cost_little_more_than_their_bytes(self) -> None:
+        """A sender of single bytes gets nowhere near 40 bytes of memory for each: neither while they wait, nor kept."""
+        stream = Stream()
+        body = RequestBody(stream, chunked=True, limit=100_000, budget=ReplayBudget(100_000), timeout=1.0)
+        tracemalloc.start()
+        try:
+            for _ in range(HIGH_WATER):
+                stream.feed(bytes(1))
+            waiting = tracemalloc.get_traced_memory()[0]
+            reading = asyncio.ensure_future(body.prefetch())
+            for _ in range(HIGH_WATER):
+                await asyncio.sleep(0)
+                stream.feed(bytes(1))
+            stream.end()
+            await reading
+            kept = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert 1.5 * HIGH_WATER > waiting
+        assert 3 * HIGH_WATER > kept
+        assert bytes(2 * HIGH_WATER) == body.whole()
 
     async def test_a_reader_is_woken_by_each_kind_of_news(self) -> None:
         """A piece, the end and a failure end its waiting."""

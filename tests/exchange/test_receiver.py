@@ -62,13 +62,13 @@ async def test_pieces_of_many_connections(*, tls: bool) -> None:
 
 async def test_many_read_less_at_once() -> None:
     """A few connections read as much as loops do; of a thousand each one that comes reads less than those before it."""
-    few = [Kept()]
-    assert AT_ONCE == len(few[0].get_buffer(-1))
+    gc.collect()
+    before = len(Kept().get_buffer(-1))
     many = [Kept() for _ in range(1000)]
     sizes = [len(each.get_buffer(-1)) for each in many]
     assert sorted(sizes, reverse=True) == sizes
-    assert 1 << 14 < sizes[-1] <= IN_ALL // 1000
-    assert 64 << 20 > sum(sizes)
+    assert 1 << 12 < sizes[-1] <= IN_ALL // 1000
+    assert 5 * IN_ALL > sum(sizes)
     del many
     gc.collect()
-    assert AT_ONCE == len(Kept().get_buffer(-1))
+    assert sizes[-1] < before <= len(Kept().get_buffer(-1)) <= AT_ONCE
