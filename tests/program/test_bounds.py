@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import socket
+import ssl
 import struct
 import sys
 from itertools import count
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+import trustme
 
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY
 from metquay_proxy.settings import default_text
@@ -279,15 +281,22 @@ def resident(pid: int, what: str = "VmRSS") -> int:
 
 @contextlib.asynccontextmanager
 async def besieged(folder: Path) -> AsyncIterator[tuple[int, Crowd]]:
-    """Run a proxy whose log and audit log are pipes that nobody reads; yield its process id, and its clients."""
+    """Run a proxy whose log and audit log are pipes that nobody reads; yield its process id, and its clients.
+
+    Metquay is asked by TLS, as it is out there.
+    """
+    ca, secure = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("localhost").configure_cert(secure)
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
     playing: set[asyncio.Task[None]] = set()
 
     def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         playing.add(asyncio.ensure_future(play(reader, writer)))
 
-    upstream = await asyncio.start_server(begin, "127.0.0.1", 0, limit=1 << 21)
+    upstream = await asyncio.start_server(begin, "127.0.0.1", 0, limit=1 << 21, ssl=secure)
     environment = {
-        "METQUAY_HOST": f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}",
+        "METQUAY_HOST": f"https://localhost:{upstream.sockets[0].getsockname()[1]}",
+        "METQUAY_CA_BUNDLE": str(folder / "ca.pem"),
         "METQUAY_ACCESS_KEY": ACCESS_KEY,
         "METQUAY_SECRET_KEY": SECRET_KEY,
         "METQUAY_LISTEN": "127.0.0.1:0",
