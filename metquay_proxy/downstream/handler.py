@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from metquay_proxy.telemetry import Telemetry
 
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
-_LARGE_HEAD: Final = 4096
-"""Bytes; the heads of all requests under way that are larger"""
 _HEADS_TOTAL: Final = 8 * 1024 * 1024
-"""have so many bytes together at most."""
+"""Bytes of the heads of all requests under way, from which on no other is taken but those"""
+_LARGE_HEAD: Final = 4096
+"""up to so many bytes."""
 _WORTH_TELLING: Final = 0.1
 """Seconds; shorter waits are not worth telling."""
 
@@ -109,10 +109,9 @@ class Handler:
         exchange.keep = head.keep_alive
         exchange.body = self._body(stream, chunked=head.length is None)
         self._telemetry.opened()
-        large = head.size if head.size > _LARGE_HEAD else 0
-        self._heads += large
+        self._heads += head.size
         try:
-            if large and self._heads > _HEADS_TOTAL:
+            if self._heads > _HEADS_TOTAL and head.size > _LARGE_HEAD:
                 exchange.keep = False
                 msg = (
                     "The heads of all requests under way are too large together. Nothing was sent. Send a shorter one."
@@ -124,7 +123,7 @@ class Handler:
         except Exception as failure:  # noqa: BLE001 - whatever it is, the client gets an answer or sees it break
             self._failed(client, exchange, failure)
         finally:
-            self._heads -= large
+            self._heads -= head.size
             self._close(exchange)
         return exchange.keep and not self.draining
 
