@@ -107,7 +107,7 @@ class Pages:
         self._telemetry = telemetry or Telemetry()
         self._test = test
         self._tick = tick
-        self._closed = False
+        self._closed = asyncio.Event()
         self._sending: dict[asyncio.BaseTransport, _Sending] = {}
         self.quit = asyncio.Event()
         """Set where somebody asked the proxy to end."""
@@ -130,7 +130,7 @@ class Pages:
 
     def close(self) -> None:
         """End all live events, now and from now on: the proxy is being stopped."""
-        self._closed = True
+        self._closed.set()
         self.turn_out(set(self._watching.values()))
 
     def turn_out(self, clients: Collection[str | None]) -> None:
@@ -196,9 +196,10 @@ class Pages:
         if not done.done():
             done.set_result(None)
         del exchange, answer  # a body may be large
-        if transport.can_write_eof() and not (self._closed or transport.is_closing()):
+        if transport.can_write_eof() and not transport.is_closing():
             transport.write_eof()
-            await asyncio.sleep(_LINGER)  # until the client has left: aiohttp ends this then
+            with contextlib.suppress(TimeoutError):  # until the client has left: aiohttp ends this then
+                await asyncio.wait_for(self._closed.wait(), _LINGER)
         return response
 
     def _readiness(self) -> Answer:
@@ -224,7 +225,7 @@ class Pages:
         end = asyncio.Event()
         self._watching[end] = client
         try:
-            while not (end.is_set() or self._closed):
+            while not (end.is_set() or self._closed.is_set()):
                 lines, missed, number = self._telemetry.since(number, _AT_ONCE)
                 state = "null" if beat % _BEATS else json.dumps(self._state())
                 if lines or state != "null":

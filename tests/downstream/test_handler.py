@@ -122,6 +122,15 @@ class TestMistakes:
 
 class TestDrain:
     @rule("contract 9")
+    async def test_a_client_that_has_read_a_page(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is waited for until it leaves, so that it finds time to read; when the proxy stops, no more."""
+        monkeypatch.setattr("metquay_proxy.downstream.pages._LINGER", 3600.0)
+        client = await bench.client()
+        await client.send(get("/-/live"))
+        assert 200 == (await client.answer()).status
+        await asyncio.wait_for(bench.proxy.stop(3600.0), 10.0)
+
+    @rule("contract 9")
     @pytest.mark.parametrize(("request_", "sent"), [(get(), b"no"), (post(b"abc"), b"unknown")])
     async def test_the_deadline(self, bench: Bench, request_: bytes, sent: bytes) -> None:
         """What is not answered at the deadline gets 503 that says whether it may have been executed, and what to do."""
