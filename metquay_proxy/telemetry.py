@@ -13,17 +13,17 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache, partial
-from itertools import accumulate, islice, repeat
+from functools import lru_cache
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.log import LEVELS, log, output, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Mapping
 
     from metquay_proxy.exchange.exchange import Exchange
     from metquay_proxy.rules.renewal import TokenEvent
@@ -37,10 +37,6 @@ _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
 _UNUSUAL: Final = ("address", "replayed", "error", "reason")
 _REFUSALS: Final = 10_000
-_FOLDED: Final = 256
-"""So many forwarded exchanges are counted at once."""
-_GRADES: Final = (3, 1, 1, 1, 2, 3)
-"""The class of a status (0: none was sent) to whether that is good, refused or failed, as ``hour`` tells them."""
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
 _RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
 _OUTAGE: Final = frozenset({502, 503, 504})
@@ -93,12 +89,13 @@ class Histogram:
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
     total: float = 0.0
 
-    def observe(self, durations: Iterable[float]) -> None:
-        """Count them; less than nothing, which two clock readings can come to, is nothing."""
-        seconds = list(map(max, durations, repeat(0.0)))
-        for bucket, number in Counter(map(partial(bisect_left, BOUNDS), seconds)).items():
-            self.counts[bucket] += number
-        self.total += sum(seconds)
+    def observe(self, seconds: float) -> None:
+        """Count one; less than nothing, which two clock readings can come to, is nothing."""
+        if seconds > 0.0:
+            self.counts[bisect_left(BOUNDS, seconds)] += 1
+            self.total += seconds
+        else:
+            self.counts[0] += 1
 
 
 class Telemetry:
@@ -107,23 +104,17 @@ class Telemetry:
     def __init__(self, prefix: str = "/api/v1") -> None:
         """Start with empty books; ``prefix`` is what comes before the resources in a path."""
         self.active = 0
+        self.finished = 0
         self.trouble: Exchange | None = None
         """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
         self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
-        self._requests: Counter[tuple[str, str, int, str]] = Counter()
-        self._forwarded: list[tuple[float, float, float, int]] = []
-        """What is not counted yet: times of waiting, of Metquay and our own, and attempts."""
+        self._requests: dict[tuple[str, str, int, str], int] = {}
         self._retries = 0
         self._upstream, self._own, self._waited = Histogram(), Histogram(), Histogram()
         self._recent: deque[Exchange] = deque(maxlen=RECENT)
         self._remembered = 0
         self._refusals: deque[float] = deque(maxlen=_REFUSALS)
         self._minutes: deque[list[float]] = deque([[float("-inf"), 0, 0, 0, 0, 0]], maxlen=60)
-
-    @property
-    def finished(self) -> int:
-        """How many exchanges have ended."""
-        return self._requests.total()
 
     def opened(self) -> None:
         """Count an exchange that begins."""
@@ -136,18 +127,20 @@ class Telemetry:
         exchange.seconds = now - exchange.began
         exchange.path = path = exchange.path[:_LONGEST_PATH]
         self.active -= 1
+        self.finished += 1
         status, attempts = exchange.status, exchange.attempts
-        self._requests[exchange.method, self._route(path), status, exchange.answered_by] += 1
+        key = (exchange.method, self._route(path), status, exchange.answered_by)
+        self._requests[key] = self._requests.get(key, 0) + 1
         if LEVELS[level(exchange)] >= output.threshold:
             output.tell(event(exchange))
         if exchange.quiet or path.startswith("/-/"):
             return
         if attempts:
             waited, upstream = exchange.waited, exchange.upstream
-            own = (exchange.head_at or now) - exchange.began - waited - upstream
-            self._forwarded.append((waited, upstream, own, attempts))
-            if len(self._forwarded) >= _FOLDED:
-                self._fold()
+            self._waited.observe(waited)
+            self._upstream.observe(upstream)
+            self._own.observe((exchange.head_at or now) - exchange.began - waited - upstream)
+            self._retries += attempts - 1
         if exchange.answered_by == "metquay":
             self.trouble = exchange if status in _OUTAGE else None
         elif exchange.error is not None and exchange.error.startswith("upstream-"):
@@ -158,20 +151,11 @@ class Telemetry:
         if minute[0] != exchange.ended // 60:
             minute = [int(exchange.ended // 60), 0, 0, 0, 0, 0]
             self._minutes.append(minute)
-        minute[_GRADES[min(status // 100, 5)]] += 1
+        minute[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += 1  # noqa: PLR2004 - classes of status
         minute[4] += milliseconds
         minute[5] = max(minute[5], milliseconds)
         self._recent.append(exchange)
         self._remembered += 1
-
-    def _fold(self) -> None:
-        """Count what was forwarded: to do so for many at once costs far less than for each."""
-        if self._forwarded:
-            waited, upstream, own, attempts = zip(*self._forwarded, strict=True)
-            self._retries += sum(attempts) - len(attempts)
-            for histogram, durations in ((self._waited, waited), (self._upstream, upstream), (self._own, own)):
-                histogram.observe(durations)
-            self._forwarded.clear()
 
     def _route(self, path: str) -> str:
         """Return the template of a path; of these there are few, whatever is asked for."""
@@ -210,16 +194,11 @@ class Telemetry:
             self.trouble = None
             log.info(told, lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
 
-    def exposition(self, status: Mapping[str, Any]) -> Callable[[], bytes]:
-        """Return what returns the figures, and those of ``/-/status``, as Prometheus reads them.
+    def exposition(self, status: Mapping[str, Any]) -> bytes:
+        """Return the figures, and those of ``/-/status``, as Prometheus reads them.
 
-        That is to be called in a thread: it loads a library and reads files below /proc.
+        To be called in a thread: it loads a library and reads files below /proc. Each book is copied in one operation.
         """
-        self._fold()
-        return partial(self._exposition, status)
-
-    def _exposition(self, status: Mapping[str, Any]) -> bytes:
-        """Return them; each book is copied in one operation, since the loop goes on with it."""
         from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest  # noqa: PLC0415 - most never ask
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily  # noqa: PLC0415
 
