@@ -60,6 +60,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise Refused(f"{PROGRAM}: {message}; see {self.prog} --help")
 
+    def print_help(self, file: object = None) -> None:
+        del file  # argparse gives none, and lets what can't be written fail
+        _print(self.format_help().rstrip())
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Return the values, or raise ``Refused``."""
         values, unknown = self.parse_known_args(arguments)

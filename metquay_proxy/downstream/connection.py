@@ -244,7 +244,7 @@ class ClientConnection(Receiver):
 
     def look(self, now: float) -> None:
         """End what takes too long; ``now`` is the loop's time."""
-        if self._paused and self._has_left():
+        if self._paused and not self.transport.is_closing() and self._has_left():
             self.abort()
             return
         unsent = self.unsent
