@@ -135,8 +135,8 @@ class ReplayBudget:
 class RequestBody:
     """One request's body.
 
-    ``replayable``: another attempt can send it from the beginning. ``sent``: an
-    attempt has handed its last byte to the network (whoever sends sets it). ``chunked``: it came without a length.
+    ``replayable``: another attempt can send it from the beginning. ``sent``: an attempt has handed its last byte to the
+    network (whoever sends sets it). ``chunked``: it came without a length.
     """
 
     replayable = True
