@@ -181,7 +181,7 @@ class Handler:
         now = time.time()
         admission = self._gate.check(method, target, fields, now)
         exchange.client, exchange.read_only, exchange.scope = admission.client, admission.read_only, admission.scope
-        exchange.caller = admission.client or self._callers.name(fields.product, now)
+        exchange.caller = admission.client or self._callers.name(fields.product, time.monotonic())
         if admission.preflight:
             return preflight(client, exchange)
         if b"upgrade" in fields.options and (fields.text(b"upgrade") or "").lower() == "websocket":

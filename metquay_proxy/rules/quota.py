@@ -32,6 +32,7 @@ import contextlib
 import math
 import re
 import zlib
+from array import array
 from collections import OrderedDict, deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -54,11 +55,13 @@ CATCH_UP: Final = 1 / 20
 """Releases missed by a driver that woke late (by 15 ms on Windows) are made up for, within this part of the window."""
 
 TOLD_APART: Final = 32
-"""Callers without a client key that are told apart,"""
-LATELY: Final = 60.0
-"""of those that asked within so many seconds;"""
+"""Callers without a client key that are told apart;"""
 OTHERS: Final = "others without a client key"
 """all others are one."""
+LATELY: Final = 60.0
+"""Seconds for which who asked again keeps its place among the former."""
+ASKED_BEFORE: Final = 65536
+"""So many names are remembered to have asked, at most."""
 
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _RATE: Final = re.compile(r"([0-9]{1,7})\s*/\s*(s(?:ec(?:ond)?)?|m(?:in(?:ute)?)?|h(?:our)?)", re.IGNORECASE)
@@ -81,8 +84,7 @@ def parse_rate(text: str) -> Rate | None:
     stripped = text.strip()
     if stripped.lower() == "off":
         return None
-    match = _RATE.fullmatch(stripped)
-    if match is None or not int(match[1]):
+    if not (match := _RATE.fullmatch(stripped)) or not int(match[1]):
         message = f'{text!r} is not a rate: write N/second, N/minute or N/hour with N from 1 to 9999999, or "off"'
         raise ValueError(message)
     return Rate(int(match[1]), _UNITS[match[2][0].lower()])
@@ -113,11 +115,10 @@ def retry_after_seconds(fields: Sequence[tuple[bytes, bytes]], text: bytes, now_
 
 
 def _seconds_since_1970(date: str) -> float | None:
-    try:
+    with contextlib.suppress(ValueError, OverflowError):
         read = parsedate_to_datetime(date)
-    except (ValueError, OverflowError):
-        return None
-    return read.replace(tzinfo=read.tzinfo or UTC).timestamp()
+        return read.replace(tzinfo=read.tzinfo or UTC).timestamp()
+    return None
 
 
 class QuotaExceeded(Exception):
@@ -223,9 +224,7 @@ class Window:
 
     def advance(self, now: float) -> float:
         """Take back the slots whose time is over; return the latest ``now``."""
-        if now <= self._now:
-            return self._now
-        self._now = now
+        self._now = now = max(now, self._now)
         while self._cells and self._cells[0].end <= now:
             self._free(self._cells.popleft().callers)
         return now
@@ -321,24 +320,35 @@ class Window:
 
 
 class Callers:
-    """The names by which callers without a client key are told apart: ``TOLD_APART`` at most within ``LATELY`` seconds.
+    """The names by which callers without a client key are told apart: ``TOLD_APART`` at most, the rest is ``OTHERS``.
 
-    Whoever comes while so many are known shares the place of ``OTHERS``. So who invents names takes few turns from
-    those that were there before, and little memory; who comes after that is one of the crowd until a name is free.
+    While there is room, a name has its place from its first request on. After that only a name that has asked before
+    gets one: that of a name that asked once, or not for ``LATELY`` seconds. If there is none such, it is one of the
+    ``OTHERS``. So who invents a name for each request has, after the first of them, one turn with all of them; a tool
+    that keeps its name has a turn of its own from its second request on, and no invented name takes it away.
+
+    Who uses each invented name twice can still take all places, and keep who comes later out while it goes on. Client
+    keys prevent that.
+
+    Of a name that has asked only a mark is kept: 32 bits of its hash, in the cell that 16 further bits name, until
+    another name falls on it. Hashes are salted anew in each process, so that nobody can aim at a cell.
     """
 
     def __init__(self) -> None:
-        self._asked: OrderedDict[str, float] = OrderedDict()
-        """When each asked last; who did so longest ago comes first."""
+        self._until: dict[str, float] = {}
+        """Until when a name surely keeps its place; for one that asked once, when it did so."""
+        self._marks = array("I", bytes(4 * ASKED_BEFORE))
 
     def name(self, product: str, now: float) -> str:
         """Return the name under which a tool waits; ``product`` is what it calls itself."""
-        if product not in self._asked and len(self._asked) >= TOLD_APART:
-            if 0.0 <= now - next(iter(self._asked.values())) < LATELY:  # else long ago, or the clock was set back
+        mark, cell = divmod(hash(product) % (ASKED_BEFORE << 32), ASKED_BEFORE)
+        again = product in self._until or mark == self._marks[cell]
+        self._marks[cell] = mark
+        if product not in self._until and len(self._until) >= TOLD_APART:
+            if not again or self._until[first := min(self._until, key=self._until.__getitem__)] > now:
                 return OTHERS
-            self._asked.popitem(last=False)
-        self._asked[product] = now
-        self._asked.move_to_end(product)
+            del self._until[first]
+        self._until[product] = now + LATELY if again else now
         return product
 
 
@@ -507,8 +517,7 @@ class Quota:
 
     def next_free_in(self, now: float) -> float:
         """Return in how many seconds one more request would go if it came now."""
-        due = nth(self.window.turns(now), len(self.queue) + 1) if self.queue else self.window.next_free(now)
-        return due - now
+        return (nth(self.window.turns(now), len(self.queue) + 1) if self.queue else self.window.next_free(now)) - now
 
 
 def nth(turns: Iterator[float], number: int) -> float:

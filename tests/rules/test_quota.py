@@ -4,7 +4,8 @@ import copy
 import gzip
 import math
 import random
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import count, pairwise, repeat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from limits import RateLimitItemPerSecond
 from limits.strategies import MovingWindowRateLimiter
 
 from metquay_proxy.rules.quota import (
+    ASKED_BEFORE,
     LATELY,
     OTHERS,
     SAFETY,
@@ -32,7 +34,8 @@ from metquay_proxy.rules.quota import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import Self
 
 PACE = 60.06 / 31
 """The slowest pace at 100/minute: a burst of 70, then 30 slots that must last until the first comes back."""
@@ -348,22 +351,115 @@ class TestFairness:
         assert len(tickets) - 1 == list(grants(quota, 0, tickets))[place - 1]
 
 
-class TestCallers:
-    def test_further_ones_are_one(self) -> None:
-        """Whoever asked lately keeps its name, who comes then shares one, until another has not asked for a while."""
-        callers = Callers()
-        names = [f"tool {number}" for number in range(TOLD_APART)]
-        assert names == [callers.name(name, 0.0) for name in names]
-        assert ["tool 0", OTHERS, OTHERS] == [callers.name(name, 1.0) for name in ("tool 0", "a", "b")]
-        assert OTHERS == callers.name("a", LATELY - 0.1)
-        assert ["a", OTHERS] == [callers.name("a", LATELY), callers.name("tool 1", LATELY - 0.1)]
+class Hashed(str):
+    """A name whose hash is chosen."""
 
-    def test_a_clock_that_was_set_back(self) -> None:
-        """What was noted by another clock keeps nobody out."""
+    __slots__ = ("number",)
+
+    def __new__(cls, text: str, number: int) -> Self:
+        """Take both."""
+        made = super().__new__(cls, text)
+        made.number = number
+        return made
+
+    def __hash__(self) -> int:
+        """Return what was chosen."""
+        return self.number
+
+
+@dataclass
+class Asker:
+    """A tool that asks again ``pause`` seconds after it was served, or when ``after`` says so after a refusal."""
+
+    names: Iterator[str]
+    at: float
+    pause: float
+    after: Callable[[float], float]
+    ticket: Ticket | None = None
+    served: list[bool] = field(default_factory=list)
+
+    def step(self, quota: Quota, callers: Callers, now: float) -> None:
+        """Do what is due."""
+        if self.ticket is None and self.at <= now:
+            try:
+                self.ticket = quota.ask(now, callers.name(next(self.names), now), 20.0)
+            except QuotaExceeded as refusal:
+                self._over(served=False, at=now + self.after(refusal.retry_after))
+        elif self.ticket is not None and self.ticket.granted:
+            self.ticket.send()
+            quota.answered(self.ticket, now)
+            self._over(served=True, at=now + self.pause)
+        elif self.ticket is not None and self.ticket.refused is not None:
+            self._over(served=False, at=now + self.after(self.ticket.refused.retry_after))
+
+    def _over(self, *, served: bool, at: float) -> None:
+        self.ticket, self.at = None, at
+        self.served.append(served)
+
+
+class TestCallers:
+    NAMES = tuple(f"tool {number}" for number in range(TOLD_APART))
+
+    def asked(self, times: int) -> Callers:
+        """Return what knows as many names as there is room for, each of which asked so many times at 0.0."""
         callers = Callers()
-        for number in range(TOLD_APART):
-            callers.name(str(number), 1000.0)
-        assert "new" == callers.name("new", 10.0)
+        for _ in range(times):
+            assert [*self.NAMES] == [callers.name(name, 0.0) for name in self.NAMES]
+        return callers
+
+    def test_while_there_is_room(self) -> None:
+        """Each has its place from its first request on, and keeps it for as long as nobody needs it."""
+        callers = self.asked(1)
+        assert [*self.NAMES] == [callers.name(name, 1e6) for name in self.NAMES]
+
+    def test_a_new_name_shares_a_place_until_it_asks_again(self) -> None:
+        """Then it takes that of one that asked once, longest ago; who lost it so gets one like any other."""
+        callers = self.asked(1)
+        for name in self.NAMES[1:]:
+            callers.name(name, 1.0)
+        assert [OTHERS, "a", OTHERS, OTHERS] == [callers.name(name, 2.0) for name in "aabb"]
+        assert OTHERS == callers.name("tool 0", LATELY), "all others asked again"
+        assert ["tool 0", OTHERS] == [callers.name(name, LATELY + 1.0) for name in ("tool 0", "c")]
+
+    def test_who_asked_again_keeps_its_place_for_a_while(self) -> None:
+        """Its place is another's once it has not asked for so long, and not before."""
+        callers = self.asked(2)
+        assert self.NAMES[1] == callers.name(self.NAMES[1], 1.0)
+        assert [OTHERS, OTHERS] == [callers.name("a", now) for now in (2.0, LATELY - 0.1)]
+        assert ["a", self.NAMES[1]] == [callers.name(name, LATELY) for name in ("a", self.NAMES[1])]
+
+    def test_invented_names_displace_nobody(self) -> None:
+        """However many there are, if each is used once; not even one that asked once itself."""
+        callers = self.asked(1)
+        assert {OTHERS} == {callers.name(f"invented {number}", 1e6) for number in range(10_000)}
+        assert [*self.NAMES] == [callers.name(name, 1e6) for name in self.NAMES]
+
+    def test_what_is_remembered(self) -> None:
+        """Two names in one cell: the newer one is known; another one that differs in any bit of the mark is not."""
+        callers, cell = self.asked(1), 7
+        mark = (ASKED_BEFORE << 20) + cell
+        one, same, other = (Hashed(*each) for each in (("one", mark), ("same", mark), ("other", mark + ASKED_BEFORE)))
+        assert [OTHERS, OTHERS, OTHERS, "one"] == [callers.name(name, 1.0) for name in (one, other, one, one)]
+        assert "same" == callers.name(same, 1.0), "which is as if one had asked"
+        assert OTHERS == callers.name(Hashed("negative", ~mark), 1.0)
+        assert "negative" == callers.name(Hashed("negative", ~mark), 1.0)
+
+    @pytest.mark.parametrize("after", [math.ceil, lambda _: 2.0], ids=["when told", "each 2 s"])
+    def test_a_new_name_for_each_request_starves_nobody(self, after: Callable[[float], float]) -> None:
+        """Sixty that do so, and ask again at once: who was there before has its turns, and so has who comes later."""
+        quota, callers = Quota(100, 60), Callers()
+        invented = (f"invented {number}" for number in count())
+        before, later = (Asker(repeat(name), at, 2.0, after) for name, at in (("before", 0.0), ("later", 30.0)))
+        crowd = [Asker(invented, 5.0, 0.0, lambda _: 0.0) for _ in range(60)]
+        for step in range(2 * 150):
+            now = step / 2
+            for asker in (*crowd, before, later):
+                asker.step(quota, callers, now)
+            quota.poll(now)
+        for tool, seconds in ((before, 150), (later, 120)):
+            assert seconds / 10 < len(tool.served)
+            assert 0.8 <= sum(tool.served[1:]) / len(tool.served[1:])
+        assert 0 < sum(sum(asker.served) for asker in crowd)
 
 
 class TestRefusals:
