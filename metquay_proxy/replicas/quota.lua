@@ -15,6 +15,8 @@ local GATHERING = 4 -- so long a new window waits for the replicas that its firs
 local GRACE = 0.5 -- who comes so late has lost its place in the line
 local AGAIN = 0.5 -- while somebody is silent, those that wait ask again after so long at least
 local CELLS = 128 -- more slots than this are looked at in so many groups
+local HOUR = 3610 -- no window is longer, nor closed for longer, margins included
+local DAY = 100000 -- so far ahead a turn may be due: METQUAY_MAX_WAIT has no bound, but nobody waits for more than a day
 
 local state, seen, flight, back, line = unpack(KEYS)
 local call = cjson.decode(ARGV[1])
@@ -27,20 +29,24 @@ local function refuse(generation)
 end
 
 local known = redis.call('HMGET', state, 'generation', 'latest', 'born', 'expected', 'last', 'closed', 'turned', 'starved', 'spare')
-local generation, latest, born, expected = known[1], tonumber(known[2]), tonumber(known[3]), tonumber(known[4])
-local last, closed, turned, starved = tonumber(known[5]) or 0, tonumber(known[6]) or 0, tonumber(known[7]) or 0, tonumber(known[8]) or 0
-local spare = tonumber(known[9]) or 0
+local untrue = false
+for at, most in ipairs({now + GRACE, now + GRACE, 10000, now + GRACE, now + HOUR, 1e15, now + GRACE, 1e15}) do
+  local value = tonumber(known[at + 1] or 0)
+  untrue = untrue or not (value and value >= 0 and value <= most) -- nan is neither
+  known[at + 1] = value
+end
 if call.before ~= cjson.null and now > call.before then
   return refuse(call.generation)
 end
-if generation and now < latest - GRACE then -- the clock was set back: nothing in here is true any more
+if untrue then -- the clock was set back, or it was not this script that wrote: nothing in here is true any more
   redis.call('DEL', unpack(KEYS))
-  generation, latest, last, closed, turned, starved, spare = nil, nil, 0, 0, 0, 0, 0
+  known = {nil, 0, 0, 0, 0, 0, 0, 0, 0}
 end
+local generation, latest, born, expected, last, closed, turned, starved, spare = unpack(known, 1, 9)
 if not generation or now > latest + GATHERING then
   generation, born, expected = call.fresh, now, 0
 end
-now = math.max(now, latest or 0)
+now = math.max(now, latest)
 expected = math.max(expected, call.replicas)
 redis.call('HSET', state, 'generation', generation, 'latest', now, 'born', born, 'expected', expected)
 if call.generation ~= generation then
@@ -59,6 +65,15 @@ for _, slot in ipairs(call.in_flight) do
   redis.call('ZREM', back, me .. ':' .. slot)
   redis.call('ZADD', flight, now, me .. ':' .. slot)
 end
+
+-- What can't be true: this script writes no later times. Such a slot counts as taken from now on, whoever wrote it.
+for key, most in pairs({[flight] = now, [back] = now + call.hold}) do
+  for _, slot in ipairs(redis.call('ZRANGEBYSCORE', key, most + GRACE, '+inf')) do
+    redis.call('ZADD', key, most, slot)
+  end
+end
+redis.call('ZREMRANGEBYSCORE', seen, now + GRACE, '+inf')
+redis.call('ZREMRANGEBYSCORE', line, now + DAY, '+inf')
 
 -- What time has done.
 for _, slot in ipairs(redis.call('ZRANGEBYSCORE', flight, '-inf', now - BURIED)) do

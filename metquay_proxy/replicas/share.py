@@ -49,7 +49,10 @@ _REMEMBERED: Final = 1000
 OTHERS: Final = "other replicas"
 """Whom the status calls the caller of slots that are taken to be used elsewhere."""
 Count = Annotated[int, Field(ge=0, le=10_000_000)]
-Seconds = Annotated[float, Field(ge=0.0, le=1e7)]
+Hour = Annotated[float, Field(ge=0.0, le=3700.0)]
+"""Seconds, margins included: neither is a window longer, nor closed for longer."""
+Day = Annotated[float, Field(ge=0.0, le=100_000.0)]
+"""Seconds until a turn, which may wait for both, and for all that may stand in line: METQUAY_MAX_WAIT has no bound."""
 
 
 class Reply(BaseModel):
@@ -67,14 +70,14 @@ class Reply(BaseModel):
     """Slots taken by all."""
     granted: Count = 0
     in_line: bool = False
-    due: Seconds = 0.0
+    due: Day = 0.0
     """When it is this replica's turn,"""
-    round: Seconds = 0.0
+    round: Day = 0.0
     """and after how long again."""
-    closed: float = Field(default=0.0, ge=0.0, le=3700.0)
+    closed: Hour = 0.0
     each: int = Field(default=1, ge=1, le=100_000)
     """So many slots come back"""
-    returns: list[Seconds] = Field(default=[], max_length=200)
+    returns: list[Hour] = Field(default=[], max_length=200)
     """at each of these moments, of this replica's part of all; told at a beat."""
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,7 +28,7 @@ MINUTE = Rate(100, 60.0)
 class Partner:
     """A share, and a window in which it meets the others; time is the test's."""
 
-    def __init__(self, window: Script, name: str = "one", rate: Rate = MINUTE) -> None:
+    def __init__(self, window: Script | Real, name: str = "one", rate: Rate = MINUTE) -> None:
         self.share = Share(rate, name, lambda: 0.5)
         self.window = window
         self.name = name
@@ -479,6 +480,7 @@ class Real:
     def __init__(self, server: RedisServer) -> None:
         assert 1 == QUOTA.count(CLOCK)
         self._redis = redis.Redis(unix_socket_path=str(server.path))
+        self.redis = self._redis.execute_command
         self.clear = self._redis.flushall
         self.close = self._redis.close
         self._script = self._redis.register_script(QUOTA.replace(CLOCK, "local time = {ARGV[2], 0}"))
@@ -599,6 +601,80 @@ def test_redis_has_its_clock_set(seconds: float) -> None:
     assert one.ask(1.5).granted
 
 
+AHEAD = 1_000_000.0
+"""Seconds, longer than which nothing lasts."""
+UNTRUE = [
+    *(("HSET", "state", name, said) for name in ("latest", "born", "last", "starved") for said in ("1e12", "nan", "x")),
+    *(("HSET", "state", "closed", said) for said in (1_000.0 + AHEAD, "inf", "nan")),
+    *(("HSET", "state", name, said) for name in ("expected", "turned", "spare") for said in ("inf", "nan", "-inf")),
+    *(("ZADD", name, said) for name in ("seen", "flight", "back", "line") for said in (1_000.0 + AHEAD, math.inf)),
+]
+"""What another program may have written, at 1,000 seconds; for sorted sets it is the score of 200 names."""
+
+
+@pytest.mark.parametrize("place", ["a stand-in", pytest.param("redis", marks=needs_redis)])
+@pytest.mark.parametrize("untrue", UNTRUE, ids=lambda untrue: " ".join(map(str, untrue)))
+def test_what_can_not_be_true(request: pytest.FixtureRequest, place: str, untrue: tuple[str | float, ...]) -> None:
+    """Soon all goes on as before; no window ever holds more than the limit, and nobody is told to stay away so long."""
+    rate = Rate(10, 10.0)
+    window: Script | Real = Script() if place == "a stand-in" else request.getfixturevalue("real")
+    window.clear()
+    partners = [Partner(window, name, rate).join() for name in ("one", "two")]
+    waiting: dict[Partner, Ticket | None] = dict.fromkeys(partners)
+    sent: list[float] = []
+    waits: list[float] = []
+    for step in range(500):
+        now = step / 10
+        if step == 50:
+            for number in range(200 if untrue[0] == "ZADD" else 1):
+                window.redis(*untrue, *([f"x:{number}"] if untrue[0] == "ZADD" else []))
+        for partner in partners:
+            partner.share.poll(now)
+            while partner.share.next_call(now) <= now:
+                partner.call(now)
+            try:
+                ticket = waiting[partner] or partner.ask(now)
+            except QuotaExceeded as refusal:
+                waits.append(refusal.retry_after)
+                continue
+            waiting[partner] = ticket if ticket.state == "waiting" else None
+            if ticket.granted:
+                ticket.send()
+                partner.share.answered(ticket, now)
+                sent.append(now)
+            elif ticket.refused is not None:
+                waits.append(ticket.refused.retry_after)
+    assert never_more_than(rate, sent)
+    assert 0.9 * 2 * rate.limit <= len([moment for moment in sent if moment >= 30.0])
+    assert max(waits, default=0.0) <= 2.5 * rate.window
+    assert [2, 2] == [partner.share.heard.replicas for partner in partners]
+
+
+def test_what_is_true_at_most() -> None:
+    """The longest window, closed for as long as can be, its slots taken, many in line: no reply of these is refused."""
+    rate = Rate(1, 3600.0)
+    window = Script()
+    partners = [Partner(window, f"replica {number}", rate).join() for number in range(20)]
+    for partner in partners:
+        partner.call(5.0)
+    first = partners[0].ask(5.0)
+    assert first.granted
+    first.send()
+    partners[0].share.answered(first, 5.0)
+    partners[0].share.close(5.0, None)
+    for partner in partners:
+        partner.ask(5.1, max_wait=86_400.0)
+    assert 0 == sum(partner.share.misses for partner in partners)
+    closed = partners[1].share.snapshot(5.1).closed_for
+    assert 3603.0 < closed <= 3603.6
+    assert 20 * 3600 < max(partner.share.heard.due for partner in partners)
+    generation = partners[0].share.generation
+    for partner in partners:
+        assert partner.call(6.0)
+        assert generation == partner.share.generation
+    assert 20 == window.redis("ZCARD", "line")
+
+
 def test_what_is_never_carried_out_is_missed() -> None:
     """A Redis that answers and does nothing is told apart from one that was started anew."""
     share = pair()[0].share
@@ -633,10 +709,17 @@ def test_what_redis_answers() -> None:
         *(answer(generation=said) for said in (5, "gone")),
         *(answer(now=said) for said in ("soon", "nan", "1e300", None)),
         *(answer(replicas=said) for said in (-1, 1.5)),
-        *(answer(used="7"), answer(granted=1e12), answer(in_line="no"), answer(round=None), answer(each=1_000_000)),
-        *(answer(due=said) for said in (-1, float("nan"))),
+        *(
+            answer(used="7"),
+            answer(granted=1e12),
+            answer(in_line="no"),
+            answer(round=None),
+            answer(round=AHEAD),
+            answer(each=1_000_000),
+        ),
+        *(answer(due=said) for said in (-1, float("nan"), AHEAD)),
         *(answer(closed=said) for said in (1e12, "30")),
-        *(answer(returns=said) for said in ([1.0, float("inf")], 5, [1.0] * 999)),
+        *(answer(returns=said) for said in ([1.0, float("inf")], [5000.0], 5, [1.0] * 999)),
     ],
 )
 def test_what_no_script_of_ours_answers(said: bytes) -> None:
