@@ -77,7 +77,8 @@ _REMEMBERED: Final = 64
 _LONGEST_REMEMBERED: Final = 2048
 _SWITCHING_PROTOCOLS: Final = 101
 _SUCCESS: Final = range(200, 300)
-_BODILESS: Final = frozenset({204, 304})
+BODILESS: Final = frozenset({204, 304})
+"""Final statuses whose answers have no body; nor has one to HEAD."""
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -291,7 +292,7 @@ def _parse_answer(block: bytes, *, tunnel: bool = False) -> ResponseHead | None:
     lines = block[line.end() : -len(BLANK_LINE)]
     noted = noted_fields(lines)
     length, until_close = (0, False) if tunnel and status in _SUCCESS else _framing(noted, minor)
-    if status in _BODILESS:
+    if status in BODILESS:
         length, until_close = 0, False
     kept, passed = passed_on(status, lines, noted)
     keep_alive = _persists(minor, connection_options(noted)) and not until_close

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, cast
 from metquay_proxy.exchange.body import RequestBody, Stream
 from metquay_proxy.exchange.receiver import Receiver
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
-from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
+from metquay_proxy.rules.http1 import BODILESS, ProtocolError, ResponseReader
 
 if sys.platform == "linux":
     import fcntl
@@ -60,6 +60,8 @@ class Connection(Receiver):
     """Whether the connection had idled before this exchange,"""
     _used = False
     """and whether it has carried another one before."""
+    bodiless = False
+    """Whether the latest answer had no body by rule: some servers send one all the same, a moment late."""
     _cut = False
     """Whether the end of the connection is not what the peer meant for the end of its answer."""
     _silent = 0.0
@@ -191,6 +193,7 @@ class Connection(Receiver):
         self._reader = ResponseReader(method, self._memory)
         self._stream = stream = Stream(self._hold_up)
         self._reused = reused
+        self.bodiless = method == "HEAD"
         self._silent = 0.0
         self._answer = self._loop.create_future()
         if data is None:
@@ -230,6 +233,7 @@ class Connection(Receiver):
         stream.end()  # which reads on, where it had been held up
         self._used = True
         if head is not None and head.keep_alive and self._sent and not self._reader.surplus:
+            self.bodiless |= head.status in BODILESS
             self._on_free(self, head.kept_for)
         else:
             self.abort()

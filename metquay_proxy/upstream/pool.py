@@ -151,7 +151,7 @@ class Pool:
         careful = method not in _REPEATABLE_METHODS
         while self._idle:
             since, good_until, connection = self._idle[-1]
-            if careful and since < now - self._max_idle_unsafe:
+            if careful and (since < now - self._max_idle_unsafe or connection.bodiless):
                 return None
             self._idle.pop()
             if now < good_until and connection.open and not (careful and connection.has_unread()):

@@ -160,10 +160,10 @@ async def test_several_stale(bench: Bench) -> None:
 @pytest.mark.parametrize("before", [("HEAD", answered("X: y")), ("GET", b"HTTP/1.1 204 No Content\r\n\r\n")])
 @pytest.mark.parametrize("method", ["GET", "PUT", "POST"])
 async def test_left_over(bench: Bench, method: str, before: tuple[str, bytes]) -> None:
-    """A body where none may be, flushed when the next request is on its way, costs only what must not be repeated."""
+    """A body where none may be, flushed when a request is on its way, breaks none: a POST takes another connection."""
 
     async def flush(peer: Peer) -> None:
-        await peer.send(b"poison")
+        await peer.send(b"poison" if peer is bench.upstream.peers[0] else OK)
 
     client = await bench.client()
     bench.upstream.plays(before[1], flush, OK)
@@ -171,9 +171,6 @@ async def test_left_over(bench: Bench, method: str, before: tuple[str, bytes]) -
     await client.answer(before[0])
     await client.send(post(b"", method=method))
     answer = await client.answer()
-    if method == "POST":
-        assert (502, "upstream-protocol") == (answer.status, answer.slug)
-        assert b"unknown" == answer.value(b"X-Metquay-Proxy-Sent")
-    else:
-        assert (200, b"ok") == (answer.status, answer.body)
+    assert (200, b"ok") == (answer.status, answer.body)
+    assert 2 == len(bench.upstream.peers)
     assert (2 if method == "POST" else 3) == len(bench.upstream.requests)
