@@ -91,7 +91,7 @@ def _run(
         yield "idle_mib", program.memory()
         if contender.health:
             yield "health_ms", statistics.median(_health(words, environment) for _ in range(_PROBES)) * 1000
-        yield from _measure(plan, wrk, place.door, program, brief=contender.brief, streams=contender.streams)
+        yield from _measure(plan, wrk, place.door, program, brief=contender.brief)
 
 
 def _health(words: Sequence[str], environment: Mapping[str, str]) -> float:
@@ -103,8 +103,8 @@ def _health(words: Sequence[str], environment: Mapping[str, str]) -> float:
     return time.perf_counter() - began
 
 
-def _measure(  # noqa: PLR0913 - what is measured, with what, and how much of it
-    plan: Plan, wrk: Wrk, door: Door, program: Program | None, *, brief: bool = False, streams: bool = True
+def _measure(
+    plan: Plan, wrk: Wrk, door: Door, program: Program | None, *, brief: bool = False
 ) -> Iterator[tuple[str, float]]:
     load(wrk, door, program, connections=16, seconds=1)  # so that caches, pools and compilers are warm
     busy = load(wrk, door, program, connections=16, seconds=plan.seconds)
@@ -123,10 +123,9 @@ def _measure(  # noqa: PLR0913 - what is measured, with what, and how much of it
         with open_clients(door, plan.clients):
             time.sleep(_SETTLE)
             yield "client_kib", (program.memory() - before) * 1024 / plan.clients
-    if streams:
-        for name, up in (("down", False), ("up", True)):
-            passed = stream(door, program, size=plan.size, up=up)
-            yield from ((f"{name}_rate", passed.rate), (f"{name}_cpu", passed.cpu), (f"{name}_growth", passed.growth))
+    for name, up in (("down", False), ("up", True)):
+        passed = stream(door, program, size=plan.size, up=up)
+        yield from ((f"{name}_rate", passed.rate), (f"{name}_cpu", passed.cpu), (f"{name}_growth", passed.growth))
 
 
 def medians(figures: Figures) -> dict[str, dict[str, dict[str, float]]]:

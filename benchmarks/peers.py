@@ -91,10 +91,6 @@ class Place:
         """Where its clients go."""
         return Door(self.port)
 
-    def variables(self) -> dict[str, str]:
-        """Return what the contenders that are scripts read from the environment."""
-        return {"PORT": str(self.port), "UPSTREAM": self.upstream, "TOKEN": TOKEN, "CA": str(self.ca)}
-
     def fill(self, template: str) -> str:
         """Write a configuration into the folder, and return its path."""
         tls = self.scheme == "https"
@@ -217,13 +213,11 @@ def _install(words: Sequence[str], folder: Path) -> None:
 class Contender:
     """One that is measured. ``prepare`` installs it, or raises ``Missing``, and returns what starts it in a place.
 
-    ``streams``: it does not hold bodies whole, so that large ones can be measured. ``brief``: only the cost of a
-    request is asked for. ``health``: it has a command of that name.
+    ``brief``: only the cost of a request is asked for. ``health``: it has a command of that name.
     """
 
     name: str
     prepare: Callable[[Cache], Callable[[Place], Command]]
-    streams: bool = True
     brief: bool = False
     health: bool = False
 
@@ -261,30 +255,6 @@ def _node(script: str) -> Callable[[Cache], Callable[[Place], Command]]:
         )
 
     return prepare
-
-
-def _mitmproxy(cache: Cache) -> Callable[[Place], Command]:
-    program = cache.python("mitmproxy", "mitmproxy") / "mitmdump"
-    script = str(_TEMPLATES / "mitm_bearer.py")
-
-    def start(place: Place) -> Command:
-        settings = ("stream_large_bodies=1m", f"ssl_verify_upstream_trusted_ca={place.ca}", f"confdir={place.folder}")
-        options = [word for setting in settings for word in ("--set", setting)]
-        where = ["--listen-host", LOCAL, "--listen-port", str(place.port), "--mode", f"reverse:{place.upstream}"]
-        return Command([str(program), "--quiet", *where, *options, "-s", script], place.variables())
-
-    return start
-
-
-def _by_hand(cache: Cache) -> Callable[[Place], Command]:
-    program = cache.python("by-hand", "fastapi==0.165.0", "httpx==0.28.1", "uvicorn==0.54.0") / "python"
-    script = str(_TEMPLATES / "by_hand.py")
-    return lambda place: Command([str(program), script], place.variables())
-
-
-def _naive(_cache: Cache) -> Callable[[Place], Command]:
-    script = str(_TEMPLATES / "naive_aiohttp.py")
-    return lambda place: Command([sys.executable, script], place.variables())
 
 
 def ours(*, uvloop: bool = True, **settings: str) -> Callable[[Cache], Callable[[Place], Command]]:
@@ -334,9 +304,6 @@ CONTENDERS: Final = (
     Contender("Caddy", _caddy),
     Contender("node fast-proxy", _node("fast_proxy.js")),
     Contender("node http-proxy", _node("http_proxy.js")),
-    Contender("mitmproxy", _mitmproxy),
-    Contender("FastAPI + httpx", _by_hand, streams=False),
-    Contender("naive aiohttp", _naive),
 )
 
 

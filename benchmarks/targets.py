@@ -116,15 +116,6 @@ def _requests(run: _Run) -> Iterator[Target]:
         "at most 4.5 x nginx's",
         [Bound(run.against(NGINX, "cpu_new"), 4.5, "{} x nginx")],
     )
-    yield Target(
-        "CPU of a request, beside node http-proxy, mitmproxy, naive aiohttp",
-        "at most 1/2.2, 1/25, 1/3",
-        [
-            Bound(run.against("node http-proxy", "cpu_16"), 1 / 2.2, "{} x node http-proxy"),
-            Bound(run.against("mitmproxy", "cpu_16"), 1 / 25, "{} x mitmproxy", digits=3),
-            Bound(run.against("naive aiohttp", "cpu_16"), 1 / 3, "{} x naive aiohttp"),
-        ],
-    )
     for what, figure in (("1 connection", "p50_1"), (f"{RATE} requests a second", f"p50_{RATE}")):
         yield Target(
             f"median latency added, {what}",
