@@ -1,4 +1,4 @@
-"""One command that sets up the peers, measures them and the proxy in interleaved rounds, and prints the tables.
+"""One command that sets up the peers, measures them and the proxy in interleaved rounds, and prints their ratios.
 
 No figure makes it fail: a time says as much about the machine as about a program. Compare the ratios of one run.
 """
@@ -10,19 +10,22 @@ import contextlib
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from benchmarks import replicas, tables
-from benchmarks.compare import Plan, compare, medians, say
+from benchmarks import page, replicas
+from benchmarks.compare import ROWS, Plan, compare, medians, say
 from benchmarks.growth import growth
 from benchmarks.legacy import legacy
-from benchmarks.peers import CONTENDERS, NGINX, OURS, Cache, Missing
+from benchmarks.peers import ASYNCIO, CONTENDERS, NGINX, OURS, Cache, Missing, newest_python
 from benchmarks.rig import FAILURES, MIB, Wrk
 from benchmarks.shared import shared
 
@@ -31,23 +34,21 @@ if TYPE_CHECKING:
 
 PARTS: Final = ("compare", "legacy", "growth", "shared", "replicas")
 _DIGITS: Final = 5
-_QUICK: Final = (OURS, NGINX)
+_QUICK: Final = {"rounds": 1, "seconds": 1, "mebibytes": 128, "calls": 20, "requests": 20000, "clients": 1000}
+_USUAL: Final = {"rounds": 3, "seconds": 3, "mebibytes": 1024, "calls": 200, "requests": 500000, "clients": 10000}
+_QUICK_CONTENDERS: Final = (OURS, ASYNCIO, NGINX)
+_QUICK_ROWS: Final = ("cost", "varied")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what was asked for; return 0 unless the machine lacks what everything needs."""
-    options = _options(arguments)
+    options = options_of(arguments)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     cache = Cache(options.cache)
     results: dict[str, Any] = {
-        "machine": {
-            "date": datetime.now(UTC).date().isoformat(),
-            "cores": os.cpu_count(),
-            "kernel": platform.release().partition("-")[0],
-            "python": platform.python_version(),
-        },
-        "plan": {name: getattr(options, name) for name in ("rounds", "seconds", "mebibytes", "calls")},
+        "machine": _machine(),
+        "plan": {name: getattr(options, name) for name in _USUAL},
     }
     with tempfile.TemporaryDirectory(prefix="metquay-proxy-") as name:
         folder = Path(name)
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         wrk = Wrk.of(Path(words[0]), environment, folder)
         for part in PARTS:
-            if part in options.parts:
+            if part in options.what or (part == "compare" and options.rows):
                 began = time.monotonic()
                 try:
                     results |= _rounded(_measured(part, options, cache, wrk, folder / part))
@@ -70,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if options.output:
                     options.output.mkdir(parents=True, exist_ok=True)
                     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    for text in tables.of(results):
-        print(text, end="\n\n")
+    print(page.of(results, whole=options.whole))
     if options.output:
         with contextlib.suppress(subprocess.CalledProcessError):
             _draw(cache, options.output / "results.json", options.output)
@@ -82,9 +82,9 @@ def _measured(part: str, options: argparse.Namespace, cache: Cache, wrk: Wrk, fo
     """Measure one part; return what it adds to the results."""
     rounds, seconds = options.rounds, options.seconds
     if part == "compare":
-        names = options.only or (_QUICK if options.quick else tuple(contender.name for contender in CONTENDERS))
-        clients = 200 if options.quick else 1000
-        figures = compare(Plan(rounds, seconds, options.mebibytes * MIB, clients, tuple(names)), cache, wrk, folder)
+        size = options.mebibytes * MIB
+        plan = Plan(rounds, seconds, size, options.requests, tuple(options.only), tuple(options.rows))
+        figures = compare(plan, cache, wrk, folder)
         return {"figures": figures, "medians": medians(figures)}
     if part == "legacy":
         jobs, how = legacy(cache, folder, calls=options.calls, rounds=rounds)
@@ -94,6 +94,24 @@ def _measured(part: str, options: argparse.Namespace, cache: Cache, wrk: Wrk, fo
     if part == "shared":
         return {part: shared(cache, wrk, folder, rounds=rounds, seconds=seconds)}
     return {part: list(replicas.rows())}
+
+
+def _machine() -> dict[str, Any]:
+    """Return what the figures hold for: times for nothing else, ratios for more."""
+    model = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+    newest = newest_python()
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "cpu": model[1] if model else platform.machine(),
+        "load": os.getloadavg()[0],
+        "kernel": platform.release().partition("-")[0],
+        "python": platform.python_version(),
+        # Debian builds with PGO and does not tell
+        "build": "PGO" if optimized else "the system's" if sys.base_prefix == "/usr" else "without PGO",
+        "newest_python": newest and newest[1],
+    }
 
 
 def _rounded(value: Any) -> Any:  # noqa: ANN401 - what JSON holds
@@ -114,16 +132,31 @@ def _draw(cache: Cache, results: Path, folder: Path) -> None:
     subprocess.run([python, Path(__file__).parent / "plots.py", results, folder], check=True)
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for, with what follows from it."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", help=f"what to measure, of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="the proxy beside nginx, one short round, below a minute")
-    parser.add_argument("--rounds", type=int, help="how often each contender is measured (default: 3)")
-    parser.add_argument("--seconds", type=int, help="length of each load (default: 3)")
-    parser.add_argument("--mebibytes", type=int, help="size of a large body (default: 1024)")
-    parser.add_argument("--calls", type=int, help="calls of the legacy job (default: 200)")
-    parser.add_argument("--clients", type=int, default=10000, help="most clients at once (default: 10000)")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        help=f"what to measure: of the parts {', '.join(PARTS)}, or of what compare measures, {', '.join(ROWS)} "
+        "(default: all)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one short round of the proxy beside nginx; unless more is asked for, below a minute and only of "
+        f"{' and '.join(_QUICK_ROWS)}",
+    )
+    for name, meaning in (
+        ("rounds", "how often each contender is measured"),
+        ("seconds", "length of each load"),
+        ("mebibytes", "size of a large body"),
+        ("calls", "calls of the legacy job"),
+        ("requests", "how many requests make memory be looked at again"),
+        ("clients", "most clients at once"),
+    ):
+        parser.add_argument(f"--{name}", type=int, help=f"{meaning} (default: {_USUAL[name]}; quick: {_QUICK[name]})")
     parser.add_argument("--only", action="append", metavar="NAME", help="a contender to measure; repeatable")
     parser.add_argument(
         "--output",
@@ -139,13 +172,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where peers are installed (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"there is no part {', '.join(sorted(unknown))}")
-    if options.only and (unknown := set(options.only) - {contender.name for contender in CONTENDERS}):
-        parser.error(f"there is no contender {', '.join(sorted(unknown))}")
-    options.parts = options.parts or (["compare"] if options.quick else list(PARTS))
-    usual = {"rounds": 1, "seconds": 1, "mebibytes": 128, "calls": 20} if options.quick else {}
-    for name, value in ({"rounds": 3, "seconds": 3, "mebibytes": 1024, "calls": 200} | usual).items():
+    names = tuple(contender.name for contender in CONTENDERS)
+    for kind, chosen, known in (
+        ("part or row", options.what, (*PARTS, *ROWS)),
+        ("contender", options.only or (), names),
+    ):
+        if unknown := set(chosen) - set(known):
+            parser.error(f"there is no {kind} {', '.join(sorted(unknown))}, of {', '.join(known)}")
+    options.whole = not options.what and not options.quick
+    options.what = options.what or (_QUICK_ROWS if options.quick else PARTS)
+    options.rows = [row for row in ROWS if row in options.what or "compare" in options.what]
+    options.only = options.only or (_QUICK_CONTENDERS if options.quick else names)
+    for name, value in (_QUICK if options.quick else _USUAL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options

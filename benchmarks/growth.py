@@ -1,4 +1,4 @@
-"""What many clients and many named keys cost: the proxy at 10 to 10,000 clients and 1 to 100 keys, nginx beside it.
+"""What many clients cost: the proxy and nginx at 16 to 10,000 clients.
 
 Facts: clients may be open and silent while 16 others work, or all at work at once; the second costs the proxy a
 connection to the upstream for each. Open files bound both.
@@ -10,11 +10,10 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benchmarks.compare import say
-from benchmarks.peers import CONTENDERS, NGINX, OURS, Contender, Missing, ours, serving
+from benchmarks.peers import CONTENDERS, NGINX, OURS, Contender, Missing, serving
 from benchmarks.rig import FAILURES, Program, Wrk, first_answer, load, open_clients
 
 if TYPE_CHECKING:
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 
     from benchmarks.peers import Cache, Command, Upstream
 
-CLIENTS: Final = (10, 16, 100, 1000, 10000)
-KEYS: Final = (1, 10, 100)
+CLIENTS: Final = (16, 100, 1000, 10000)
 WORKING: Final = 16
 _SPARE_FILES: Final = 500
 _SETTLE: Final = 0.5
@@ -35,7 +33,7 @@ class Row(NamedTuple):
 
     contender: str
     kind: str
-    """``open``: so many clients beside 16 that work; ``working``: so many that work; ``keys``."""
+    """``open``: so many clients beside 16 that work; ``working``: so many that work."""
     number: int
     cpu: float
     rate: float
@@ -51,10 +49,10 @@ def growth(  # noqa: PLR0913 - with what, where and how much
     seen: dict[tuple[str, str, int], list[tuple[float, ...]]] = defaultdict(list)
     with serving(cache, folder / "upstream") as upstream:
         for number in range(rounds):
-            for contender, kind, count, headers in _cases(most):
+            for contender, kind, count in _cases(most):
                 say(f"growth, round {number + 1} of {rounds}: {contender.name}, {count} {kind}")
                 try:
-                    figures = _measure(contender.prepare(cache), wrk, upstream, folder, kind, count, seconds, headers)
+                    figures = _measure(contender.prepare(cache), wrk, upstream, folder, kind, count, seconds)
                 except (Missing, *FAILURES) as error:
                     say(f"{contender.name}: {error}")
                 else:
@@ -62,20 +60,16 @@ def growth(  # noqa: PLR0913 - with what, where and how much
     return [Row(*case, *map(statistics.median, zip(*figures, strict=True))) for case, figures in seen.items()]
 
 
-def _cases(most: int) -> Iterator[tuple[Contender, str, int, tuple[str, ...]]]:
-    """Yield (contender, kind, count, headers that each client sends)."""
+def _cases(most: int) -> Iterator[tuple[Contender, str, int]]:
+    """Yield (contender, kind, count)."""
     named = {contender.name: contender for contender in CONTENDERS}
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _SPARE_FILES
     for kind, largest in (("open", files), ("working", files // 2)):
         for count in CLIENTS:
             if count > min(most, largest):
                 say(f"growth: {count:,} clients {kind} are left out: open files allow {largest:,}, wanted are {most:,}")
-            elif kind == "working" or count >= WORKING:
-                yield from ((named[name], kind, count, ()) for name in (OURS, NGINX))
-    for count in KEYS:
-        texts = [f"tool-{number}:key-of-tool-number-{number:04}" for number in range(count)]
-        contender = Contender(OURS, ours(CLIENT_KEYS=",".join(texts)))
-        yield contender, "keys", count, (f"X-Proxy-Key: {texts[-1].partition(':')[2]}",)
+            else:
+                yield from ((named[name], kind, count) for name in (OURS, NGINX))
 
 
 def _measure(  # noqa: PLR0913 - one case: who, where, how many, how long
@@ -86,16 +80,14 @@ def _measure(  # noqa: PLR0913 - one case: who, where, how many, how long
     kind: str,
     count: int,
     seconds: int,
-    headers: tuple[str, ...],
 ) -> tuple[float, float, float, float, float]:
     place = upstream.place(folder / "contender", "http")
-    door = replace(place.door, headers=(*place.door.headers, *headers))
     words, environment = command(place)
     with Program(words, folder=place.folder, environment=environment) as program:
-        first_answer(program, door)
+        first_answer(program, place.door)
         working = count if kind == "working" else WORKING
-        with open_clients(door, max(0, count - working) if kind == "open" else 0):
-            load(wrk, door, program, connections=working, seconds=1)
+        with open_clients(place.door, max(0, count - working) if kind == "open" else 0):
+            load(wrk, place.door, program, connections=working, seconds=1)
             time.sleep(_SETTLE)
-            seen = load(wrk, door, program, connections=working, seconds=seconds)
+            seen = load(wrk, place.door, program, connections=working, seconds=seconds)
             return seen.cpu, seen.rate, seen.p50, seen.p99, program.memory()

@@ -1,6 +1,7 @@
 """What the README says of speed: ``python -m benchmarks.page RESULTS README`` writes it between the two marks there.
 
 Owns the words around a run's figures, all of which come from RESULTS. Tells ratios: times hold on one machine.
+``python -m benchmarks`` prints the same of what it measured.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks import targets
 from benchmarks.compare import RATE, SCHEMES
-from benchmarks.growth import CLIENTS, KEYS, WORKING
+from benchmarks.growth import CLIENTS, WORKING
 from benchmarks.legacy import ALONE, EACH, FIFTY, PROXY, QUIET_PROXY, ROUND_TRIP, summary
 from benchmarks.peers import DIRECT, NGINX, OURS
 from benchmarks.replicas import RATE as QUOTA
 from benchmarks.shared import IN_MEMORY
-from benchmarks.tables import REPLICA_HEADS, REPLICA_TITLE, TARGET_HEADS, grid, pair, replica_rows, target_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,10 @@ PICTURES: Final = "benchmarks/results"
 _WHOLE: Final = 10
 _RATIOS: Final = (
     ("CPU of a request", "cpu_16"),
+    ("varied traffic", "cpu_varied"),
     ("a new connection each", "cpu_new"),
+    ("POST", "cpu_post"),
+    ("answer in pieces", "cpu_pieces"),
     ("median, 1 connection", "p50_1"),
     (f"99th percentile, {RATE}/s", f"p99_{RATE}"),
     ("rate of a large download", "down_rate"),
@@ -37,23 +41,49 @@ _RATIOS: Final = (
 )
 
 
-def of(results: Mapping[str, Any]) -> str:
-    """Return the page, without the marks: a section for each part that was measured."""
-    machine, plan = results["machine"], results["plan"]
-    rounds = f"{plan['rounds']} rounds" if plan["rounds"] > 1 else "one round"
-    intro = (
-        f"Measured on {machine['date']}: {machine['cores']} cores, Python {machine['python']}, medians of {rounds}, "
-        f"{plan['seconds']} s for each load, large bodies of {plan['mebibytes']} MiB. Two values are those for a "
-        "clear-text and for a TLS upstream."
-    )
-    sections = [intro, "\n".join(_meaning(results))]
-    for part, write in (("legacy", _legacy), ("medians", _peers), ("growth", _growth), ("shared", _shared)):
+def of(results: Mapping[str, Any], *, whole: bool = True) -> str:
+    """Return the page, without the marks: a section for each part that was measured.
+
+    ``whole``: with the targets of which nothing was measured.
+    """
+    sections = [_intro(results["machine"], results["plan"]), "\n".join(_meaning(results))]
+    for part, write in (
+        ("legacy", _legacy),
+        ("medians", _peers),
+        ("growth", _growth),
+        ("shared", _shared),
+        ("replicas", _replicas),
+    ):
         if results.get(part):
             sections += write(results[part])
-    if results.get("replicas"):
-        sections += [f"### {REPLICA_TITLE}", grid(REPLICA_HEADS, replica_rows(results["replicas"]))]
-    targets = "What the project wants of itself, and what the same run found. In bold: beyond its bound."
-    return "\n\n".join([*sections, "### Targets", targets, grid(TARGET_HEADS, target_rows(results))])
+    rows = [row for row in targets.of(results) if whole or row.known]
+    told = "What the project wants of itself, and what the same run found. In bold: beyond its bound."
+    cells = [(row.figure, row.asked, row.measured, row.verdict) for row in rows]
+    return "\n\n".join(
+        [*filter(None, sections), "### Targets", told, grid(("figure", "target", "measured", ""), cells)]
+    )
+
+
+def _intro(machine: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    rounds = f"{plan['rounds']} rounds" if plan["rounds"] > 1 else "one round"
+    where = [f"{machine['cores']} cores"]
+    if "cpu" in machine:
+        where[0] += f" of {machine['cpu']}, other work {machine['load']:.1f} of them"
+    where.append(f"Python {machine['python']}" + (f" ({machine['build']})" if "build" in machine else ""))
+    return (
+        f"Measured on {machine['date']}: {', '.join(where)}, medians of {rounds}, {plan['seconds']} s for each load, "
+        f"large bodies of {plan['mebibytes']} MiB. Two values are those for a clear-text and for a TLS upstream."
+    )
+
+
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
+
+
+def pair(values: Iterable[float | None], form: str) -> str:
+    """Return the values of both schemes in one cell."""
+    return " / ".join("-" if value is None else form.format(value) for value in values)
 
 
 def put(text: str, page: str) -> str:
@@ -118,22 +148,28 @@ def _first(cases: Mapping[str, Mapping[str, tuple[float, float]]], way: str) -> 
 def _peers(medians: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
     yield "### Beside other proxies that attach a token"
     yield "As ratios to nginx's; memory in MiB. What is not measured (-) is not offered by that program, or failed."
+    table = [(name, [medians[scheme].get(name, {}) for scheme in SCHEMES]) for name in _names(medians)]
+    bases = [medians[scheme].get(NGINX, {}) for scheme in SCHEMES]
+    columns = [(head, key) for head, key in _RATIOS if any(key in base for base in bases)]
     rows = []
-    for name in dict.fromkeys(name for contenders in medians.values() for name in contenders):
-        if name == DIRECT:
-            continue
-        found = [medians[scheme].get(name, {}) for scheme in SCHEMES]
-        bases = [medians[scheme].get(NGINX, {}) for scheme in SCHEMES]
+    for name, found in table:
         cells = [
             _ratios(
                 row[key] / base[key] if row.get(key) and base.get(key) else None
                 for row, base in zip(found, bases, strict=True)
             )
-            for _, key in _RATIOS
+            for _, key in columns
         ]
-        rows.append([name, *cells, pair([row.get("loaded_mib") for row in found], "{:.0f}")])
-    yield grid(["", *(head for head, _ in _RATIOS), "memory"], rows)
+        if any("loaded_mib" in base for base in bases):
+            cells.append(pair([row.get("loaded_mib") for row in found], "{:.0f}"))
+        rows.append([name, *cells])
+    heads = ["", *(head for head, _ in columns), "memory"]
+    yield grid(heads[: len(rows[0])] if rows else heads, rows)
     yield _picture("medians", "CPU time of a request, nginx = 1")
+
+
+def _names(medians: Mapping[str, Mapping[str, object]]) -> list[str]:
+    return [name for name in dict.fromkeys(name for found in medians.values() for name in found) if name != DIRECT]
 
 
 def _ratios(values: Iterable[float | None]) -> str:
@@ -147,21 +183,15 @@ def _growth(rows: Sequence[Sequence[Any]]) -> Iterator[str]:
     costs: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for name, kind, count, cpu, *_ in rows:
         costs[name, kind][count] = cpu
-    yield "### More clients, more keys"
-    yield f"CPU of a request; with {WORKING} clients, or one key, it is 1."
+    yield "### More clients"
+    yield f"CPU of a request; with {WORKING} clients it is 1."
     counts = [count for count in CLIENTS if any(count in found for found in costs.values())]
     lines = []
     for (name, kind), found in costs.items():
-        if kind != "keys":
-            what = "all at work" if kind == "working" else f"{WORKING} at work"
-            values = [found[count] / found[WORKING] if {count, WORKING} <= set(found) else None for count in counts]
-            lines.append([f"{name}, {what}", *(pair([value], "{:.2f}") for value in values)])
+        what = "all at work" if kind == "working" else f"{WORKING} at work"
+        values = [found[count] / found[WORKING] if {count, WORKING} <= set(found) else None for count in counts]
+        lines.append([f"{name}, {what}", *(pair([value], "{:.2f}") for value in values)])
     yield grid(["clients", *(f"{count:,}" for count in counts)], lines)
-    keys = costs.get((OURS, "keys"), {})
-    if keys.get(1):
-        known = [count for count in KEYS if count in keys]
-        grown = (f"{keys[count] / keys[1]:.2f}" for count in known)
-        yield f"With {', '.join(map(str, known))} named keys: {', '.join(grown)}."
     yield _picture("growth", "CPU time of a request with more and more clients")
 
 
@@ -193,6 +223,32 @@ def _shared(ways: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
         cells = [pair([value], "{:.2f}") for value in (*ratios, row.get("calls_16"))]
         rows.append([way, *cells, pair([row.get("alone")], "{:.0f}")])
     yield grid(["quota", *heads], rows)
+
+
+def _replicas(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    yield f"### Replicas that share {QUOTA.limit} requests in {QUOTA.window:.0f} s, all busy (simulated)"
+    heads = (
+        "replicas",
+        "quota used",
+        "most in one window",
+        "longest wait",
+        "fairness, of the best possible",
+        "calls to Redis/s",
+        "told to come back/s",
+    )
+    cells = [
+        [
+            case,
+            f"{used:.0%}",
+            str(most),
+            f"{wait:.1f} s",
+            f"{fair:.2f} of {best:.2f}",
+            f"{calls:,.0f}",
+            f"{refused:.1f}",
+        ]
+        for case, used, most, wait, fair, best, calls, refused in map(tuple, rows)
+    ]
+    yield grid(heads, cells)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

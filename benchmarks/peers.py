@@ -17,6 +17,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -80,6 +81,8 @@ class Place:
     upstream_port: int
     ca: Path
     host: str = LOCAL
+    headers: tuple[str, ...] = ()
+    """What clients must send besides."""
 
     @property
     def upstream(self) -> str:
@@ -89,7 +92,8 @@ class Place:
     @property
     def door(self) -> Door:
         """Where its clients go."""
-        return Door(self.port)
+        door = Door(self.port)
+        return replace(door, headers=door.headers + self.headers)
 
     def fill(self, template: str) -> str:
         """Write a configuration into the folder, and return its path."""
@@ -168,11 +172,11 @@ class Cache:
             raise Missing("it is in none of Debian's packages")
         return Command([str(program)], {"LD_LIBRARY_PATH": libraries})
 
-    def python(self, name: str, *packages: str) -> Path:
+    def python(self, name: str, *packages: str, interpreter: str = sys.executable) -> Path:
         """Return the folder of programs of a virtual environment that has the packages."""
         root = self.folder / name
         if not (root / "installed").exists():
-            _install([sys.executable, "-m", "venv", "--clear", str(root)], self.folder)
+            _install([interpreter, "-m", "venv", "--clear", str(root)], self.folder)
             _install(
                 [str(root / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check", *packages], self.folder
             )
@@ -213,13 +217,38 @@ def _install(words: Sequence[str], folder: Path) -> None:
 class Contender:
     """One that is measured. ``prepare`` installs it, or raises ``Missing``, and returns what starts it in a place.
 
-    ``brief``: only the cost of a request is asked for. ``health``: it has a command of that name.
+    ``rows``: what of it is measured. ``headers``: what its clients must send besides.
     """
 
     name: str
     prepare: Callable[[Cache], Callable[[Place], Command]]
-    brief: bool = False
-    health: bool = False
+    rows: Sequence[str] = ("cost",)
+    headers: tuple[str, ...] = ()
+
+
+def newest_python() -> tuple[str, str] | None:
+    """Return path and version of the newest Python of this machine; None unless it is newer than the one that runs."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    folders = [Path(name) for name in os.environ.get("PATH", "").split(":")]
+    found = [path for folder in folders for path in folder.glob("python3.[0-9]*") if path.name[8:].isdigit()]
+    best = sys.version_info[:3], sys.executable
+    for path in (*found, *pyenv.glob("versions/3.*/bin/python3")):
+        code = "import sys; print(*sys.version_info[:3])"
+        done = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)
+        if done.returncode == 0:  # a shim can be of none
+            best = max(best, (tuple(map(int, done.stdout.split())), str(path)))
+    version, path = best
+    return None if version == sys.version_info[:3] else (path, ".".join(map(str, version)))
+
+
+def _newest(cache: Cache) -> str:
+    found = newest_python()
+    if found is None:
+        raise Missing("no Python here is newer than the one that runs this")
+    path, version = found
+    lock = REPOSITORY / "requirements.lock"
+    name = f"python-{version}-{zlib.crc32(lock.read_bytes()):08x}"
+    return str(cache.python(name, "--no-deps", "--require-hashes", "-r", str(lock), interpreter=path) / "python")
 
 
 def _nginx(cache: Cache) -> Callable[[Place], Command]:
@@ -257,17 +286,20 @@ def _node(script: str) -> Callable[[Cache], Callable[[Place], Command]]:
     return prepare
 
 
-def ours(*, uvloop: bool = True, **settings: str) -> Callable[[Cache], Callable[[Place], Command]]:
+def ours(
+    *, uvloop: bool = True, newest: bool = False, **settings: str
+) -> Callable[[Cache], Callable[[Place], Command]]:
     """Return what starts the proxy of this repository, with the memory settings of its image.
 
-    ``settings`` are variables without their METQUAY_. A quota is on and never reached. ``uvloop``: whether it is used.
+    ``settings`` are variables without their METQUAY_. A quota is on and never reached. ``uvloop``: whether it is used;
+    ``newest``: whether it runs on this machine's newest Python.
     """
 
-    def prepare(_cache: Cache) -> Callable[[Place], Command]:
+    def prepare(cache: Cache) -> Callable[[Place], Command]:
         if uvloop and importlib.util.find_spec("uvloop") is None:
             raise Missing("uvloop is not installed")
         image = dict(_MEMORY_SETTING.findall((REPOSITORY / "Dockerfile").read_text()))
-        words = [sys.executable, "-m", "metquay_proxy"]
+        words = [_newest(cache) if newest else sys.executable, "-m", "metquay_proxy"]
         if not uvloop:
             without = "import sys; sys.modules['uvloop'] = None; from metquay_proxy.cli import main; sys.exit(main())"
             words = [sys.executable, "-c", without]
@@ -292,18 +324,27 @@ def ours(*, uvloop: bool = True, **settings: str) -> Callable[[Cache], Callable[
 
 
 OURS: Final = "metquay-proxy"
+ASYNCIO: Final = f"{OURS} without uvloop"
+KEYED: Final = f"{OURS}, client key"
+LOGGING: Final = f"{OURS}, log on"
+NEWEST: Final = f"{OURS}, newest Python"
 NGINX: Final = "nginx"
 DIRECT: Final = "direct"
+_KEYS: Final = [f"tool-{number}:key-of-tool-number-{number:04}" for number in range(100)]
+_PEER: Final = ("cost", "new", "latency", "memory", "large")
+_BASE: Final = (*_PEER, "varied", "post", "pieces")
 CONTENDERS: Final = (
-    Contender(OURS, ours(), health=True),
-    Contender(f"{OURS} without uvloop", ours(uvloop=False), brief=True),
-    Contender(f"{OURS}, log on", ours(LOG_LEVEL="info"), brief=True),
-    Contender(NGINX, _nginx),
-    Contender("HAProxy", _haproxy),
-    Contender("Envoy", _envoy),
-    Contender("Caddy", _caddy),
-    Contender("node fast-proxy", _node("fast_proxy.js")),
-    Contender("node http-proxy", _node("http_proxy.js")),
+    Contender(OURS, ours(), (*_BASE, "soak", "start")),
+    Contender(ASYNCIO, ours(uvloop=False)),
+    Contender(KEYED, ours(CLIENT_KEYS=",".join(_KEYS)), headers=(f"X-Proxy-Key: {_KEYS[-1].partition(':')[2]}",)),
+    Contender(LOGGING, ours(LOG_LEVEL="info")),
+    Contender(NEWEST, ours(newest=True)),
+    Contender(NGINX, _nginx, _BASE),
+    Contender("HAProxy", _haproxy, _PEER),
+    Contender("Envoy", _envoy, _PEER),
+    Contender("Caddy", _caddy, _PEER),
+    Contender("node fast-proxy", _node("fast_proxy.js"), _PEER),
+    Contender("node http-proxy", _node("http_proxy.js"), _PEER),
 )
 
 
@@ -321,9 +362,9 @@ class Upstream:
         plain = Door(self.ports[scheme], tls)
         return replace(plain, headers=(*plain.headers, f"Authorization: Bearer {TOKEN}"))
 
-    def place(self, folder: Path, scheme: str) -> Place:
+    def place(self, folder: Path, scheme: str, headers: tuple[str, ...] = ()) -> Place:
         """Return a place for a contender."""
-        return Place(folder, free_port(), scheme, self.ports[scheme], self.ca, self.address)
+        return Place(folder, free_port(), scheme, self.ports[scheme], self.ca, self.address, headers)
 
 
 @contextlib.contextmanager
@@ -349,12 +390,17 @@ def serving(
             "TLS": str(upstream.ports["https"]),
             "TOKEN": TOKEN,
             "BODIES": bodies,
+            "FOLDER": str(folder),
             "JSON": json.dumps([_ROW | {"id": 10400 + number} for number in range(9)]),
             "FILES": _files(),
         }
         words, environment = cache.debian("nginx")
         words = [*inside, *words, "-p", str(folder), "-e", "stderr", "-c", _fill("upstream.conf", values, folder)]
-        with Program(words, folder=folder, environment=environment) as program:
+        slow = [sys.executable, str(_TEMPLATES / "pieces.py"), str(folder / "pieces.sock")]
+        with (
+            Program(slow, folder=folder / "pieces", environment={}),
+            Program(words, folder=folder, environment=environment) as program,
+        ):
             if not inside:
                 first_answer(program, upstream.door("http"))
             yield upstream

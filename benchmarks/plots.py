@@ -80,8 +80,7 @@ def _growth(rows: list[list[Any]]) -> Any:  # noqa: ANN401 - matplotlib has no t
     figure, axes = plt.subplots(figsize=(7.5, 3.4))
     lines: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     for name, kind, count, cpu, *_ in rows:
-        if kind != "keys":
-            lines[name, kind].append((count, cpu))
+        lines[name, kind].append((count, cpu))
     styles = {"open": "-o", "working": "--s"}
     for (name, kind), points in lines.items():
         first = dict(points).get(_WORKING)

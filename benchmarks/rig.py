@@ -4,7 +4,8 @@ Owns nothing that knows a contender. Must not judge a figure.
 
 Facts: Linux gives every process a CPU clock in nanoseconds (clock_getcpuclockid(3): the id is made of the pid), while
 utime and stime in /proc count in hundredths of a second. VmHWM is the peak of resident memory since 5 was written to
-clear_refs (proc(5)). Latency counts from when a request was due, else a stalled program would hide its own stall.
+clear_refs (proc(5)). Lua writes whole numbers of up to 14 digits as such. Latency counts from when a request was due,
+else a stalled program would hide its own stall.
 """
 
 from __future__ import annotations
@@ -37,7 +38,20 @@ UPLOAD: Final = "/api/v1/uploads/body"
 _PIECE: Final = 1 << 18
 _BUSY: Final = 64
 _PATIENCE: Final = 30.0
-_REPORT: Final = """
+_SCRIPT: Final = """
+function init(arguments)
+  local number, size = tonumber(arguments[1]), tonumber(arguments[2])
+  if size > 0 then
+    wrk.method, wrk.body = "POST", string.rep("x", size)
+  end
+  if number > 0 then
+    local before, after = wrk.format(nil, wrk.path .. "&number=@"):match("^(.-)@(.*)$")
+    request = function()
+      number = number + 1
+      return before .. number .. after
+    end
+  end
+end
 done = function(summary, latency)
   local errors = summary.errors
   io.write(string.format('\\n{"requests": %d, "seconds": %f, "p50": %f, "p99": %f, "errors": %d}\\n',
@@ -45,6 +59,25 @@ done = function(summary, latency)
     errors.connect + errors.read + errors.write + errors.status + errors.timeout))
 end
 """
+
+
+class Kind(NamedTuple):
+    """What a load asks for."""
+
+    path: str = PATH
+    new_target: bool = False
+    """Whether each request has a target of its own, which no request before had."""
+    body: int = 0
+    """Bytes of a POST's body; 0: it is a GET."""
+    close: bool = False
+    """Whether each request has a connection of its own."""
+
+
+PLAIN: Final = Kind()
+NEW_HEAD: Final = "/api/v1/new-head/customers?first=0&limit=50"
+"""The same, and no two answers have the same head."""
+PIECES: Final = "/api/v1/pieces?first=0&limit=50"
+"""The same, which comes in three pieces."""
 
 
 class Failed(Exception):
@@ -71,6 +104,7 @@ class Program:
         base = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         folder.mkdir(parents=True, exist_ok=True)
         self._output = folder / "output.txt"
+        self.began = time.perf_counter()
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 command, cwd=folder, env=base | dict(environment), stdout=output, stderr=output, start_new_session=True
@@ -89,6 +123,14 @@ class Program:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+    def finish(self) -> float:
+        """Wait for its end; return after how many seconds it came. Raises ``Failed`` where the program did."""
+        code = self._process.wait(_PATIENCE)
+        seconds = time.perf_counter() - self.began
+        if code:
+            raise Failed(f"exit code {code}:\n{self.output}")
+        return seconds
 
     @property
     def output(self) -> str:
@@ -153,14 +195,13 @@ class Door:
 
 
 def first_answer(program: Program, door: Door) -> float:
-    """Ask until the program answers with 200; return after how many seconds it did."""
-    began = time.perf_counter()
+    """Ask until the program answers with 200; return after how many seconds of its life it did."""
     request = door.head("GET", PATH, "Connection: close")
-    while time.perf_counter() < began + _PATIENCE:
+    while time.perf_counter() < program.began + _PATIENCE:
         with contextlib.suppress(OSError), door.connect() as connection:
             connection.sendall(request)
             if connection.recv(_PIECE).startswith(b"HTTP/1.1 200"):
-                return time.perf_counter() - began
+                return time.perf_counter() - program.began
         if not program.alive:
             break
         time.sleep(0.002)
@@ -168,18 +209,18 @@ def first_answer(program: Program, door: Door) -> float:
 
 
 class Wrk(NamedTuple):
-    """The load generator: its program, what that needs of the environment, and the script that reports in JSON."""
+    """The load generator: its program, what that needs of the environment, and the script that asks and reports."""
 
     path: Path
     environment: Mapping[str, str]
-    report: Path
+    script: Path
 
     @classmethod
     def of(cls, path: Path, environment: Mapping[str, str], folder: Path) -> Self:
         """Write the script into ``folder``."""
-        report = folder / "report.lua"
-        report.write_text(_REPORT)
-        return cls(path, environment, report)
+        script = folder / "load.lua"
+        script.write_text(_SCRIPT)
+        return cls(path, environment, script)
 
 
 class Load(NamedTuple):
@@ -199,13 +240,17 @@ class Load(NamedTuple):
 
 
 def load(  # noqa: PLR0913 - a load is made of these
-    wrk: Wrk, door: Door, program: Program | None, *, connections: int, seconds: int, close: bool = False
+    wrk: Wrk, door: Door, program: Program | None, *, connections: int, seconds: int, kind: Kind = PLAIN
 ) -> Load:
     """Keep ``connections`` busy, each sending its next request when the last one was answered.
 
-    ``close``: a new connection for each request. Raises ``Failed`` where one request in a thousand failed.
+    Raises ``Failed`` where one request in a thousand failed.
     """
-    headers = [word for header in (*door.headers, *(["Connection: close"] if close else [])) for word in ("-H", header)]
+    fields = [*door.headers]
+    if kind.close:
+        fields.append("Connection: close")
+    if kind.body:
+        fields.append("Content-Type: application/json")
     threads = 2 if connections > _BUSY else 1
     options = [
         f"-t{threads}",
@@ -214,12 +259,16 @@ def load(  # noqa: PLR0913 - a load is made of these
         "--timeout",
         f"{_PATIENCE:.0f}s",
         "-s",
-        str(wrk.report),
+        str(wrk.script),
+        *(word for field in fields for word in ("-H", field)),
+        f"{'http' if door.tls is None else 'https'}://{LOCAL}:{door.port}{kind.path}",
+        "--",
+        str(time.monotonic_ns() // 1000 % 10**13 if kind.new_target else 0),  # requests count slower than this clock
+        str(kind.body),
     ]
-    address = f"{'http' if door.tls is None else 'https'}://{LOCAL}:{door.port}{PATH}"
     before = 0.0 if program is None else program.cpu()
     output = subprocess.run(
-        [str(wrk.path), *options, *headers, address],
+        [str(wrk.path), *options],
         env=dict(wrk.environment),
         capture_output=True,
         text=True,

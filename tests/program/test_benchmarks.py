@@ -12,6 +12,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("the benchmark needs Linux", allow_module_level=True)
 
+from benchmarks import __main__ as command
 from benchmarks import page, targets
 from benchmarks.legacy import ALONE, EACH, FIFTY, PROXY, Job, summary
 from benchmarks.replicas import Outcome
@@ -74,20 +75,43 @@ def test_a_bound_is_judged_before_it_is_rounded(
 def test_a_row_is_reached_when_all_its_bounds_are() -> None:
     """One figure beyond its bound is a miss, whatever the others say."""
     good, bad, unknown = (targets.Bound([value], 1.0, "{}") for value in (1.0, 2.0, None))
-    verdicts = [targets.Target("", "", bounds).verdict for bounds in ([good], [good, unknown], [unknown, bad])]
-    assert ["reached", "not measured", "missed"] == verdicts
+    told = targets.Bound([9.0], targets.REPORTED, "{}")
+    rows = ([good], [good, told], [told], [good, unknown], [unknown, bad])
+    verdicts = [targets.Target("", "", bounds).verdict for bounds in rows]
+    assert ["reached", "reached", "reported", "not measured", "missed"] == verdicts
 
 
 def test_the_proxy_is_set_beside_each_peer() -> None:
     """Ratios are ours to theirs; an added latency is counted from that without any proxy."""
-    rows = {"metquay-proxy": 30.0, "nginx": 20.0, "Envoy": 60.0, "Caddy": 50.0, "direct": 10.0}
+    rows = {"metquay-proxy": 30.0, "nginx": 20.0, "HAProxy": 18.0, "Envoy": 60.0, "Caddy": 50.0, "direct": 10.0}
     medians = {
         scheme: {name: {"cpu_16": value, "p50_1": value} for name, value in rows.items()}
         for scheme in ("http", "https")
     }
     found = {row.figure: row.measured for row in targets.of({"medians": medians})}
-    assert "1.50 / 1.50 x nginx; 0.50 / 0.50 x Envoy" == found["CPU of a request, 16 connections"]
-    assert "0.40 / 0.40 x Envoy; 0.50 / 0.50 x Caddy" == found["median latency added, 1 connection"]
+    assert "1.50 / 1.50 x nginx" == found["CPU of a request, 16 connections"]
+    added = "**2.50** / **2.50** x HAProxy; 0.40 / 0.40 x Envoy; 0.50 / 0.50 x Caddy"
+    assert added == found["median latency added, 1 connection"]
+
+
+def test_the_proxy_is_set_beside_what_it_can_not_do_without() -> None:
+    """Start and memory are told as more than the bare imports of the same run."""
+    row = {"idle_mib": 50.0, "import_mib": 45.0, "loaded_mib": 52.0, "start_ms": 300.0, "import_ms": 250.0}
+    found = {row.figure: row.measured for row in targets.of({"medians": {"http": {"metquay-proxy": row}}})}
+    assert "1.20 / - x; - / - x" == found["start to first answer; the command health"]
+    grown = "**5.0** / - MiB more; 2.0 / - MiB; - / - MiB"
+    assert grown == found["memory when idle; grown after load, and after a long one"]
+
+
+def test_a_single_row_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """A developer asks for the row that a change is about; what there is not is refused with what there is."""
+    quick = command.options_of(["--quick", "post", "shared"])
+    assert (["post"], ["post", "shared"], 1) == (quick.rows, quick.what, quick.rounds)
+    whole = command.options_of([])
+    assert ([*command.ROWS], list(command.PARTS), 3) == (whole.rows, [*whole.what], whole.rounds)
+    with pytest.raises(SystemExit):
+        command.options_of(["put"])
+    assert "there is no part or row put, of compare, legacy" in capsys.readouterr().err
 
 
 def test_the_legacy_job_is_judged_by_its_medians() -> None:
@@ -96,7 +120,7 @@ def test_the_legacy_job_is_judged_by_its_medians() -> None:
     assert {ALONE: {EACH: (48.0, 0.25), FIFTY: (48.0, 0.25)}} == summary(jobs)
     verdicts = {row.figure: row.verdict for row in targets.of({"legacy": jobs})}
     assert "not measured" == verdicts["its first call"]
-    jobs += [Job(ALONE, PROXY, 8.0, 0.05, 8.0)]
+    jobs += [Job(ALONE, PROXY, 8.0, 0.04, 8.0)]
     verdicts = {row.figure: row.verdict for row in targets.of({"legacy": jobs})}
     assert {"reached"} == {verdicts["its first call"], verdicts["the legacy job, 40 ms from Metquay"]}
 
