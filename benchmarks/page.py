@@ -68,7 +68,7 @@ def _intro(machine: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
     rounds = f"{plan['rounds']} rounds" if plan["rounds"] > 1 else "one round"
     where = [f"{machine['cores']} cores"]
     if "cpu" in machine:
-        where[0] += f" of {machine['cpu']}, other work {machine['load']:.1f} of them"
+        where[0] += f" of {machine['cpu']}, load average {machine['load']:.1f} before"
     where.append(f"Python {machine['python']}" + (f" ({machine['build']})" if "build" in machine else ""))
     return (
         f"Measured on {machine['date']}: {', '.join(where)}, medians of {rounds}, {plan['seconds']} s for each load, "

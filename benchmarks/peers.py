@@ -335,11 +335,11 @@ _PEER: Final = ("cost", "new", "latency", "memory", "large")
 _BASE: Final = (*_PEER, "varied", "post", "pieces")
 CONTENDERS: Final = (
     Contender(OURS, ours(), (*_BASE, "soak", "start")),
+    Contender(NGINX, _nginx, _BASE),
     Contender(ASYNCIO, ours(uvloop=False)),
     Contender(KEYED, ours(CLIENT_KEYS=",".join(_KEYS)), headers=(f"X-Proxy-Key: {_KEYS[-1].partition(':')[2]}",)),
     Contender(LOGGING, ours(LOG_LEVEL="info")),
     Contender(NEWEST, ours(newest=True)),
-    Contender(NGINX, _nginx, _BASE),
     Contender("HAProxy", _haproxy, _PEER),
     Contender("Envoy", _envoy, _PEER),
     Contender("Caddy", _caddy, _PEER),
