@@ -33,7 +33,7 @@ from metquay_proxy.rules.http1 import RequestReader
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from metquay_proxy.rules.http1 import FieldsMemory, RequestHead
+    from metquay_proxy.rules.http1 import RequestHead, RequestsMemory
 
 _HIGH_WATER: Final = 32 * 1024
 """Bytes of answers that may wait for the client before whoever writes them must."""
@@ -104,7 +104,7 @@ class ClientConnection(Receiver):
         self,
         serving: Serving,
         bounds: Bounds,
-        memory: FieldsMemory,
+        memory: RequestsMemory,
         make_helper: Callable[[], asyncio.Protocol],
         on_made: Callable[[ClientConnection], object],
         on_gone: Callable[[ClientConnection], object],
@@ -196,7 +196,7 @@ class ClientConnection(Receiver):
     def proceed(self) -> None:
         """Answer Expect: 100-continue, if the request has that and waits: it was admitted, and its body is wanted."""
         head = self._reader.head
-        waits = head is not None and (head.fields.text(b"expect") or "").lower() == "100-continue" and head.minor
+        waits = head is not None and (head.fields.text(b"expect") or "").lower() == "100-continue" and head.fields.minor
         if waits and not self._reader.complete:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 

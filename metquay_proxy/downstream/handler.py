@@ -104,10 +104,9 @@ class Handler:
         """
         exchange = Exchange(head.method)
         exchange.address = client.address
-        exchange.fields = head.fields
-        exchange.minor = head.minor
-        exchange.keep = head.keep_alive
-        exchange.body = self._body(stream, chunked=head.length is None)
+        exchange.fields = fields = head.fields
+        exchange.keep = fields.keep_alive
+        exchange.body = self._body(stream, chunked=fields.length is None)
         self._telemetry.opened()
         self._heads += head.size
         try:
@@ -198,22 +197,22 @@ class Handler:
         """Pass the answer on: head and what is there of the body in one write, then piece by piece."""
         forwarding = self._forwarder.forward(exchange)
         response = await (forwarding if exchange.method in READING else self._write(exchange, forwarding))
-        head, body = response.head, response.body
+        head = response.head
         exchange.status = head.status
         exchange.answered_by = "proxy" if exchange.replayed else "metquay"
         try:
             if exchange.client_left:
                 exchange.error = "client-left"
                 return
-            chunked = head.length is None and exchange.minor == 1
+            chunked = head.length is None and exchange.fields.minor == 1
             if (head.length is None and not chunked) or self.draining or not exchange.body.arrived:
                 exchange.keep = False
             data = self._answer_head(exchange, head, chunked=chunked)
-            piece = body.read_nowait()
+            piece = response.read_nowait()
             while True:
                 if piece:
                     data += b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
-                ended = body.ended
+                ended = response.ended
                 if ended and chunked:
                     data += b"0\r\n\r\n"
                 if data:
@@ -224,7 +223,7 @@ class Handler:
                 if client.full:
                     await client.drained()
                 data = b""
-                piece = await body.read()
+                piece = await response.read()
         finally:
             response.close()
 
@@ -259,7 +258,7 @@ class Handler:
         added = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         if not exchange.keep:
             added += b"Connection: close\r\n"
-        elif not exchange.minor:
+        elif not exchange.fields.minor:
             added += b"Connection: keep-alive\r\n"
         if exchange.cors:
             added += "".join(f"{name}: {value}\r\n" for name, value in exchange.cors).encode("latin-1")

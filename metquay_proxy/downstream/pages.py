@@ -42,7 +42,7 @@ _PAGE: Final = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 _TEXT: Final = "text/plain; charset=utf-8"
 _JSON: Final = "application/json"
 _METRICS: Final = "text/plain; version=1.0.0; charset=utf-8"
-_ASKED: Final = "{0.method} / HTTP/1.{0.minor}\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+_ASKED: Final = "{0.method} / HTTP/1.{0.fields.minor}\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 """What aiohttp gets in place of the client's request."""
 _SERVER: Final = "metquay-proxy"
 """aiohttp would name itself and Python, with their versions."""

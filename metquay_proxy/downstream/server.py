@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from metquay_proxy.downstream.connection import Bounds, ClientConnection, Serving
-from metquay_proxy.rules.http1 import FieldsMemory
+from metquay_proxy.rules.http1 import RequestsMemory
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -39,7 +39,7 @@ class Server(web.Server):
         self._serving = serving
         self.clients: set[ClientConnection] = set()
         """All that are open, those on which an own page is being sent included."""
-        self._memory = FieldsMemory()
+        self._memory = RequestsMemory()
         self._tick = min(_LONGEST_TICK, bounds.head / 4, bounds.idle / 4, bounds.linger / 4, bounds.silence / 4)
         self._look_after: asyncio.TimerHandle | None = None
         self.bounds = bounds

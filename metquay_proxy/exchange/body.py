@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from metquay_proxy.rules.errors import ProxyError
 
@@ -42,7 +42,7 @@ class Stream:
         self._pieces: deque[bytes] = deque()
 
     @classmethod
-    def of(cls, data: bytes = b"") -> Stream:
+    def of(cls, data: bytes = b"") -> Self:
         """Make one that has arrived whole; without ``data`` it is no body at all."""
         stream = cls()
         if data:
@@ -101,11 +101,15 @@ class Stream:
     async def read(self) -> bytes:
         """Wait for what comes, and return it; empty at the end. Raises what ``fail`` was given."""
         while not self._pieces and not self.arrived:
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            await self.news()
         return self.read_nowait()
+
+    def news(self) -> asyncio.Future[None]:
+        """Return what is to be awaited for the next news; raise what ``fail`` was given."""
+        if self._error is not None:
+            raise self._error
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        return waiter
 
     def _hold(self, *, up: bool) -> None:
         self.held_up = up

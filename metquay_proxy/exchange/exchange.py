@@ -11,10 +11,12 @@ import time
 from itertools import count
 from typing import TYPE_CHECKING, Final, Literal
 
+from metquay_proxy.exchange.body import Stream
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from metquay_proxy.exchange.body import RequestBody, Stream
+    from metquay_proxy.exchange.body import RequestBody
     from metquay_proxy.rules.errors import Sent
     from metquay_proxy.rules.headers import RequestFields, ResponseHead
     from metquay_proxy.rules.target import Target
@@ -32,8 +34,6 @@ class Exchange:
     """What is asked for, once that is known to be allowed."""
     fields: RequestFields
     body: RequestBody
-    minor: int = 1
-    """The client speaks HTTP/1.``minor``."""
     keep: bool = False
     """Whether the client's connection may stay after the answer."""
 
@@ -110,23 +110,33 @@ class Exchange:
             self.sent = sent
 
 
-class Response:
-    """An answer whose head has arrived; its body is read piece by piece."""
+class Response(Stream):
+    """An answer: its head, which is there once it has ``begun``, and its body, which is read piece by piece."""
 
-    __slots__ = ("body", "close", "head")
+    head: ResponseHead
+    begun = False
 
-    def __init__(self, head: ResponseHead, body: Stream, close: Callable[[], object] = bool) -> None:
-        """``close`` gives up what has not arrived, and may be called again."""
+    def __init__(self, hold_up: Callable[[bool], object] = bool, give_up: Callable[[Response], object] = bool) -> None:
+        """``hold_up`` is as in ``Stream``; ``give_up`` ends the sending of what has not arrived, if there is any."""
+        super().__init__(hold_up)
+        self._give_up = give_up
+
+    def begin(self, head: ResponseHead) -> None:
+        """Take the head."""
         self.head = head
-        self.body = body
-        self.close = close
+        self.begun = True
+        self._wake()
+
+    def close(self) -> None:
+        """Give up what has not arrived; it may be called again."""
+        self._give_up(self)
 
     async def beginning(self, limit: int) -> bytes:
         """Return the whole body, or a beginning that is longer than ``limit`` bytes; close what breaks off."""
         beginning = b""
         try:
-            while len(beginning) <= limit and not self.body.ended:
-                beginning += await self.body.read()
+            while len(beginning) <= limit and not self.ended:
+                beginning += await self.read()
         except BaseException:
             self.close()
             raise

@@ -17,7 +17,6 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
-from metquay_proxy.exchange.body import Stream
 from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules import retries
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
@@ -108,7 +107,9 @@ class Forwarder:
         claim = await self._records.claim(name, digest, self._clock())
         if isinstance(claim, Answer):
             exchange.replayed = True
-            return Response(claim.head, Stream.of(claim.body or b""))
+            replayed = Response.of(claim.body or b"")
+            replayed.begin(claim.head)
+            return replayed
         answer: Answer | None = None
         try:
             response = await self._repeatedly(exchange)
@@ -118,7 +119,7 @@ class Forwarder:
                 exchange.note_sent("yes")
                 answer = Answer(head, None)
                 answer.body = await response.beginning(MAX_ANSWER)
-                response.body.unread(answer.body)
+                response.unread(answer.body)
         except BaseException as error:
             left: Sent = "unknown" if body.sent else "no"
             exchange.note_sent(error.sent if isinstance(error, ProxyError) else left)

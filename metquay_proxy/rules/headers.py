@@ -95,11 +95,17 @@ class RequestFields:
 
     ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
     ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept, and
-    ``product`` the name that it begins with, in lower case, without versions and numbers.
-    Nothing of it ever changes, so that many requests may share it.
+    ``product`` the name that it begins with, in lower case, without versions and numbers. They came in HTTP/1.``minor``;
+    ``length`` is the body's in bytes: None where it is chunked, 0 without a body. ``keep_alive``: the client lets the
+    connection stay after the answer. Nothing of it ever changes once its reader has made it, so that many requests may
+    share it.
     """
 
-    __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "options", "product")
+    __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "keep_alive", "length", "minor", "options", "product")
+
+    minor: int
+    length: int | None
+    keep_alive: bool
 
     def __init__(self, lines: bytes) -> None:
         r"""Take valid field lines, each after its CRLF, such as ``\r\nHost: localhost\r\nAccept: */*``."""

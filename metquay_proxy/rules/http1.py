@@ -30,6 +30,7 @@ Facts, RFC 9112 unless said otherwise:
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
@@ -38,9 +39,7 @@ from metquay_proxy.rules import faults
 from metquay_proxy.rules.headers import NAMES, RequestFields, ResponseHead, connection_options, noted_fields, passed_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    _Found = tuple[int, RequestFields, int | None, bool]
+    from collections.abc import Callable, Mapping
 
 T = TypeVar("T")
 
@@ -55,15 +54,14 @@ MAX_FIELDS: Final = 128
 # groups are not, since CPython before 3.11.5 gets such wrong: no part of theirs can match in two ways, so that time
 # stays linear.
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
-_REQUEST_HEAD: Final = re.compile(
-    rb"(?=[^\r]{,%d}+\r)(%b) ([\x21-\x7e]++) (HTTP/1\.[01](?:\r\n[^\r\n]++)*\r\n\r\n)"
-    % (MAX_LINE, "|".join(faults.METHODS).encode())
-)
+_ASKED: Final = re.compile(rb"(%b) ([\x21-\x7e]++)" % "|".join(faults.METHODS).encode())
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?(?=\r\n)")
 _FIELD_LINES: Final = re.compile(rb"(?:\r\n" + faults.TOKEN + rb":" + _TEXT + rb")*\r\n\r\n")
 _KEPT_FOR: Final = re.compile(rb"(?:\A|[,; \t])timeout[ \t]*+=[ \t]*+\"?([0-9]{1,9})(?![0-9])")
-_VERSION: Final = len(b"HTTP/1.1")
 _START: Final = b"HTTP/1."
+_BEFORE_VERSION: Final = b" " + _START
+_VERSION: Final = len(_START) + 1
+_MINOR: Final = {b"HTTP/1.1": 1, b"HTTP/1.0": 0}
 _CRLF: Final = b"\r\n"
 BLANK_LINE: Final = b"\r\n\r\n"
 _MAX_CHUNK_LINE: Final = 4096
@@ -201,8 +199,7 @@ class ResponseReader(_Reader):
 
     def __init__(self, method: str, memory: AnswersMemory | None = None) -> None:
         """Take the memory that the connections to one upstream share."""
-        self._memory = AnswersMemory() if memory is None else memory
-        self._method = method
+        self._memory = (AnswersMemory() if memory is None else memory).of(method)
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece, and return the bytes of the decoded body that it holds, maybe none.
@@ -210,15 +207,21 @@ class ResponseReader(_Reader):
         Bytes after the answer's end are ignored, and set ``surplus``. Raises ProtocolError for anything that breaks
         HTTP, and for every piece after that.
         """
-        if not data:
-            return b""
-        self.started = True
-        if self.complete:
-            self.surplus = True
-            return b""
-        if self._refusal is not None:
+        head, start = self.head, 0
+        if head is None:
+            head, start = self._read_heads(data)
+            if head is None:
+                return b""
+        elif self._refusal is not None:
             raise self._refusal
-        return self._read_heads(data) if self.head is None else self._read_rest(self.head, data, 0)
+        elif self.complete:
+            self.surplus = self.surplus or bool(data)
+            return b""
+        if head.until_close:
+            return data[start:]
+        body, end = self._read_body(data, start, head.length)
+        self.surplus = end < len(data)
+        return body
 
     def eof(self) -> None:
         """Note that the upstream closed, which completes a body that lasts until then.
@@ -235,41 +238,32 @@ class ResponseReader(_Reader):
             raise ProtocolError("the upstream closed the connection before the end of its answer's body")
         self.complete = True
 
-    def _read_heads(self, data: bytes) -> bytes:
+    def _read_heads(self, data: bytes) -> tuple[ResponseHead | None, int]:
+        """Return the final head, None while it is not whole, and where the body begins."""
+        if self._refusal is not None:
+            raise self._refusal
         start = 0
+        if data:
+            self.started = True
         while True:
             block, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "head")
             if not block:
                 begun = bytes((self._buffer or b"")[:16])
                 if not begun.startswith(_START[: len(begun)]):
                     raise self._fault(f"it is not HTTP/1: it begins with {begun!r}")
-                return b""
-            head = self._judge(block)
+                return None, start
+            try:
+                head = self._memory[block]
+            except ProtocolError as error:
+                self._refusal = error
+                raise
             if head is not None:
                 self.head = head
                 self._left = head.length or 0
-                return self._read_rest(head, data, start)
+                return head, start
             if not self._interim:
                 raise self._fault("too many interim answers came before it")
             self._interim -= 1
-
-    def _judge(self, block: bytes) -> ResponseHead | None:
-        try:
-            head = _parse_answer(block, tunnel=True) if self._method == "CONNECT" else self._memory[block]
-        except ProtocolError as error:
-            self._refusal = error
-            raise
-        if head is None or self._method != "HEAD":
-            return head
-        persists = head.keep_alive or (head.until_close and head.minor == 1)
-        return replace(head, length=0, until_close=False, keep_alive=persists)
-
-    def _read_rest(self, head: ResponseHead, data: bytes, start: int) -> bytes:
-        if head.until_close:
-            return data[start:]
-        body, end = self._read_body(data, start, head.length)
-        self.surplus = end < len(data)
-        return body
 
 
 def _parse_answer(block: bytes, *, tunnel: bool = False) -> ResponseHead | None:
@@ -313,63 +307,91 @@ def _framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, 
     raise ProtocolError("its Content-Length and Transfer-Encoding do not say for certain how long its body is")
 
 
+def _parse_bodiless(block: bytes) -> ResponseHead | None:
+    """Parse the head of an answer to HEAD, whose fields speak of a body that does not follow."""
+    head = _parse_answer(block)
+    if head is None:
+        return None
+    persists = head.keep_alive or (head.until_close and head.minor == 1)
+    return replace(head, length=0, until_close=False, keep_alive=persists)
+
+
 class _Memory(dict[bytes, T]):
-    """What was found out about the text of a head: both sides send the same ones again and again.
+    """What was found out about the text of a head, or a part of it: both sides send the same ones again and again.
 
     A few are remembered, none of them long and none with a secret. One memory serves all connections of a side.
     """
 
-    judge: Callable[[bytes], T | None]
+    def __init__(self, judge: Callable[[bytes], T | None]) -> None:
+        """``judge`` finds it out; nothing but the text may make a difference to it."""
+        self._judge = judge
 
-    def __missing__(self, block: bytes) -> T | None:
+    def __missing__(self, text: bytes) -> T | None:
         """Judge a text; None is remembered of none."""
-        found = self.judge(block)
-        if found is not None and len(block) <= _LONGEST_REMEMBERED and not NAMES.secret_field.search(block):
+        found = self._judge(text)
+        if found is not None and len(text) <= _LONGEST_REMEMBERED and not NAMES.secret_field.search(text):
             if len(self) >= _REMEMBERED:
                 self.clear()
-            self[block] = found
+            self[text] = found
         return found
 
 
-class AnswersMemory(_Memory[ResponseHead]):
+class AnswersMemory:
     """The heads of answers, from the status line to the blank line; None stands for an interim one."""
 
-    judge = staticmethod(_parse_answer)
+    def __init__(self) -> None:
+        self._others = _Memory(_parse_answer)
+        tunnel = _Memory(functools.partial(_parse_answer, tunnel=True))
+        self._methods = {"HEAD": _Memory(_parse_bodiless), "CONNECT": tunnel}
+
+    def of(self, method: str) -> Mapping[bytes, ResponseHead | None]:
+        """Return the heads that answered such requests."""
+        return self._methods.get(method, self._others)
 
 
 class RequestHead(NamedTuple):
-    """One request's head.
-
-    ``target`` is as in the request line. ``length`` is the body's in bytes: None where it is chunked, 0 without a body.
-    ``keep_alive``: the client lets the connection stay after the answer.
-    """
+    """One request's head; ``target`` is as in the request line, ``size`` in bytes."""
 
     method: str
     target: str
-    minor: int
     fields: RequestFields
-    length: int | None
-    keep_alive: bool
     size: int
-    """Bytes of all of it."""
 
 
-def _parse_fields(block: bytes) -> _Found | None:
+def _parse_asked(line: bytes) -> tuple[str, str] | None:
+    """Return method and target of a request line without its version; None where it is refused."""
+    asked = _ASKED.fullmatch(line) if len(line) < MAX_LINE - _VERSION else None
+    return None if asked is None else (asked[1].decode(), asked[2].decode())
+
+
+def _parse_fields(block: bytes) -> RequestFields | None:
     """Judge the text from a request's version to its blank line; None where it is refused."""
-    if not _well_formed(block, _VERSION, MAX_FIELDS):
+    minor = _MINOR.get(block[:_VERSION])
+    if minor is None or not _well_formed(block, _VERSION, MAX_FIELDS):
         return None
-    minor = int(block[_VERSION - 1 : _VERSION])
     fields = RequestFields(block[_VERSION : -len(BLANK_LINE)])
     if faults.head_fault(minor, fields.judged) is not None:
         return None
-    length = None if b"transfer-encoding" in fields.judged else int(fields.text(b"content-length") or 0)
-    return minor, fields, length, _persists(minor, fields.options)
+    fields.minor = minor
+    fields.length = None if b"transfer-encoding" in fields.judged else int(fields.text(b"content-length") or 0)
+    fields.keep_alive = _persists(minor, fields.options)
+    return fields
 
 
-class FieldsMemory(_Memory["_Found"]):
-    """The versions and field lines of requests; None stands for what is refused."""
+class RequestsMemory:
+    """The heads of requests in two parts, since tools ask for one thing after another with the same fields."""
 
-    judge = staticmethod(_parse_fields)
+    def __init__(self) -> None:
+        self.asked = _Memory(_parse_asked)
+        """Request lines without their versions: method and target."""
+        self.fields = _Memory(_parse_fields)
+        """What comes after that, from the version on."""
+
+    def head(self, text: bytes) -> RequestHead | None:
+        """Judge a head, from its first byte to the blank line; None where it is refused."""
+        at = text.find(_BEFORE_VERSION)
+        asked, fields = self.asked[text[:at]], self.fields[text[at + 1 :]]
+        return None if asked is None or fields is None else RequestHead(*asked, fields, len(text))
 
 
 class RequestReader(_Reader):
@@ -386,9 +408,9 @@ class RequestReader(_Reader):
     _data, _at = b"", 0
     """What came with the end of this request, and where that was."""
 
-    def __init__(self, memory: FieldsMemory | None = None) -> None:
+    def __init__(self, memory: RequestsMemory | None = None) -> None:
         """Take the memory that the connections of a server share."""
-        self._memory = FieldsMemory() if memory is None else memory
+        self._memory = RequestsMemory() if memory is None else memory
         self._rest = bytearray()  # what came later
 
     @property
@@ -425,33 +447,35 @@ class RequestReader(_Reader):
     def _read(self, data: bytes, start: int) -> bytes:
         if self._refusal is not None:
             raise self._refusal
-        if self.head is None:
-            head = None if self._buffer else _REQUEST_HEAD.match(data, start, start + MAX_HEAD)
-            head, start = self._gather(data, start) if head is None else (head, head.end())
+        head = self.head
+        if head is None:
+            end = -1 if self._buffer else data.find(BLANK_LINE, start, start + MAX_HEAD)
+            if end >= 0:
+                end += len(BLANK_LINE)
+                head = self._memory.head(data[start:end])
             if head is None:
-                return b""
-            found = self._memory[head[3]]
-            if found is None:
-                raise self._fault("a head is malformed", head[0])
-            self.head = RequestHead(head[1].decode(), head[2].decode(), *found, len(head[0]))
-            self._left = found[2] or 0
-            self.complete = found[2] == 0
+                head, end = self._gather(data, start)
+                if head is None:
+                    return b""
+            self.head, start = head, end
+            self._left = head.fields.length or 0
+            self.complete = head.fields.length == 0
         body = b""
         if not self.complete:
-            body, start = self._read_body(data, start, self.head.length)
+            body, start = self._read_body(data, start, head.fields.length)
         if start < len(data):
             self._data, self._at = data, start
         return body
 
-    def _gather(self, data: bytes, start: int) -> tuple[re.Match[bytes] | None, int]:
-        """Read on in a head that came in pieces, or that is preceded by empty lines; None while it is not whole."""
+    def _gather(self, data: bytes, start: int) -> tuple[RequestHead | None, int]:
+        """Read on in a head that came in pieces, or after empty lines; None while it is not whole."""
         while not self._buffer and start < len(data) and data[start] in _CRLF:  # RFC 9112 section 2.2
             start += 1
             self._empty += 1
             if self._empty > _MAX_EMPTY:
                 raise self._fault("too many empty lines")
         text, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "head")
-        head = _REQUEST_HEAD.match(text)
+        head = self._memory.head(text) if text else None
         if head is None and (text or not faults.BEGUN.match(self._buffer or b"")):
             raise self._fault("no request looks like this", text)
         return head, start

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import selectors
 import ssl
 import sys
 from typing import TYPE_CHECKING, Final, cast
 
-from metquay_proxy.exchange.body import RequestBody, Stream
+from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.exchange.receiver import Receiver
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
 from metquay_proxy.rules.http1 import BODILESS, ProtocolError, ResponseReader
@@ -34,7 +35,7 @@ if sys.platform == "linux":
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from metquay_proxy.rules.headers import ResponseHead
+    from metquay_proxy.exchange.body import RequestBody
     from metquay_proxy.rules.http1 import AnswersMemory
 
 
@@ -48,9 +49,14 @@ class Connection(Receiver):
     """One connection to the upstream, over TLS or not."""
 
     _transport: asyncio.Transport
-    _stream: Stream | None = None
-    """The body of the answer that comes; there while an exchange runs, and then the next two are its own."""
-    _answer: asyncio.Future[ResponseHead]
+    idle_since = 0.0
+    """What its owner notes of it: when it became free,"""
+    good_until = 0.0
+    """until when it may be used then,"""
+    too_old = math.inf
+    """and from when on never."""
+    _response: Response | None = None
+    """The answer that comes; there while an exchange runs, and then the next one is its own."""
     _reader: ResponseReader
     _upload: asyncio.Task[None] | None = None
     """What sends a body that comes piece by piece, until it is sent or no longer wanted."""
@@ -93,8 +99,8 @@ class Connection(Receiver):
 
     def data_received(self, data: bytes) -> None:
         """Take a piece of the answer, or close where nobody waits for one."""
-        stream = self._stream
-        if stream is None:
+        response = self._response
+        if response is None:
             self.abort()
             return
         self._silent = 0.0
@@ -102,16 +108,17 @@ class Connection(Receiver):
         try:
             piece = reader.feed(data)
         except ProtocolError as error:
-            self._announce()
+            self._announce(response)
             message = f"Metquay's answer was not valid HTTP ({error}). Try again; if it stays, tell your administrator."
             left_over = self._used and reader.head is None  # of the exchange before, a moment late
-            self._fail(stream, "upstream-protocol", message, repeatable=left_over, stale=left_over)
+            self._fail(response, "upstream-protocol", message, repeatable=left_over, stale=left_over)
             return
+        if not response.begun:
+            self._announce(response)
         if piece:
-            stream.feed(piece)
-        self._announce()
+            response.feed(piece)
         if reader.complete:
-            self._finish(stream)
+            self._finish(response)
 
     def eof_received(self) -> bool:
         """Note whether the peer ended in order; over TLS it says so (RFC 8446 section 6.1)."""
@@ -126,20 +133,20 @@ class Connection(Receiver):
             for data in left_behind(self._transport):
                 self.data_received(data)
         self._on_lost(self)
-        stream = self._stream
-        if stream is None:
+        response = self._response
+        if response is None:
             return
         if exc is None and not self._cut:
             with contextlib.suppress(ProtocolError):
                 self._reader.eof()
         if self._reader.complete:
-            self._finish(stream)
+            self._finish(response)
         elif self._reader.head is not None:
-            self._fail(stream, "upstream-closed", "Metquay broke the connection in the middle of its answer.")
+            self._fail(response, "upstream-closed", "Metquay broke the connection in the middle of its answer.")
         else:
             message = f"Metquay closed the connection without an answer. {_BEFORE_A_REPEAT}"
             stale = self._reused and not self._reader.started
-            self._fail(stream, "upstream-closed", message, repeatable=True, stale=stale)
+            self._fail(response, "upstream-closed", message, repeatable=True, stale=stale)
 
     def pause_writing(self) -> None:
         """Note that the upstream is slower than the client."""
@@ -165,22 +172,20 @@ class Connection(Receiver):
 
         Bytes that come move, and bytes of the request that leave. Where the client is waited for, no time counts.
         """
-        stream = self._stream
+        response = self._response
         unsent = 0 if self._transport.is_closing() else _unsent(self._transport)
         waits_for_client = self._upload is not None and self._writable.is_set()
-        if stream is None or stream.held_up or waits_for_client or unsent != self._unsent:
+        if response is None or response.held_up or waits_for_client or unsent != self._unsent:
             self._silent = 0.0
         elif (silent := self._silent + interval) <= timeout:
             self._silent = silent
         else:
             message = f"Metquay did not answer: nothing came for {timeout:g} seconds. {_BEFORE_A_REPEAT}"
-            self._fail(stream, "upstream-timeout", message)
+            self._fail(response, "upstream-timeout", message)
         self._unsent = unsent
 
-    def send(
-        self, method: str, head: bytes, body: RequestBody, *, reused: bool
-    ) -> tuple[asyncio.Future[ResponseHead], Stream]:
-        """Send one request; return the head and the body of its answer to come, which raise ``ProxyError``.
+    def send(self, method: str, head: bytes, body: RequestBody, *, reused: bool) -> Response:
+        """Send one request; return its answer to come, which raises ``ProxyError``.
 
         A body that is not there yet follows by a task of its own. ``reused``: the connection had idled. Raises
         ``UpstreamFailure`` where the connection has closed.
@@ -191,25 +196,24 @@ class Connection(Receiver):
             raise UpstreamFailure("upstream-closed", message, repeatable=True)
         data = body.whole()
         self._reader = ResponseReader(method, self._memory)
-        self._stream = stream = Stream(self._hold_up)
+        self._response = response = Response(self._hold_up, self.give_up)
         self._reused = reused
         self.bodiless = method == "HEAD"
         self._silent = 0.0
-        self._answer = self._loop.create_future()
         if data is None:
             self._sent = False
             transport.write(head)
-            self._upload = self._loop.create_task(self._send_rest(transport, body, stream))
+            self._upload = self._loop.create_task(self._send_rest(transport, body, response))
         else:
             if body.chunked:
                 data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
             transport.write(head + data)
             self._sent = body.sent = True
-        return self._answer, stream
+        return response
 
-    def give_up(self, stream: Stream | None) -> None:
-        """End the exchange of ``stream``, if it still runs, and the connection with it; None: none had begun."""
-        if self._stream is stream:
+    def give_up(self, response: Response | None) -> None:
+        """End the exchange that ``response`` answers, if it still runs, and the connection with it; None: none runs."""
+        if self._response is response:
             self._detach()
             self.abort()
 
@@ -218,40 +222,38 @@ class Connection(Receiver):
         self._cut = True
         self._transport.abort()
 
-    def _announce(self) -> None:
+    def _announce(self, response: Response) -> None:
         """Hand the head of the answer over where it has just come."""
         head = self._reader.head
-        if head is not None and not self._answer.done():
-            self._answer.set_result(head)
+        if head is not None and not response.begun:
+            response.begin(head)
             if head.status >= _NO_MORE:
                 self._stop_sending()
 
-    def _finish(self, stream: Stream) -> None:
+    def _finish(self, response: Response) -> None:
         """End the exchange, whose answer has come whole; what of it is still unread is its reader's."""
-        head = self._reader.head
+        head = response.head
         self._detach()
-        stream.end()  # which reads on, where it had been held up
+        response.end()  # which reads on, where it had been held up
         self._used = True
-        if head is not None and head.keep_alive and self._sent and not self._reader.surplus:
+        if head.keep_alive and self._sent and not self._reader.surplus:
             self.bodiless |= head.status in BODILESS
             self._on_free(self, head.kept_for)
         else:
             self.abort()
 
-    def _fail(self, stream: Stream, slug: str, message: str, *, repeatable: bool = False, stale: bool = False) -> None:
+    def _fail(self, response: Response, slug: str, message: str, *, repeatable: bool = False, stale: bool = False) -> None:
         """End the exchange, which the upstream broke."""
         sent: Sent = "yes" if self._reader.head is not None else "unknown" if self._sent else "no"
-        self._end(stream, UpstreamFailure(slug, message, sent=sent, repeatable=repeatable, stale=stale))
+        self._end(response, UpstreamFailure(slug, message, sent=sent, repeatable=repeatable, stale=stale))
 
-    def _end(self, stream: Stream, error: ProxyError) -> None:
+    def _end(self, response: Response, error: ProxyError) -> None:
         self._detach()
-        stream.fail(error)
-        if not self._answer.done():
-            self._answer.set_exception(error)
+        response.fail(error)
         self.abort()
 
     def _detach(self) -> None:
-        self._stream = None
+        self._response = None
         self._stop_sending()
 
     def _stop_sending(self) -> None:
@@ -263,7 +265,7 @@ class Connection(Receiver):
         if not self._transport.is_closing():
             (self._transport.pause_reading if stop else self._transport.resume_reading)()
 
-    async def _send_rest(self, transport: asyncio.Transport, body: RequestBody, stream: Stream) -> None:
+    async def _send_rest(self, transport: asyncio.Transport, body: RequestBody, response: Response) -> None:
         """Send a body as it comes; cancelled where the exchange ends before."""
         try:
             async for chunk in body.chunks():
@@ -273,7 +275,7 @@ class Connection(Receiver):
                 await self._writable.wait()
         except Exception as error:  # noqa: BLE001 - whatever the client's side raised, the upstream is not to blame
             broke = "The body of this request ended early or was not valid HTTP; nothing was sent to Metquay."
-            self._end(stream, error if isinstance(error, ProxyError) else ProxyError("bad-request", broke))
+            self._end(response, error if isinstance(error, ProxyError) else ProxyError("bad-request", broke))
             return
         if body.chunked:
             if transport.is_closing():

@@ -89,7 +89,7 @@ async def ask(pool: Pool, base: BaseURL, what: str, fields: str = "", data: byte
     body = RequestBody(Stream.of(data), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
     answer = b""
     with contextlib.closing(await pool.send(method, f"{head}{fields}\r\n".encode(), body, own=True)) as response:
-        while piece := await response.body.read():
+        while piece := await response.read():
             answer += piece
             if len(answer) > _ANSWER_LIMIT:
                 raise LoginFailed("the answer is far too long; is METQUAY_HOST right?")

@@ -12,11 +12,9 @@ still while the machine is suspended.
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 from typing import TYPE_CHECKING, Final
 
-from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules.http1 import AnswersMemory
 from metquay_proxy.upstream.connection import Connection
 from metquay_proxy.upstream.dial import Dialer, OutboundProxy
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from metquay_proxy.exchange.body import RequestBody
+    from metquay_proxy.exchange.exchange import Response
     from metquay_proxy.rules.target import BaseURL
 
 MAX_IDLE: Final = 4.0
@@ -72,8 +71,8 @@ class Pool:
         self._memory = AnswersMemory()
         self._max_idle, self._max_idle_unsafe = max_idle
         self._room = max_idle_connections
-        self._idle: list[tuple[float, float, Connection]] = []
-        """Since when it idles, and until when it may be used: readings of the clock. The latest comes last."""
+        self._idle: list[Connection] = []
+        """The latest comes last."""
         self._connections: set[Connection] = set()
         """All that are open, idle or busy."""
         self._opening: set[asyncio.Task[Connection]] = set()
@@ -115,18 +114,20 @@ class Pool:
             self._warm_until = now + self._warm_for
         pooled = None if fresh else self._take(method, now)
         connection = pooled or await self._connect()
-        stream = None
+        response = None
         try:
-            answer, stream = connection.send(method, head, body, reused=pooled is not None)
+            response = connection.send(method, head, body, reused=pooled is not None)
             on_sent()
-            return Response(await answer, stream, functools.partial(connection.give_up, stream))
+            while not response.begun:
+                await response.news()
         except BaseException:
-            connection.give_up(stream)
+            connection.give_up(response)
             raise
+        return response
 
     async def warm(self) -> None:
         """Open a connection for the next request; raise ``UpstreamFailure``."""
-        self._keep(math.inf, await self._connect())
+        self._keep(await self._connect())
 
     def keep_warm(self) -> None:
         """Keep a connection ready from now on as though a tool had just asked for something."""
@@ -150,36 +151,38 @@ class Pool:
         """Return a connection on which a request may be sent, if there is one."""
         careful = method not in _REPEATABLE_METHODS
         while self._idle:
-            since, good_until, connection = self._idle[-1]
-            if careful and (since < now - self._max_idle_unsafe or connection.bodiless):
+            connection = self._idle[-1]
+            if careful and (connection.idle_since < now - self._max_idle_unsafe or connection.bodiless):
                 return None
             self._idle.pop()
-            if now < good_until and connection.open and not (careful and connection.has_unread()):
+            if now < connection.good_until and connection.open and not (careful and connection.has_unread()):
                 return connection
             connection.abort()
         return None
 
     def _make(self) -> Connection:
-        until = self._clock() + _MAX_AGE
-        connection = Connection(self._memory, functools.partial(self._keep, until), self._lost)
+        connection = Connection(self._memory, self._keep, self._lost)
+        connection.too_old = self._clock() + _MAX_AGE
         self._connections.add(connection)
         self._sweep_later()
         return connection
 
-    def _keep(self, oldest: float, connection: Connection, kept_for: float | None = None) -> None:
-        """Take a connection that is free, for the next request; it is to be used no later than ``oldest``."""
+    def _keep(self, connection: Connection, kept_for: float | None = None) -> None:
+        """Take a connection that is free, for the next request."""
         if len(self._idle) >= self._room or not connection.open:
             connection.abort()
             return
-        now = self._clock()
-        good_until = min(oldest, now + self._max_idle)
+        connection.idle_since = now = self._clock()
+        good_for = self._max_idle
         if kept_for is not None:
-            good_until = min(good_until, now + kept_for - min(_MARGIN, kept_for / 2))
-        self._idle.append((now, good_until, connection))
+            good_for = min(good_for, kept_for - min(_MARGIN, kept_for / 2))
+        connection.good_until = min(connection.too_old, now + good_for)
+        self._idle.append(connection)
 
     def _lost(self, connection: Connection) -> None:
         self._connections.discard(connection)
-        self._idle = [idle for idle in self._idle if idle[2] is not connection]
+        if connection in self._idle:
+            self._idle.remove(connection)
 
     def _sweep_later(self) -> None:
         if self._sweeping is None:
@@ -191,11 +194,11 @@ class Pool:
         for connection in tuple(self._connections):
             connection.watch(self._read_timeout, self._tick)
         now = self._clock()
-        for _, good_until, connection in tuple(self._idle):
-            if good_until <= now:
+        for connection in tuple(self._idle):
+            if connection.good_until <= now:
                 connection.abort()
         warm = now < self._warm_until
-        latest = max([self._opened_ahead, *(since for since, _, _ in self._idle)])
+        latest = max([self._opened_ahead, *(connection.idle_since for connection in self._idle)])
         if warm and not self._opening and len(self._idle) == len(self._connections) and now - latest >= self._pace:
             self._opened_ahead = now
             self._start_opening().add_done_callback(self._opened)
@@ -222,4 +225,4 @@ class Pool:
         if task.cancelled() or task.exception() is not None:
             self._warm_until = -math.inf
         else:
-            self._keep(math.inf, task.result())
+            self._keep(task.result())

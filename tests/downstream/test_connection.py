@@ -13,7 +13,7 @@ import pytest
 from metquay_proxy.downstream.connection import Bounds, ClientConnection, remote
 from metquay_proxy.exchange.body import HIGH_WATER
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.http1 import FieldsMemory
+from metquay_proxy.rules.http1 import RequestsMemory
 from tests.wire import Broken, Client, eventually, get, head
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Made:
 @contextlib.asynccontextmanager
 async def served(answer: Answer = ok) -> AsyncIterator[tuple[Made, Client]]:
     """Run a made-up server, and a client that is connected to it."""
-    made, memory = Made(answer), FieldsMemory()
+    made, memory = Made(answer), RequestsMemory()
 
     def accept() -> ClientConnection:
         return ClientConnection(made, Bounds(), memory, asyncio.Protocol, made.clients.add, made.clients.discard)

@@ -16,7 +16,6 @@ from metquay_proxy.downstream.connection import Bounds
 from metquay_proxy.downstream.handler import Handler
 from metquay_proxy.downstream.pages import Pages
 from metquay_proxy.downstream.server import Server
-from metquay_proxy.exchange.body import Stream
 from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.gate import ClientKey, Gate
@@ -93,16 +92,17 @@ class TestMistakes:
     @pytest.mark.parametrize("version", ["1.1", "1.0"])
     async def test_after_the_head(self, version: str) -> None:
         """A mistake of ours in mid-answer breaks the transfer: no second answer inside the first."""
-        body = Stream()
-        body.feed(b"a")
+        response = Response()
+        response.begin(response_head(200, b"OK", []))
+        response.feed(b"a")
 
         async def answer(_: Exchange) -> Response:
-            return Response(response_head(200, b"OK", []), body)
+            return response
 
         async with handled(answer) as (client, telemetry):
             await client.send(head(f"GET /x HTTP/{version}"))
             await client.until(b"a")
-            body.fail(ZeroDivisionError())
+            response.fail(ZeroDivisionError())
             with pytest.raises(Broken) as caught:
                 await client.to_the_end()
             assert 1 == caught.value.got.count(b"HTTP/1")

@@ -103,10 +103,12 @@ class Upstream:
             raise UpstreamFailure(outcome.slug, "-", **how)  # a new one, which remembers nothing of other requests
         if callable(outcome):
             outcome = outcome(head)
-        reply, stream, number = outcome if isinstance(outcome, Reply) else Reply(outcome), Stream(), len(self.closed)
-        self.pouring.append(asyncio.ensure_future(reply.pour(stream)))
+        reply, number = outcome if isinstance(outcome, Reply) else Reply(outcome), len(self.closed)
+        response = Response(give_up=lambda _: self.closed.__setitem__(number, True))  # noqa: FBT003 - a value
+        response.begin(reply.head)
+        self.pouring.append(asyncio.ensure_future(reply.pour(response)))
         self.closed.append(False)
-        return Response(reply.head, stream, lambda: self.closed.__setitem__(number, True))  # noqa: FBT003 - a value
+        return response
 
     @property
     def bearers(self) -> list[str]:
@@ -157,7 +159,7 @@ class Asked:
 
     async def text(self) -> bytes:
         """Read its answer to the end."""
-        body, data = self.task.result().body, b""
+        body, data = self.task.result(), b""
         while not body.ended:
             data += await body.read()
         return data

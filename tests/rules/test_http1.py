@@ -19,10 +19,10 @@ from metquay_proxy.rules.http1 import (
     MAX_HEAD,
     MAX_LINE,
     ClosedBeforeHead,
-    FieldsMemory,
     ProtocolError,
     RequestHead,
     RequestReader,
+    RequestsMemory,
     ResponseHead,
     ResponseReader,
 )
@@ -736,10 +736,10 @@ def asked(head: RequestHead | None, body: bytes = b"") -> Asked:
     """Return what can be compared of a request."""
     assert head is not None
     sent = head.fields.outbound("M", "/", host=b"h", authorization=None, chunked=False)
-    return head.method, head.target, head.minor, sent, head.length, head.keep_alive, body
+    return head.method, head.target, head.fields.minor, sent, head.fields.length, head.fields.keep_alive, body
 
 
-def take(pieces: Iterable[bytes], memory: FieldsMemory | None = None) -> tuple[list[Asked], str | None]:
+def take(pieces: Iterable[bytes], memory: RequestsMemory | None = None) -> tuple[list[Asked], str | None]:
     """Return the complete requests of a connection, and how it ended: a refusal's slug, "begun", "body" or None."""
     reader, found, body = RequestReader(memory), [], b""
     try:
@@ -806,13 +806,13 @@ class TestRequestHead:
     )
     def test_length(self, lines: bytes, length: int | None) -> None:
         """The length is in bytes, None where the body is chunked; only these two fields say that there is one."""
-        assert length == request(b"GET / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n").length
+        assert length == request(b"GET / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n").fields.length
 
     @pytest.mark.parametrize(("minor", "lines", "expected"), PERSISTENCE)
     def test_keep_alive(self, minor: int, lines: bytes, expected: bool) -> None:  # noqa: FBT001 - a table's column
         """1.1 persists but for `close`; 1.0 only with `keep-alive`; Proxy-Connection and Upgrade decide nothing."""
-        head = request(b"GET / HTTP/1.%d\r\nHost: x\r\n%b\r\n" % (minor, lines))
-        assert (minor, expected) == (head.minor, head.keep_alive)
+        fields = request(b"GET / HTTP/1.%d\r\nHost: x\r\n%b\r\n" % (minor, lines)).fields
+        assert (minor, expected) == (fields.minor, fields.keep_alive)
 
     @pytest.mark.parametrize(
         ("slug", "stream"),
@@ -952,10 +952,10 @@ class TestRequestBody:
         assert (b"", True) == (reader.next(), reader.begun)
 
 
-class TestFieldsMemory:
+class TestRequestsMemory:
     def test_the_same_lines_are_judged_once(self) -> None:
         """All readers of a server share what they found out; the version is a part of it, method and target are not."""
-        memory = FieldsMemory()
+        memory = RequestsMemory()
         first, second = RequestReader(memory), RequestReader(memory)
         first.feed(GET)
         second.feed(GET.replace(b"GET /customers", b"PUT /works"))
@@ -965,23 +965,28 @@ class TestFieldsMemory:
         assert first.head.fields is second.head.fields
         second.next()
         second.feed(GET.replace(b"HTTP/1.1", b"HTTP/1.0"))
-        assert (0, False) == (second.head.minor, second.head.keep_alive)
+        assert (0, False) == (second.head.fields.minor, second.head.fields.keep_alive)
 
     @pytest.mark.parametrize("name", [b"authorization", b"Proxy-Authorization", b"X-PROXY-KEY", b"cookie"])
     def test_no_secrets(self, name: bytes) -> None:
         """Lines with a secret are never remembered, nor long ones, nor those that are refused."""
-        memory = FieldsMemory()
+        memory = RequestsMemory()
         lines = [name + b": s3cr3t", b"A: " + b"a" * 2048, b"A : b", b"Content-Length: x"]
         for line in lines:
             take([GET[:-2] + line + b"\r\n\r\n"], memory)
-        assert 0 == len(memory)
+        assert 0 == len(memory.fields)
+        take([b"GET /" + b"a" * 2048 + GET[4:]], memory)
+        take([b"GET /\xe9" + GET[4:]], memory)
+        assert [b"GET /customers?first=0"] == list(memory.asked)
 
     def test_a_few(self) -> None:
         """It never holds more than 64."""
-        memory = FieldsMemory()
+        memory = RequestsMemory()
         for number in range(200):
-            assert 1 == len(take([GET[:-2] + b"A: %d\r\n\r\n" % number], memory)[0])
-            assert 0 < len(memory) <= 64
+            asked = b"GET /%d" % number + GET[GET.index(b" HTTP") : -2]
+            assert 1 == len(take([asked + b"A: %d\r\n\r\n" % number], memory)[0])
+            assert 0 < len(memory.asked) <= 64
+            assert 0 < len(memory.fields) <= 64
 
 
 def work(pieces: Iterable[bytes], reader: RequestReader | ResponseReader) -> int:
@@ -1029,7 +1034,7 @@ def test_work_is_linear(before: bytes, again: bytes, cut: Callable[[bytes], Iter
 
 def test_a_remembered_read_is_cheap() -> None:
     """A plain GET whose lines are known costs no work for each of its fields."""
-    memory = FieldsMemory()
+    memory = RequestsMemory()
     for _ in range(2):
         counts = [work([GET[:-2] + b"A: 1\r\n" * count + b"\r\n"], RequestReader(memory)) for count in (0, 100, 0, 100)]
     assert counts[0] == counts[1] < 160

@@ -44,25 +44,23 @@ class Bench:
         self, *answer: bytes, body: RequestBody | None = None, method: str = "GET", reused: bool = False
     ) -> Response:
         """Send a request, let the peer answer, and return the response once its head is there."""
-        head, stream = self.connection.send(method, POST if body else GET, body or no_body(), reused=reused)
+        response = self.connection.send(method, POST if body else GET, body or no_body(), reused=reused)
         for piece in answer:
             await asyncio.get_running_loop().sock_sendall(self.peer, piece)
-        async with asyncio.timeout(5.0):
-            return Response(await head, stream)
+        return await begun(response)
 
     async def fails(
         self, *answer: bytes, end: str = "", method: str = "GET", reused: bool = False, body: RequestBody | None = None
     ) -> UpstreamFailure:
         """Send a request that gets no answer; return why."""
-        head, _ = self.connection.send(method, GET, body or no_body(), reused=reused)
+        response = self.connection.send(method, GET, body or no_body(), reused=reused)
         for piece in answer:
             await asyncio.get_running_loop().sock_sendall(self.peer, piece)
         if end:
             await asyncio.sleep(0.005)  # a reset overtakes what was sent just before it
             self.end(end)
         with pytest.raises(UpstreamFailure) as caught:
-            async with asyncio.timeout(5.0):
-                await head
+            await begun(response)
         return caught.value
 
     def end(self, how: str) -> None:
@@ -99,11 +97,19 @@ async def bench() -> AsyncIterator[Bench]:
     assert 1 == made.lost
 
 
+async def begun(response: Response) -> Response:
+    """Wait for the head."""
+    async with asyncio.timeout(5.0):
+        while not response.begun:
+            await response.news()
+    return response
+
+
 async def whole(response: Response) -> bytes:
     """Read a body to its end."""
     data = b""
     async with asyncio.timeout(5.0):
-        while piece := await response.body.read():
+        while piece := await response.read():
             data += piece
     return data
 
@@ -130,7 +136,7 @@ class TestWhoseBytesTheyAre:
         await whole(await bench.ask(OK))
         response = await bench.ask(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", reused=True)
         with pytest.raises(UpstreamFailure) as caught:
-            await response.body.read()
+            await response.read()
         assert ("upstream-protocol", "yes", False) == (caught.value.slug, caught.value.sent, caught.value.repeatable)
 
 
@@ -151,13 +157,13 @@ class TestTheEnd:
     async def test_in_mid_answer(self, bench: Bench, answer: bytes, end: str) -> None:
         """What came is passed on, then the break; where no length was said, an end in order by the peer is none."""
         response = await bench.ask(answer)
-        assert b"abc" == await response.body.read()
+        assert b"abc" == await response.read()
         bench.connection.abort() if end == "abort" else bench.end(end)
         if (answer, end) == (UNTIL_CLOSE, "close"):
-            assert b"" == await response.body.read()
+            assert b"" == await response.read()
         else:
             with pytest.raises(UpstreamFailure) as caught:
-                await response.body.read()
+                await response.read()
             assert ("upstream-closed", "yes", False) == (caught.value.slug, caught.value.sent, caught.value.repeatable)
         assert [] == bench.kept
 
@@ -175,10 +181,10 @@ class TestGivenUp:
 
     async def test_in_mid_exchange(self, bench: Bench) -> None:
         """The connection closes; giving up again does nothing."""
-        _, stream = bench.connection.send("GET", GET, no_body(), reused=False)
-        bench.connection.give_up(stream)
+        response = bench.connection.send("GET", GET, no_body(), reused=False)
+        response.close()
         await eventually(lambda: bench.lost)
-        bench.connection.give_up(stream)
+        response.close()
         assert [] == bench.kept
 
     async def test_after_the_last_byte(self, bench: Bench) -> None:
@@ -187,19 +193,18 @@ class TestGivenUp:
         The first answer ended while too much of it waited, so that its sender had been held up.
         """
         body = bytes(HIGH_WATER * 4)
-        head, stream = bench.connection.send("GET", GET, no_body(), reused=False)
+        response = bench.connection.send("GET", GET, no_body(), reused=False)
         sending = asyncio.ensure_future(asyncio.get_running_loop().sock_sendall(bench.peer, answered(body=body)))
-        await eventually(lambda: stream.held_up)
+        await eventually(lambda: response.held_up)
         taken = b""
         while not bench.kept:
-            taken += stream.read_nowait()
+            taken += response.read_nowait()
             await asyncio.sleep(0)
         await sending
-        head.cancel()
-        bench.connection.give_up(stream)
-        assert not stream.held_up
+        response.close()
+        assert not response.held_up
         assert b"ok" == await whole(await bench.ask(OK, reused=True))
-        assert body == taken + stream.read_nowait()
+        assert body == taken + response.read_nowait()
         assert [None, None] == bench.kept
 
     async def test_before_it_began(self, bench: Bench) -> None:
@@ -224,28 +229,28 @@ class TestSilence:
     async def test_an_upstream_that_is_silent(self, bench: Bench) -> None:
         """It is told after the time-out; the request may have been executed, whatever became of its body since."""
         body = body_of(Stream.of(b"abc"))
-        head, _ = bench.connection.send("PUT", GET, body, reused=False)
+        response = bench.connection.send("PUT", GET, body, reused=False)
         await bench.got(len(GET) + 3)
         body.sent = False
         looks(bench, 2)
-        assert not head.done()
+        response.news()
         looks(bench, 2)
         with pytest.raises(UpstreamFailure, match="nothing came for 3 seconds") as caught:
-            await head
+            await begun(response)
         assert ("upstream-timeout", "unknown", False) == (caught.value.slug, caught.value.sent, caught.value.repeatable)
 
     async def test_bytes_that_leave(self, bench: Bench) -> None:
         """An upstream that takes a body slowly is not silent; one that takes nothing any more is."""
         data = bytes(40_000_000)  # some is left, whatever the kernel holds
-        head, _ = bench.connection.send("PUT", b"", body_of(Stream.of(data)), reused=False)
+        response = bench.connection.send("PUT", b"", body_of(Stream.of(data)), reused=False)
         for _ in range(10):
             looks(bench, 1)
             await bench.got(2_000_000 - 100)
             await asyncio.sleep(0.005)
-        assert not head.done()
+        response.news()
         looks(bench, 6)
-        assert head.done()
-        assert isinstance(head.exception(), UpstreamFailure)
+        with pytest.raises(UpstreamFailure):
+            response.news()
 
     async def test_an_idle_connection(self, bench: Bench) -> None:
         """Nothing is expected of it."""
@@ -271,7 +276,7 @@ class TestBodies:
         """It is the same whether the body is there already or comes piece by piece."""
         source = Stream.of(data) if there else Stream()
         body = body_of(source, chunked=chunked)
-        head, _ = bench.connection.send("POST", POST, body, reused=False)
+        response = bench.connection.send("POST", POST, body, reused=False)
         if not there:
             assert not body.sent
             if data:
@@ -280,7 +285,7 @@ class TestBodies:
         assert POST + framed == await bench.got(len(POST) + len(framed))
         await eventually(lambda: body.sent)
         bench.peer.send(OK)
-        await head
+        await begun(response)
         assert [None] == bench.kept
 
     @pytest.mark.parametrize(
@@ -290,12 +295,12 @@ class TestBodies:
     async def test_a_client_that_breaks_off(self, bench: Bench, error: Exception, slug: str) -> None:
         """Its fault is told as its own, and the upstream sees no complete request."""
         source = Stream()
-        head, _ = bench.connection.send("POST", POST, body_of(source, chunked=True), reused=False)
+        response = bench.connection.send("POST", POST, body_of(source, chunked=True), reused=False)
         source.feed(b"abc")
         await bench.got(len(POST) + 8)
         source.fail(error)
         with pytest.raises(ProxyError) as caught:
-            await head
+            await begun(response)
         assert (slug, "no") == (caught.value.slug, caught.value.sent)
         await eventually(lambda: bench.lost)
 

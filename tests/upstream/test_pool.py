@@ -53,9 +53,9 @@ async def test_a_sender_that_leaves_as_its_answer_comes(far: Upstream, pool: Poo
             await asyncio.sleep(0)
         left = leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
-        assert leaving.cancelled() if left else body == await leaving.result().body.read()
+        assert leaving.cancelled() if left else body == await leaving.result().read()
     response = await pool.send("GET", GET, no_body())
-    assert b"ok" == await response.body.read()
+    assert b"ok" == await response.read()
     assert 1 == len(far.peers)
 
 
@@ -77,7 +77,7 @@ async def test_who_looks_before(far: Upstream, pool: Pool, method: str, left_ove
         response = await pool.send(method, GET, no_body(), fresh=True)
     else:
         response = await pool.send(method, GET, no_body())
-    assert b"ok" == await response.body.read()
+    assert b"ok" == await response.read()
     assert 2 == len(far.peers)
 
 
@@ -123,7 +123,7 @@ class TestHowLongAConnectionIsUsed:
         async with warmth.pool() as pool:
             accepted = []
             for _ in range(400):
-                await (await pool.send("GET", GET, no_body())).body.read()
+                await (await pool.send("GET", GET, no_body())).read()
                 accepted.append(len(warmth.accepted))
                 warmth.now += 2.0
         assert [1] * 150 + [2] * 150 + [3] * 100 == accepted
@@ -146,16 +146,16 @@ class TestHowLongAConnectionIsUsed:
         """Keep-Alive is believed where it says less than our own bounds, a second or half the time before its end."""
         warmth = Warmth(answer=answered(b"Keep-Alive: " + said, body=b"ok"))
         async with warmth.pool() as pool:
-            await (await pool.send(method, GET, no_body())).body.read()
+            await (await pool.send(method, GET, no_body())).read()
             warmth.now += idle
-            await (await pool.send(method, GET, no_body())).body.read()
+            await (await pool.send(method, GET, no_body())).read()
         assert accepted == len(warmth.accepted)
 
     async def test_what_is_no_longer_kept_is_closed(self) -> None:
         """It does not wait for a request that could not use it."""
         warmth = Warmth(answer=answered("Keep-Alive: timeout=1", body=b"ok"))
         async with warmth.pool() as pool:
-            await (await pool.send("GET", GET, no_body(), own=True)).body.read()
+            await (await pool.send("GET", GET, no_body(), own=True)).read()
             assert (1, (0, 1)) == (await warmth.passes(0.4), pool.connections)
             assert (1, (0, 0)) == (await warmth.passes(0.2), pool.connections)
 
@@ -173,10 +173,10 @@ class TestKeptWarm:
                 pool.keep_warm()
                 await eventually(lambda: (0, 1) == pool.connections)
             else:
-                await (await pool.send("GET", GET, no_body())).body.read()
+                await (await pool.send("GET", GET, no_body())).read()
             for opened in range(2, 18):
                 if opened == 16:
-                    await (await pool.send("GET", GET, no_body())).body.read()
+                    await (await pool.send("GET", GET, no_body())).read()
                 warmth.now += 3.995
                 await eventually(lambda opened=opened: (opened, (0, 2)) == (len(warmth.accepted), pool.connections))
             assert [17, 17] == [await warmth.passes(60.0), await warmth.passes(60.0)]
@@ -186,7 +186,7 @@ class TestKeptWarm:
         """A login keeps nothing warm."""
         warmth = Warmth()
         async with warmth.pool() as pool:
-            await (await pool.send("POST", GET, no_body(), own=True)).body.read()
+            await (await pool.send("POST", GET, no_body(), own=True)).read()
             assert [1, 1] == [await warmth.passes(3.995), await warmth.passes(3.995)]
             assert (0, 0) == pool.connections
 
@@ -214,7 +214,7 @@ class TestKeptWarm:
         """From a drain on, and after the end, none is opened, whatever is still sent."""
         warmth = Warmth()
         async with warmth.pool() as pool:
-            await (await pool.send("GET", GET, no_body())).body.read()
+            await (await pool.send("GET", GET, no_body())).read()
             end(pool)
             pool.keep_warm()
             assert [1, 1] == [await warmth.passes(3.995), await warmth.passes(3.995)]
@@ -250,7 +250,7 @@ async def test_the_moment_of_sending(far: Upstream, failing: str | None) -> None
         body = spent() if failing == "body" else no_body()
         sending = pool.send("GET", GET, body, on_sent=lambda: told.append(len(far.requests)))
         if failing is None:
-            assert b"ok" == await (await sending).body.read()
+            assert b"ok" == await (await sending).read()
         else:
             with pytest.raises(RuntimeError if failing == "body" else UpstreamFailure):
                 await sending
