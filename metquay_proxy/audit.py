@@ -78,7 +78,7 @@ def entry(exchange: Exchange) -> dict[str, Any]:
     """Return the fields of the line for a write that has ended."""
     fields = {
         "time": datetime.fromtimestamp(exchange.ended, UTC).isoformat(timespec="milliseconds"),
-        "client": exchange.client,
+        "client": exchange.admission.client,
         "user_agent": exchange.agent or None,
         "address": exchange.address,
         "method": exchange.method,

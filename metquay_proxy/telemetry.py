@@ -60,7 +60,7 @@ def event(it: Exchange) -> dict[str, Any]:
         "level": level(it),
         "timestamp": f"{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z",
         "id": it.id,
-        "client": (it.client or it.agent or it.caller)[:_LONGEST_CALLER] or None,
+        "client": (it.admission.client or it.agent or it.caller)[:_LONGEST_CALLER] or None,
         "method": it.method,
         "path": masked(it.path),
         "status": it.status,

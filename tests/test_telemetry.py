@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.rules.renewal import TokenEvent
+from metquay_proxy.rules.gate import Admission
 from metquay_proxy.telemetry import RECENT, Telemetry, event, masked
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def test_query_values_are_masked(shown: str, target: str) -> None:
 def test_an_event_tells_the_contract() -> None:
     """Id, client, method, path, status, who answered, ms, waited, attempts; an error where there was one."""
     made = exchange(status=429, answered_by="proxy", error="quota-exceeded", attempts=2)
-    made.client, made.caller, made.waited, made.seconds, made.ended = "workbook", "Excel", 1.5, 2.0123, 1700000000.25
+    made.admission = Admission("workbook")
+    made.caller, made.waited, made.seconds, made.ended = "Excel", 1.5, 2.0123, 1700000000.25
     made.agent, made.address, made.replayed = "Excel/16", "192.0.2.7", True
     assert {
         "event": "request",

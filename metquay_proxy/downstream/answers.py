@@ -46,7 +46,7 @@ class OwnAnswers:
             if exchange.method != "POST":
                 raise wrong_method(exchange.method, LOGIN_PATH, "POST")
             client.proceed()
-            granted = self._login(exchange.client, await exchange.body.all(_LIMIT), now)
+            granted = self._login(exchange.admission.client, await exchange.body.all(_LIMIT), now)
             _write(client, exchange, 200, [("Content-Type", "application/json")], granted)
             return
         exchange.quiet = target.unasked or target.local in _QUIET
@@ -100,7 +100,6 @@ def _write(
     client: ClientConnection, exchange: Exchange, status: int, fields: list[tuple[str, str]], body: bytes = b""
 ) -> None:
     exchange.status = status
-    exchange.head_sent = True
     exchange.keep = exchange.keep and exchange.body.arrived  # what else comes of it is no next request
     fields += _own_fields(exchange)
     fields.append(("Connection", "keep-alive" if exchange.keep else "close"))
@@ -108,6 +107,7 @@ def _write(
         fields.append(("Content-Length", str(len(body))))
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in fields)]
     head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+    exchange.head_sent = True
     client.write(head if exchange.method == "HEAD" else head + body)
 
 

@@ -65,8 +65,8 @@ class Bounds:
 class Serving(Protocol):
     """Who serves what comes in on connections."""
 
-    async def serve(self, client: ClientConnection, head: RequestHead, body: Stream, /) -> bool:
-        """Answer one request; return whether another may follow. Raises nothing but ``CancelledError``."""
+    async def serve(self, client: ClientConnection, head: RequestHead, body: Stream, /) -> None:
+        """Answer one request, whatever happens, and tell ``client`` by ``served``."""
 
     def refuse(self, client: ClientConnection, error: ProxyError, /) -> None:
         """Answer what was no request."""
@@ -96,6 +96,8 @@ class ClientConnection(Receiver):
     _moved = 0.0
     """and when some were taken last."""
     _in_head = False
+    _answered = False
+    """The next request waits until the answer to this one has been taken."""
     _paused = False
     _deaf = False
     """What still comes is not read."""
@@ -178,6 +180,9 @@ class ClientConnection(Receiver):
         self._wake()
         if self._helper is not None:
             self._helper.resume_writing()
+        elif self._answered:
+            self._answered = False
+            self.served(keep=True)
 
     async def drained(self) -> None:
         """Wait until the client has taken what it was sent; raise ``ConnectionResetError`` where it has left."""
@@ -280,32 +285,20 @@ class ClientConnection(Receiver):
                 stream.feed(piece)
         elif piece:
             stream = Stream.of(piece)
-        task = _task(self._serve(head, stream), loop=self._loop)
+        task = _task(self._serving.serve(self, head, stream), loop=self._loop)
         if not task.done():  # else it has ended within that call
             self._task = task
 
-    async def _serve(self, head: RequestHead, stream: Stream) -> None:
-        keep = False
-        try:
-            keep = await self._serving.serve(self, head, stream)
-            if keep and self.full:
-                await self.drained()
-        except ConnectionResetError:
-            keep = False
-        except asyncio.CancelledError:  # in the midst of an answer that the client does not take
-            self.abort()
-            raise
-        finally:
-            self._task = None
-            if not self.gone:
-                self._served(keep=keep)
-
-    def _served(self, *, keep: bool) -> None:
-        """Be ready for the next request, or end."""
-        if self._helper is not None:
+    def served(self, *, keep: bool) -> None:
+        """Be ready for the next request once the client has taken this answer; or end, unless ``keep``."""
+        self._task = None
+        if self.gone or self._helper is not None:
             return  # which closes by itself
         if not keep or self._deaf or not self._reader.complete:
             self._linger()
+            return
+        if self.full:
+            self._answered = True
             return
         self._deadline = self._loop.time() + self._bounds.idle
         if self._reader.held:

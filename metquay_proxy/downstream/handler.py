@@ -20,7 +20,7 @@ import structlog
 
 from metquay_proxy.audit import entry
 from metquay_proxy.downstream.answers import OwnAnswers, preflight, write_error
-from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
+from metquay_proxy.exchange.body import NoBody, ReplayBudget, RequestBody
 from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.headers import RequestFields, inbound
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from metquay_proxy.audit import AuditLog
+    from metquay_proxy.exchange.body import Stream
     from metquay_proxy.downstream.connection import ClientConnection
     from metquay_proxy.downstream.pages import Pages
     from metquay_proxy.exchange.forwarder import Forwarder
@@ -97,16 +98,13 @@ class Handler:
             if task is not None:
                 task.cancel()
 
-    async def serve(self, client: ClientConnection, head: RequestHead, stream: Stream) -> bool:
-        """Serve one request; whatever happens, exactly one answer or one broken connection comes of it.
-
-        Return whether another request may follow on the connection.
-        """
+    async def serve(self, client: ClientConnection, head: RequestHead, stream: Stream) -> None:
+        """Serve one request; whatever happens, exactly one answer or one broken connection comes of it."""
         exchange = Exchange(head.method)
         exchange.address = client.address
         exchange.fields = fields = head.fields
         exchange.keep = fields.keep_alive
-        exchange.body = self._body(stream, chunked=fields.length is None)
+        exchange.body = NoBody() if fields.length == 0 else self._body(stream, chunked=fields.length is None)
         self._telemetry.opened()
         self._heads += head.size
         try:
@@ -124,7 +122,7 @@ class Handler:
         finally:
             self._heads -= head.size
             self._close(exchange)
-        return exchange.keep and not self.draining
+            client.served(keep=exchange.keep and exchange.head_sent and not self.draining)
 
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""
@@ -143,7 +141,7 @@ class Handler:
         exchange.fields = RequestFields(b"\r\nAccept: application/json")
         exchange.target = self._rules.parse("GET", "/customers?limit=1")
         exchange.path = exchange.target.sent
-        exchange.body = self._body(Stream.of(), chunked=False)
+        exchange.body = NoBody()
         exchange.caller = "test of the connection"
         self._telemetry.opened()
         try:
@@ -179,7 +177,7 @@ class Handler:
         exchange.path = target.local if target.own else target.sent
         now = time.time()
         admission = self._gate.check(method, target, fields, now)
-        exchange.client, exchange.read_only, exchange.scope = admission.client, admission.read_only, admission.scope
+        exchange.admission = admission
         exchange.caller = admission.client or self._callers.name(fields.product, time.monotonic())
         if admission.preflight:
             return preflight(client, exchange)

@@ -183,7 +183,7 @@ class Pages:
                 response.content_length = len(answer.body)
             await response.prepare(request)
             if request.method != "HEAD" and answer.stream is not None:
-                async with contextlib.aclosing(answer.stream(exchange.client)) as pieces:
+                async with contextlib.aclosing(answer.stream(exchange.admission.client)) as pieces:
                     async for piece in pieces:
                         await response.write(piece)
             elif request.method != "HEAD":

@@ -10,13 +10,12 @@ section 15.5.9: 408 is the answer to a client that falls silent.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import TYPE_CHECKING, Final, Self
 
 from metquay_proxy.rules.errors import ProxyError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, MutableSequence
+    from collections.abc import AsyncGenerator, Callable
 
 HIGH_WATER: Final = 32 * 1024
 """Bytes that may wait for their reader before the sender is held up."""
@@ -39,7 +38,7 @@ class Stream:
     def __init__(self, hold_up: Callable[[bool], object] = bool) -> None:
         """``hold_up`` is called with True where the sender is to stop sending, and with False where it may go on."""
         self._hold_up = hold_up
-        self._pieces: deque[bytes] = deque()
+        self._pieces: list[bytes] = []
 
     @classmethod
     def of(cls, data: bytes = b"") -> Self:
@@ -67,7 +66,7 @@ class Stream:
     def unread(self, data: bytes) -> None:
         """Put back what was read, in front of all else."""
         if data:
-            self._pieces.appendleft(data)
+            self._pieces.insert(0, data)
             self._size += len(data)
             if self._size > HIGH_WATER and not (self.held_up or self.arrived):
                 self._hold(up=True)
@@ -91,7 +90,7 @@ class Stream:
         pieces = self._pieces
         if not pieces:
             return b""
-        data = pieces.popleft() if len(pieces) == 1 else b"".join(pieces)
+        data = b"".join(pieces)
         pieces.clear()
         self._size = 0
         if self.held_up:
@@ -121,7 +120,7 @@ class Stream:
             waiter.set_result(None)
 
 
-def _add(pieces: MutableSequence[bytes], piece: bytes) -> None:
+def _add(pieces: list[bytes], piece: bytes) -> None:
     if pieces and len(pieces[-1]) < _SMALL:
         pieces[-1] += piece
     else:
@@ -266,3 +265,26 @@ class RequestBody:
             self._budget.left -= len(chunk)
             if self._room < 0:
                 self.close()
+
+
+class NoBody(RequestBody):
+    """That of a request which has none: it is there, and can be sent again, for ever."""
+
+    chunked = False
+
+    def __init__(self) -> None:
+        """There is nothing to keep."""
+
+    @property
+    def ended(self) -> bool:
+        """Yes."""
+        return True
+
+    arrived = ended
+
+    def whole(self) -> bytes:
+        """Return nothing."""
+        return b""
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -12,6 +12,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Final, Literal
 
 from metquay_proxy.exchange.body import Stream
+from metquay_proxy.rules.gate import Admission
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,19 +38,16 @@ class Exchange:
     keep: bool = False
     """Whether the client's connection may stay after the answer."""
 
-    client: str | None = None
-    """The name of its client key."""
+    admission: Admission = Admission()
+    """What the gate found out: who asks, and whether that one may only read."""
     agent: str = ""
     """Its User-Agent, shortened."""
     caller: str = ""
     """Whom it waits in line with: the name of the key, else what the tool calls itself."""
     address: str | None = None
     """Where it came from, if from another machine."""
-    read_only: bool = False
     keep_authorization: bool = False
     """Whether the client's own Authorization is passed on, in place of a token."""
-    scope: str | None = None
-    """The client key whose Idempotency-Keys these are: with another key they are others."""
     cors: tuple[tuple[str, str], ...] = ()
     """The fields that let a listed web page read the answer."""
     quiet: bool = False

@@ -101,7 +101,7 @@ class Forwarder:
     async def _once(self, exchange: Exchange) -> Response:
         """Forward a POST with an Idempotency-Key, or return what the first one with it was answered."""
         body = exchange.body
-        name = record_name(exchange.scope, exchange.target.sent, exchange.fields.text(b"idempotency-key"))
+        name = record_name(exchange.admission.scope, exchange.target.sent, exchange.fields.text(b"idempotency-key"))
         await body.keep()
         digest = hashlib.sha256(body.whole() or b"").digest()
         claim = await self._records.claim(name, digest, self._clock())
@@ -191,7 +191,7 @@ class Forwarder:
                 host=self._host,
                 authorization=None if token is None else token.authorization,
                 chunked=exchange.body.chunked,
-                read_only=exchange.read_only,
+                read_only=exchange.admission.read_only,
                 keep_authorization=exchange.keep_authorization,
             )
             return await self._transport.send(

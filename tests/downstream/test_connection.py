@@ -45,10 +45,14 @@ class Made:
         self.refused: list[str] = []
         self.clients: set[ClientConnection] = set()
 
-    async def serve(self, client: ClientConnection, head: RequestHead, body: Stream) -> bool:
+    async def serve(self, client: ClientConnection, head: RequestHead, body: Stream) -> None:
         """Serve."""
         self.asked.append(head.target)
-        return await self.answer(client, head, body)
+        keep = False
+        try:
+            keep = await self.answer(client, head, body)
+        finally:
+            client.served(keep=keep)
 
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Refuse."""

@@ -32,8 +32,15 @@ class Made:
         self.requests: list[web.BaseRequest] = []
         self.told: list[str] = []
 
-    async def serve(self, client: ClientConnection, head: RequestHead, _body: Stream) -> bool:
+    async def serve(self, client: ClientConnection, head: RequestHead, _body: Stream) -> None:
         """Serve."""
+        keep = False
+        try:
+            keep = await self._serve(client, head)
+        finally:
+            client.served(keep=keep)
+
+    async def _serve(self, client: ClientConnection, head: RequestHead) -> bool:
         if head.target == "/never":
             try:
                 await asyncio.Event().wait()

@@ -18,6 +18,7 @@ from metquay_proxy.exchange.tokens import TokenCache
 from metquay_proxy.rules.credentials import AccessToken, LoginFailed
 from metquay_proxy.rules.errors import ProxyError, UpstreamFailure
 from metquay_proxy.rules.headers import RequestFields
+from metquay_proxy.rules.gate import Admission
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Records
 from metquay_proxy.rules.quota import Quota
 from metquay_proxy.rules.target import BaseURL, Target
@@ -236,7 +237,7 @@ class Rig:
         exchange.target = Target("/api/v1" + path, path.partition("?")[0], None, pass_through=pass_through)
         exchange.fields = RequestFields(b"" if key is None else b"\r\nIdempotency-Key: " + key.encode())
         exchange.body = RequestBody(stream, chunked=False, limit=LIMIT, budget=ReplayBudget(1 << 20), timeout=60.0)
-        exchange.caller = exchange.scope = caller
+        exchange.caller, exchange.admission = caller, Admission(scope=caller)
         return Asked(asyncio.ensure_future(self.forwarder.forward(exchange)), exchange, stream)
 
     async def run(self, asked: Asked) -> Asked:
