@@ -264,11 +264,14 @@ class Handler:
             added += b"Idempotency-Replayed: true\r\n"
         if exchange.note is not None:
             added += b"X-Metquay-Proxy-Note: %b\r\n" % exchange.note.encode()
-        host = exchange.fields.judged.get(b"host")
+        origin = None
+        if b"location" in head.passed and not exchange.target.absolute:
+            host = exchange.fields.judged.get(b"host")
+            origin = host and self._origin + host
         return inbound(
             head,
             base=self._base,
-            origin=None if exchange.target.absolute or host is None else self._origin + host,
+            origin=origin,
             request_id=exchange.id.encode(),
             added=added,
             hide_challenge=exchange.hide_challenge,

@@ -164,7 +164,8 @@ class RequestFields:
 class ResponseHead:
     """A final answer's head, and what it says about the body. Nothing of it ever changes: many answers may share it.
 
-    ``lines`` holds its field lines as they came, each after its CRLF; ``kept`` those of them that any client gets.
+    ``lines`` holds its field lines as they came, each after its CRLF; ``kept`` those of them that any client gets, and
+    ``start`` what any client gets of the head, up to the value of X-Request-Id if Metquay gave none (``numbered``).
     ``noted`` are the fields of those names that somebody reads, names and values in lower case, in order; ``passed``
     the names of those among them that are kept. ``length`` is in bytes: None when chunked or until close, 0 without a
     body. ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus bytes;
@@ -175,9 +176,11 @@ class ResponseHead:
     reason: bytes
     minor: int
     lines: bytes
-    kept: bytes
     noted: list[tuple[bytes, bytes]]
+    kept: bytes
     passed: frozenset[bytes]
+    start: bytes
+    numbered: bool
     length: int | None
     until_close: bool
     keep_alive: bool
@@ -199,14 +202,25 @@ def connection_options(noted: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
     return frozenset(_OPTION.findall(b",".join([value for name, value in noted if name == b"connection"])))
 
 
-def passed_on(status: int, lines: bytes, noted: list[tuple[bytes, bytes]]) -> tuple[bytes, frozenset[bytes]]:
-    """Return those of an answer's valid lines that any client gets, and which of the noted fields are among them."""
+def passed_on(
+    status: int, reason: bytes, lines: bytes, noted: list[tuple[bytes, bytes]]
+) -> tuple[bytes, frozenset[bytes], bytes, bool]:
+    """Return what of an answer's valid head any client gets: ``kept``, ``passed``, ``start`` and ``numbered``."""
     dropped = connection_options(noted) - _NO_HOP
     if status == _NO_CONTENT:
         dropped |= {b"content-length"}
     kept = NAMES.inbound_field.sub(b"", lines)
     passed = frozenset(name for name, _ in noted) - NAMES.inbound - dropped
-    return _without(dropped, kept) if dropped else kept, passed
+    if dropped:
+        kept = _without(dropped, kept)
+    numbered = b"x-request-id" in passed
+    return kept, passed, _start(status, reason, kept, passed), numbered
+
+
+def _start(status: int, reason: bytes, lines: bytes, passed: frozenset[bytes]) -> bytes:
+    fresh = b"Cache-Control: no-store\r\n" if NAMES.freshness.isdisjoint(passed) else b""
+    number = b"" if b"x-request-id" in passed else b"X-Request-Id: "
+    return b"HTTP/1.1 %d %b%b\r\n%b%b" % (status, reason, lines, fresh, number)
 
 
 def _without(dropped: Collection[bytes], lines: bytes) -> bytes:
@@ -230,17 +244,16 @@ def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to
     in a row must not make the tool ask a person for a password that nobody has. ``cors``: the gate, not the upstream,
     says which pages may read.
     """
-    lines, dropped = head.kept, set[bytes]()
-    if hide_challenge:
-        dropped.add(b"www-authenticate")
-    if cors:
-        dropped |= {name for name in head.passed if name.startswith(b"access-control-")}
-    if origin is not None and b"location" in head.passed:
-        lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines)
-    if dropped:
-        lines = _without(dropped, lines)
-    if b"x-request-id" not in head.passed:
-        added = b"X-Request-Id: %b\r\n%b" % (request_id, added)
-    if NAMES.freshness.isdisjoint(head.passed):
-        added = b"Cache-Control: no-store\r\n" + added
-    return b"HTTP/1.1 %d %b%b\r\n%b\r\n" % (head.status, head.reason, lines, added)
+    start = head.start
+    if origin is not None or hide_challenge or cors:
+        lines, dropped = head.kept, set[bytes]()
+        if hide_challenge:
+            dropped.add(b"www-authenticate")
+        if cors:
+            dropped |= {name for name in head.passed if name.startswith(b"access-control-")}
+        if origin is not None:
+            lines = _LOCATION_LINE.sub(
+                lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines
+            )
+        start = _start(head.status, head.reason, _without(dropped, lines) if dropped else lines, head.passed)
+    return b"%b%b\r\n" % (start, added) if head.numbered else b"%b%b\r\n%b\r\n" % (start, request_id, added)

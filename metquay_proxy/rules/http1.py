@@ -288,11 +288,11 @@ def _parse_answer(block: bytes, *, tunnel: bool = False) -> ResponseHead | None:
     length, until_close = (0, False) if tunnel and status in _SUCCESS else _framing(noted, minor)
     if status in BODILESS:
         length, until_close = 0, False
-    kept, passed = passed_on(status, lines, noted)
+    passed = passed_on(status, reason, lines, noted)
     keep_alive = _persists(minor, connection_options(noted)) and not until_close
     kept_for = _KEPT_FOR.search(b",".join(value for name, value in noted if name == b"keep-alive"))
     seconds = None if kept_for is None else float(kept_for[1])
-    return ResponseHead(status, reason, minor, lines, kept, noted, passed, length, until_close, keep_alive, seconds)
+    return ResponseHead(status, reason, minor, lines, noted, *passed, length, until_close, keep_alive, seconds)
 
 
 def _framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:
