@@ -123,7 +123,8 @@ class Response(Stream):
         """Take the head."""
         self.head = head
         self.begun = True
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
 
     def close(self) -> None:
         """Give up what has not arrived; it may be called again."""

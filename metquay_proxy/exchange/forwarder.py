@@ -335,12 +335,16 @@ class _Attempts:
         """``deadline`` is in seconds of the forwarder's clock."""
         self.exchange = exchange
         self.deadline = deadline
-        self.overwriting = exchange.method in retries.OVERWRITING
 
     @property
     def repeatable(self) -> bool:
         """Whether there is still somebody to repeat it for, and a body to send."""
         return self.exchange.body.replayable and not self.exchange.client_left
+
+    @property
+    def overwriting(self) -> bool:
+        """Whether it takes the place of what an earlier write left: a PUT or DELETE."""
+        return self.exchange.method in retries.OVERWRITING
 
     @property
     def overtaken(self) -> bool:

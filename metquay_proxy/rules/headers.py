@@ -144,20 +144,20 @@ class RequestFields:
         ``keep_authorization`` is for pass-through targets, which get no token; of two Authorization fields the gate
         could judge neither, so that none is kept.
         """
-        kept, dropped, attached = self._kept, self._hop, b""
+        kept, dropped = self._kept, self._hop
         if keep_authorization and self.judged.get(b"authorization") is not None:
             kept = NAMES.outbound_but_authorization.sub(b"", self._lines)
         if read_only:
             dropped |= NAMES.overrides
         if chunked:
             dropped |= {b"content-length"}
-            attached = b"\r\nTransfer-Encoding: chunked"
         if dropped:
             kept = _without(dropped, kept)
+        if chunked:
+            kept += b"\r\nTransfer-Encoding: chunked"
         if authorization is not None:
-            attached += b"\r\nAuthorization: %b" % authorization
-        line = f"{method} {target} HTTP/1.1".encode("ascii")
-        return b"%b\r\nHost: %b%b%b\r\n\r\n" % (line, host, kept, attached)
+            kept += b"\r\nAuthorization: %b" % authorization
+        return b"%b HTTP/1.1\r\nHost: %b%b\r\n\r\n" % (f"{method} {target}".encode("ascii"), host, kept)
 
 
 @dataclass(frozen=True, slots=True, repr=False)  # no repr, since field values can be secrets

@@ -55,15 +55,15 @@ MAX_FIELDS: Final = 128
 # stays linear.
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
 _ASKED: Final = re.compile(rb"(%b) ([\x21-\x7e]++)" % "|".join(faults.METHODS).encode())
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?(?=\r\n)")
-_FIELD_LINES: Final = re.compile(rb"(?:\r\n" + faults.TOKEN + rb":" + _TEXT + rb")*\r\n\r\n")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?(?=\r\n|\Z)")
+_FIELD_LINES: Final = re.compile(rb"(?:\r\n" + faults.TOKEN + rb":" + _TEXT + rb")*")
 _KEPT_FOR: Final = re.compile(rb"(?:\A|[,; \t])timeout[ \t]*+=[ \t]*+\"?([0-9]{1,9})(?![0-9])")
 _START: Final = b"HTTP/1."
 _BEFORE_VERSION: Final = b" " + _START
-_VERSION: Final = len(_START) + 1
-_MINOR: Final = {b"HTTP/1.1": 1, b"HTTP/1.0": 0}
+_MINOR: Final = {b"1": 1, b"0": 0}
 _CRLF: Final = b"\r\n"
 BLANK_LINE: Final = b"\r\n\r\n"
+_LONGEST_BLOCK: Final = MAX_HEAD - len(BLANK_LINE)
 _MAX_CHUNK_LINE: Final = 4096
 _MAX_LENGTH_DIGITS: Final = 18
 _MAX_ANSWERED: Final = 256
@@ -136,9 +136,12 @@ class _Reader:
         """Read on in a body, chunked without a length; return its bytes, and where it or the data ends."""
         if length is None:
             return self._read_chunks(data, start)
-        end = min(start + self._left, len(data))
-        self._left -= end - start
-        self.complete = not self._left
+        end = len(data)
+        left = self._left - end + start
+        if left < 0:
+            end, left = end + left, 0
+        self._left = left
+        self.complete = not left
         return data[start:end], end
 
     def _read_chunks(self, data: bytes, start: int) -> tuple[bytes, int]:
@@ -159,7 +162,7 @@ class _Reader:
             elif self._trailers:
                 text, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "trailer section")
                 if text:
-                    if not _well_formed(text, 0, MAX_FIELDS):
+                    if not _well_formed(text.removesuffix(BLANK_LINE), 0, MAX_FIELDS):
                         raise self._fault("a trailer is malformed, or there are too many")
                     self._trailers = False
                     self.complete = True
@@ -207,9 +210,9 @@ class ResponseReader(_Reader):
         Bytes after the answer's end are ignored, and set ``surplus``. Raises ProtocolError for anything that breaks
         HTTP, and for every piece after that.
         """
-        head, start = self.head, 0
+        head = self.head
         if head is None:
-            head, start = self._read_heads(data)
+            head, data = self._read_heads(data)
             if head is None:
                 return b""
         elif self._refusal is not None:
@@ -218,8 +221,8 @@ class ResponseReader(_Reader):
             self.surplus = self.surplus or bool(data)
             return b""
         if head.until_close:
-            return data[start:]
-        body, end = self._read_body(data, start, head.length)
+            return data
+        body, end = self._read_body(data, 0, head.length)
         self.surplus = end < len(data)
         return body
 
@@ -238,20 +241,22 @@ class ResponseReader(_Reader):
             raise ProtocolError("the upstream closed the connection before the end of its answer's body")
         self.complete = True
 
-    def _read_heads(self, data: bytes) -> tuple[ResponseHead | None, int]:
-        """Return the final head, None while it is not whole, and where the body begins."""
+    def _read_heads(self, data: bytes) -> tuple[ResponseHead | None, bytes]:
+        """Return the final head, None while it is not whole, and what comes after it."""
         if self._refusal is not None:
             raise self._refusal
-        start = 0
         if data:
             self.started = True
         while True:
-            block, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "head")
-            if not block:
-                begun = bytes((self._buffer or b"")[:16])
-                if not begun.startswith(_START[: len(begun)]):
-                    raise self._fault(f"it is not HTTP/1: it begins with {begun!r}")
-                return None, start
+            block, mark, rest = data.partition(BLANK_LINE)
+            if self._buffer or not mark or len(block) > _LONGEST_BLOCK:
+                text, at = self._take(data, 0, BLANK_LINE, MAX_HEAD, "head")
+                if not text:
+                    begun = bytes((self._buffer or b"")[:16])
+                    if not begun.startswith(_START[: len(begun)]):
+                        raise self._fault(f"it is not HTTP/1: it begins with {begun!r}")
+                    return None, b""
+                block, rest = text.removesuffix(BLANK_LINE), data[at:]
             try:
                 head = self._memory[block]
             except ProtocolError as error:
@@ -260,14 +265,15 @@ class ResponseReader(_Reader):
             if head is not None:
                 self.head = head
                 self._left = head.length or 0
-                return head, start
+                return head, rest
             if not self._interim:
                 raise self._fault("too many interim answers came before it")
             self._interim -= 1
+            data = rest
 
 
 def _parse_answer(block: bytes, *, tunnel: bool = False) -> ResponseHead | None:
-    """Parse the text of one head up to its blank line; None for an interim one. Raises ProtocolError.
+    """Parse the text of one head without its blank line; None for an interim one. Raises ProtocolError.
 
     ``tunnel``: it answers CONNECT, so that a 2xx has no body, whatever it says.
     """
@@ -283,7 +289,7 @@ def _parse_answer(block: bytes, *, tunnel: bool = False) -> ResponseHead | None:
         if not minor:
             raise ProtocolError("the upstream sent an interim answer, which HTTP/1.0 does not know")
         return None
-    lines = block[line.end() : -len(BLANK_LINE)]
+    lines = block[line.end() :]
     noted = noted_fields(lines)
     length, until_close = (0, False) if tunnel and status in _SUCCESS else _framing(noted, minor)
     if status in BODILESS:
@@ -337,7 +343,7 @@ class _Memory(dict[bytes, T]):
 
 
 class AnswersMemory:
-    """The heads of answers, from the status line to the blank line; None stands for an interim one."""
+    """The heads of answers, without their blank lines; None stands for an interim one."""
 
     def __init__(self) -> None:
         self._others = _Memory(_parse_answer)
@@ -360,16 +366,16 @@ class RequestHead(NamedTuple):
 
 def _parse_asked(line: bytes) -> tuple[str, str] | None:
     """Return method and target of a request line without its version; None where it is refused."""
-    asked = _ASKED.fullmatch(line) if len(line) < MAX_LINE - _VERSION else None
+    asked = _ASKED.fullmatch(line) if len(line) < MAX_LINE - len(_START) - 1 else None
     return None if asked is None else (asked[1].decode(), asked[2].decode())
 
 
 def _parse_fields(block: bytes) -> RequestFields | None:
-    """Judge the text from a request's version to its blank line; None where it is refused."""
-    minor = _MINOR.get(block[:_VERSION])
-    if minor is None or not _well_formed(block, _VERSION, MAX_FIELDS):
+    """Judge the text from the last digit of a request's version on; None where it is refused."""
+    minor = _MINOR.get(block[:1])
+    if minor is None or not _well_formed(block, 1, MAX_FIELDS):
         return None
-    fields = RequestFields(block[_VERSION : -len(BLANK_LINE)])
+    fields = RequestFields(block[1:])
     if faults.head_fault(minor, fields.judged) is not None:
         return None
     fields.minor = minor
@@ -385,12 +391,12 @@ class RequestsMemory:
         self.asked = _Memory(_parse_asked)
         """Request lines without their versions: method and target."""
         self.fields = _Memory(_parse_fields)
-        """What comes after that, from the version on."""
+        """What comes after that, from the last digit of the version on."""
 
     def head(self, text: bytes) -> RequestHead | None:
-        """Judge a head, from its first byte to the blank line; None where it is refused."""
-        at = text.find(_BEFORE_VERSION)
-        asked, fields = self.asked[text[:at]], self.fields[text[at + 1 :]]
+        """Judge a head without its blank line; None where it is refused."""
+        line, _, block = text.partition(_BEFORE_VERSION)
+        asked, fields = self.asked[line], self.fields[block]
         return None if asked is None or fields is None else RequestHead(*asked, fields, len(text))
 
 
@@ -449,17 +455,20 @@ class RequestReader(_Reader):
             raise self._refusal
         head = self.head
         if head is None:
-            end = -1 if self._buffer else data.find(BLANK_LINE, start, start + MAX_HEAD)
-            if end >= 0:
-                end += len(BLANK_LINE)
-                head = self._memory.head(data[start:end])
+            if not start and not self._buffer:
+                text, mark, rest = data.partition(BLANK_LINE)
+                if mark and len(text) <= _LONGEST_BLOCK:
+                    head = self._memory.head(text)
+                    at = len(data) - len(rest)
             if head is None:
-                head, end = self._gather(data, start)
+                head, at = self._gather(data, start)
                 if head is None:
                     return b""
-            self.head, start = head, end
-            self._left = head.fields.length or 0
-            self.complete = head.fields.length == 0
+            self.head, start = head, at
+            length = head.fields.length
+            if length:
+                self._left = length
+            self.complete = length == 0
         body = b""
         if not self.complete:
             body, start = self._read_body(data, start, head.fields.length)
@@ -475,7 +484,7 @@ class RequestReader(_Reader):
             if self._empty > _MAX_EMPTY:
                 raise self._fault("too many empty lines")
         text, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "head")
-        head = self._memory.head(text) if text else None
+        head = self._memory.head(text.removesuffix(BLANK_LINE)) if text else None
         if head is None and (text or not faults.BEGUN.match(self._buffer or b"")):
             raise self._fault("no request looks like this", text)
         return head, start
@@ -494,5 +503,5 @@ def _persists(minor: int, options: frozenset[bytes]) -> bool:
 
 
 def _well_formed(block: bytes, start: int, max_fields: int) -> bool:
-    """Whether there are fields, and not too many, from the CRLF at ``start`` to the blank line that ends ``block``."""
-    return block.count(b"\n", start) - 2 <= max_fields and _FIELD_LINES.fullmatch(block, start) is not None
+    """Whether there are fields, and not too many, from the CRLF at ``start`` to the end of ``block``."""
+    return block.count(b"\n", start) <= max_fields and _FIELD_LINES.fullmatch(block, start) is not None

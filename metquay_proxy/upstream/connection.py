@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from metquay_proxy.exchange.body import RequestBody
+    from metquay_proxy.rules.headers import ResponseHead
     from metquay_proxy.rules.http1 import AnswersMemory
 
 
@@ -108,13 +109,14 @@ class Connection(Receiver):
         try:
             piece = reader.feed(data)
         except ProtocolError as error:
-            self._announce(response)
+            if not response.begun and reader.head is not None:
+                self._announce(response, reader.head)
             message = f"Metquay's answer was not valid HTTP ({error}). Try again; if it stays, tell your administrator."
             left_over = self._used and reader.head is None  # of the exchange before, a moment late
             self._fail(response, "upstream-protocol", message, repeatable=left_over, stale=left_over)
             return
-        if not response.begun:
-            self._announce(response)
+        if not response.begun and reader.head is not None:
+            self._announce(response, reader.head)
         if piece:
             response.feed(piece)
         if reader.complete:
@@ -207,7 +209,7 @@ class Connection(Receiver):
         else:
             if body.chunked:
                 data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
-            transport.write(head + data)
+            transport.write(head + data if data else head)
             self._sent = body.sent = True
         return response
 
@@ -222,13 +224,11 @@ class Connection(Receiver):
         self._cut = True
         self._transport.abort()
 
-    def _announce(self, response: Response) -> None:
-        """Hand the head of the answer over where it has just come."""
-        head = self._reader.head
-        if head is not None and not response.begun:
-            response.begin(head)
-            if head.status >= _NO_MORE:
-                self._stop_sending()
+    def _announce(self, response: Response, head: ResponseHead) -> None:
+        """Hand the head of the answer over, which has just come."""
+        response.begin(head)
+        if head.status >= _NO_MORE:
+            self._stop_sending()
 
     def _finish(self, response: Response) -> None:
         """End the exchange, whose answer has come whole; what of it is still unread is its reader's."""
@@ -242,7 +242,9 @@ class Connection(Receiver):
         else:
             self.abort()
 
-    def _fail(self, response: Response, slug: str, message: str, *, repeatable: bool = False, stale: bool = False) -> None:
+    def _fail(
+        self, response: Response, slug: str, message: str, *, repeatable: bool = False, stale: bool = False
+    ) -> None:
         """End the exchange, which the upstream broke."""
         sent: Sent = "yes" if self._reader.head is not None else "unknown" if self._sent else "no"
         self._end(response, UpstreamFailure(slug, message, sent=sent, repeatable=repeatable, stale=stale))

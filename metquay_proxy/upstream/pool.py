@@ -176,7 +176,8 @@ class Pool:
         good_for = self._max_idle
         if kept_for is not None:
             good_for = min(good_for, kept_for - min(_MARGIN, kept_for / 2))
-        connection.good_until = min(connection.too_old, now + good_for)
+        until = now + good_for
+        connection.good_until = until if until < connection.too_old else connection.too_old
         self._idle.append(connection)
 
     def _lost(self, connection: Connection) -> None:
