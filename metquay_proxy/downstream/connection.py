@@ -81,26 +81,11 @@ class ClientConnection(Receiver):
 
     transport: asyncio.Transport
     address: str | None = None
-    busy = False
-    full = False
-    gone = False
-    _task: asyncio.Task[None] | None = None
-    _stream: Stream | None = None
-    """The body of the request that is being served, while it is arriving."""
-    _helper: asyncio.Protocol | None = None
-    """Who answers the request that is being served, if it was handed over."""
     _drained: asyncio.Future[None] | None = None
-    _deadline = math.inf
     _unsent = 0
     """Bytes that had not been taken when somebody last looked,"""
     _moved = 0.0
     """and when some were taken last."""
-    _in_head = False
-    _answered = False
-    """The next request waits until the answer to this one has been taken."""
-    _paused = False
-    _deaf = False
-    """What still comes is not read."""
 
     def __init__(  # noqa: PLR0913 - who serves, and the bounds
         self,
@@ -123,6 +108,17 @@ class ClientConnection(Receiver):
         self._on_made = on_made
         self._on_gone = on_gone
         self._loop = asyncio.get_running_loop()
+        self._deadline = math.inf
+        self.busy = self.full = self.gone = self._in_head = self._paused = False
+        self._task: asyncio.Task[None] | None = None
+        self._stream: Stream | None = None
+        """The body of the request that is being served, while it is arriving."""
+        self._helper: asyncio.Protocol | None = None
+        """Who answers the request that is being served, if it was handed over."""
+        self._answered = False
+        """The next request waits until the answer to this one has been taken."""
+        self._deaf = False
+        """What still comes is not read."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, and give the client its time for the first byte."""
@@ -285,7 +281,7 @@ class ClientConnection(Receiver):
                 stream.feed(piece)
         elif piece:
             stream = Stream.of(piece)
-        task = _task(self._serving.serve(self, head, stream), loop=self._loop)
+        task = _task(self._serving.serve(self, head, stream), loop=self._loop, name="request")
         if not task.done():  # else it has ended within that call
             self._task = task
 

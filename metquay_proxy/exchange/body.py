@@ -29,16 +29,14 @@ class Stream:
     ``arrived``: its last byte has come, read or not. ``held_up``: the sender was told to wait for the reader.
     """
 
-    arrived = False
-    held_up = False
-    _size = 0
-    _error: Exception | None = None
-    _waiter: asyncio.Future[None] | None = None
-
     def __init__(self, hold_up: Callable[[bool], object] = bool) -> None:
         """``hold_up`` is called with True where the sender is to stop sending, and with False where it may go on."""
         self._hold_up = hold_up
         self._pieces: list[bytes] = []
+        self._size = 0
+        self.arrived = self.held_up = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     @classmethod
     def of(cls, data: bytes = b"") -> Self:

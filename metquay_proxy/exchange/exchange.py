@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Final, Literal
 
 from metquay_proxy.exchange.body import Stream
 from metquay_proxy.rules.gate import Admission
+from metquay_proxy.rules.target import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,21 +22,31 @@ if TYPE_CHECKING:
     from metquay_proxy.exchange.body import RequestBody
     from metquay_proxy.rules.errors import Sent
     from metquay_proxy.rules.headers import RequestFields, ResponseHead
-    from metquay_proxy.rules.target import Target
 
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _LONGEST_RESOURCE: Final = 1024
 _RUN: Final = os.urandom(4).hex()
 _NUMBERS: Final = count(1)
+_NOWHERE: Final = Target("-", "-", None)
 
 
+def _next_id() -> str:
+    return f"{_RUN}{next(_NUMBERS):08x}"
+
+
+@dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class Exchange:
     """One request and its answer, from the judged head to the last byte. Durations are in seconds."""
 
-    target: Target
+    method: str
+    path: str = "-"
+    """A dash until the canonical target is known: a refused one may hold anything."""
+    id: str = field(default_factory=_next_id)
+    began: float = field(default_factory=time.perf_counter)
+    target: Target = _NOWHERE
     """What is asked for, once that is known to be allowed."""
-    fields: RequestFields
-    body: RequestBody
+    fields: RequestFields = field(init=False)
+    body: RequestBody = field(init=False)
     keep: bool = False
     """Whether the client's connection may stay after the answer."""
 
@@ -85,13 +97,6 @@ class Exchange:
     ended: float = 0.0
     """Wall clock."""
 
-    def __init__(self, method: str, path: str = "-") -> None:
-        """Begin; ``path`` is a dash until the canonical target is known: a refused one may hold anything."""
-        self.method = method
-        self.path = path
-        self.id = f"{_RUN}{next(_NUMBERS):08x}"
-        self.began = time.perf_counter()
-
     @property
     def resource(self) -> tuple[str, str]:
         """What is asked of whom, whatever the query; shortened, since it may be remembered."""
@@ -99,7 +104,7 @@ class Exchange:
 
     def let_go(self) -> None:
         """Forget what served the way alone: finished exchanges are kept for people, and heads may hold secrets."""
-        vars(self).pop("target", None)  # a refused one has none
+        self.target = _NOWHERE
         del self.fields, self.body
 
     def note_sent(self, sent: Sent) -> None:
@@ -112,12 +117,12 @@ class Response(Stream):
     """An answer: its head, which is there once it has ``begun``, and its body, which is read piece by piece."""
 
     head: ResponseHead
-    begun = False
 
     def __init__(self, hold_up: Callable[[bool], object] = bool, give_up: Callable[[Response], object] = bool) -> None:
         """``hold_up`` is as in ``Stream``; ``give_up`` ends the sending of what has not arrived, if there is any."""
         super().__init__(hold_up)
         self._give_up = give_up
+        self.begun = False
 
     def begin(self, head: ResponseHead) -> None:
         """Take the head."""

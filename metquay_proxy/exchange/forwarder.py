@@ -14,6 +14,7 @@ import hashlib
 import math
 import random
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -317,9 +318,13 @@ class _Writes:
     """The one that was forwarded last."""
 
 
+@dataclass(slots=True, eq=False)
 class _Attempts:
     """The attempts of one request: how long it may wait in all, and what is known of those that were made."""
 
+    exchange: Exchange
+    deadline: float = 0.0
+    """In seconds of the forwarder's clock."""
     writes: _Writes | None = None
     failed: int = 0
     """How many had an unclear end, after which another one was planned."""
@@ -330,11 +335,6 @@ class _Attempts:
     fresh: bool = False
     rejected: AccessToken | None = None
     """The token of the last one, if it was answered with 401: another one is waited for."""
-
-    def __init__(self, exchange: Exchange, deadline: float = 0.0) -> None:
-        """``deadline`` is in seconds of the forwarder's clock."""
-        self.exchange = exchange
-        self.deadline = deadline
 
     @property
     def repeatable(self) -> bool:

@@ -99,12 +99,14 @@ class ClosedBeforeHead(ProtocolError):
 class _Reader:
     """What the readers of both sides have in common: text up to a mark, and bodies that say where they end."""
 
-    complete = False
     _chunk_line: ClassVar[re.Pattern[bytes]]
-    _buffer: bytearray | None = None
-    _left = 0
     _trailers = False
-    _refusal: Exception | None = None
+
+    def __init__(self) -> None:
+        self.complete = False
+        self._buffer: bytearray | None = None
+        self._left = 0
+        self._refusal: Exception | None = None
 
     def _fault(self, why: str) -> Exception:
         """Return what to raise, now and for every later piece."""
@@ -194,15 +196,15 @@ class ResponseReader(_Reader):
     answer ended cleanly. ``surplus``: bytes came after its end, so that the connection must never be used again.
     """
 
-    head: ResponseHead | None = None
-    started = False
-    surplus = False
     _chunk_line = _chunk_line(rb"[ \t]*+")
     _interim = _MAX_INTERIM
 
     def __init__(self, method: str, memory: AnswersMemory | None = None) -> None:
         """Take the memory that the connections to one upstream share."""
+        super().__init__()
         self._memory = (AnswersMemory() if memory is None else memory).of(method)
+        self.head: ResponseHead | None = None
+        self.started = self.surplus = False
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece, and return the bytes of the decoded body that it holds, maybe none.
@@ -408,15 +410,15 @@ class RequestReader(_Reader):
     refused, and every later ``feed`` raises it again: the connection must be closed after the answer.
     """
 
-    head: RequestHead | None = None
     _chunk_line = _chunk_line(b"")
-    _empty = 0
-    _data, _at = b"", 0
-    """What came with the end of this request, and where that was."""
 
     def __init__(self, memory: RequestsMemory | None = None) -> None:
         """Take the memory that the connections of a server share."""
+        super().__init__()
         self._memory = RequestsMemory() if memory is None else memory
+        self.head: RequestHead | None = None
+        self._empty = 0
+        self._data, self._at = b"", 0  # what came with the end of this request, and where that was
         self._rest = bytearray()  # what came later
 
     @property

@@ -56,11 +56,8 @@ class Connection(Receiver):
     """until when it may be used then,"""
     too_old = math.inf
     """and from when on never."""
-    _response: Response | None = None
-    """The answer that comes; there while an exchange runs, and then the next one is its own."""
     _reader: ResponseReader
-    _upload: asyncio.Task[None] | None = None
-    """What sends a body that comes piece by piece, until it is sent or no longer wanted."""
+    """That of the answer that comes, while an exchange runs."""
     _sent = False
     """Whether all of the request was handed to the network."""
     _reused = False
@@ -89,6 +86,10 @@ class Connection(Receiver):
         self._on_free = on_free
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
+        self._response: Response | None = None
+        """The answer that comes; there while an exchange runs."""
+        self._upload: asyncio.Task[None] | None = None
+        """What sends a body that comes piece by piece, until it is sent or no longer wanted."""
         self._writable = asyncio.Event()
         self._writable.set()
 
