@@ -140,17 +140,15 @@ class RequestBody:
     network (whoever sends sets it). ``chunked``: it came without a length.
     """
 
-    replayable = True
-    sent = False
-    _size = 0
-
     def __init__(self, source: Stream, *, chunked: bool, limit: int, budget: ReplayBudget, timeout: float) -> None:
         """``limit`` is in bytes, ``timeout`` in seconds of silence; a ``source`` that has ended is no body."""
+        self.replayable, self.sent = True, False
         self._source = source
         self._limit = limit
         self._budget = budget
         self._timeout = timeout
         self._kept: list[bytes] = []
+        self._size = 0
         self.chunked = chunked
 
     @property
@@ -268,10 +266,9 @@ class RequestBody:
 class NoBody(RequestBody):
     """That of a request which has none: it is there, and can be sent again, for ever."""
 
-    chunked = False
-
     def __init__(self) -> None:
         """There is nothing to keep."""
+        self.replayable, self.sent, self.chunked = True, False, False
 
     @property
     def ended(self) -> bool:

@@ -185,19 +185,20 @@ class Forwarder:
         on_sent = int if ticket is None else ticket.send
         began = time.perf_counter()
         try:
-            attempts.begin()
+            if attempts.writes is not None or attempts.failed:
+                attempts.begin()
+            exchange.attempts += 1
+            method, body = exchange.method, exchange.body
             head = exchange.fields.outbound(
-                exchange.method,
+                method,
                 exchange.target.sent,
                 host=self._host,
                 authorization=None if token is None else token.authorization,
-                chunked=exchange.body.chunked,
+                chunked=body.chunked,
                 read_only=exchange.admission.read_only,
                 keep_authorization=exchange.keep_authorization,
             )
-            return await self._transport.send(
-                exchange.method, head, exchange.body, fresh=attempts.fresh, on_sent=on_sent
-            )
+            return await self._transport.send(method, head, body, fresh=attempts.fresh, on_sent=on_sent)
         finally:
             exchange.upstream += time.perf_counter() - began
             if line is not None and ticket is not None:
@@ -352,7 +353,7 @@ class _Attempts:
         return self.writes is not None and self.overwriting and self.writes.last is not self.exchange
 
     def begin(self) -> None:
-        """Count an attempt that is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
+        """Note that a write, or a repeat, is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
         if self.writes is not None:
             if self.failed and self.overtaken:
                 raise ProxyError(
@@ -362,9 +363,7 @@ class _Attempts:
                     sent=self.exchange.sent,
                 )
             self.writes.last = self.exchange
-        if self.failed:
-            self.drop()
-        self.exchange.attempts += 1
+        self.drop()
 
     def end(self, error: BaseException) -> Response:
         """No other attempt is made: pass on what the last one ended in, else raise why; when cancelled, only that."""

@@ -21,7 +21,6 @@ import hashlib
 import hmac
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.errors import ProxyError
@@ -44,6 +43,7 @@ _LOGIN_PROMPT: Final = ("WWW-Authenticate", 'Basic realm="metquay-proxy", charse
 _ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 _HOST: Final = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+(?:%[a-z0-9_.-]+)?")
 _LONGEST_HOST: Final = 300
+_REMEMBERED: Final = 64
 _ANYBODYS, _DOTLESS, _OURS = range(3)
 _PLACEHOLDER_WITHOUT_KEYS: Final = "held-by-metquay-proxy"
 _PLACEHOLDER: Final = re.compile(rb"local\.([A-Za-z0-9_-]+)\.([0-9]{1,15})\.([0-9a-f]{64})")
@@ -105,6 +105,8 @@ class Gate:
         self._allowed_hosts = frozenset([*allowed_hosts, *(own_names or ())])
         self._allowed_origins = frozenset(allowed_origins)
         self._scheme = scheme
+        self._good_hosts: set[bytes] = set()
+        """Some of the Host fields that were found good, whatever is asked for; to read one costs more than the rest."""
         self._open = Admission(read_only=read_only)
         self.keys = keys
         """Those in force; ``replace_keys`` changes them."""
@@ -135,9 +137,9 @@ class Gate:
     def check(self, method: str, target: Target, head: RequestFields, now: float) -> Admission:
         """Admit the request, or raise ``ProxyError``. ``now`` is the wall clock in seconds (placeholders expire)."""
         judged = head.judged
-        if b"host" in judged:
-            self._check_host(judged[b"host"], target)
-        if b"origin" in judged or b"sec-fetch-site" in judged or judged.get(b"referer", b"") != b"":
+        if b"host" in judged and (host := judged[b"host"]) not in self._good_hosts:
+            self._check_host(host, target)
+        if head.of_page:
             if self._is_foreign(method, target, head):
                 msg = (
                     "A web page of another site tried to use this proxy, and was refused. If that page is a tool of "
@@ -179,7 +181,11 @@ class Gate:
     def _check_host(self, value: bytes | None, target: Target) -> None:
         if value and len(value) <= _LONGEST_HOST:
             host, safety = _read_host(value)
-            if safety >= self._safe or host in self._allowed_hosts or (target.absolute and host == self._upstream_host):
+            if safety >= self._safe or host in self._allowed_hosts:
+                if len(self._good_hosts) < _REMEMBERED:
+                    self._good_hosts.add(value)
+                return
+            if target.absolute and host == self._upstream_host:
                 return
         raise ProxyError(
             "host-not-allowed",
@@ -249,7 +255,6 @@ class Gate:
         return found[0] if found else None
 
 
-@lru_cache(maxsize=64)  # reading an address costs more than the rest of the gate
 def _read_host(value: bytes) -> tuple[str, int]:
     """Return the lower-case host of a Host field, and how safe it is that the name is not somebody else's."""
     authority = split_authority(value.decode("latin-1"), "http")

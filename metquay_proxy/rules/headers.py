@@ -97,11 +97,12 @@ class RequestFields:
     ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept, and
     ``product`` the name that it begins with, in lower case, without versions and numbers. They came in HTTP/1.``minor``;
     ``length`` is the body's in bytes: None where it is chunked, 0 without a body. ``keep_alive``: the client lets the
-    connection stay after the answer. Nothing of it ever changes once its reader has made it, so that many requests may
-    share it.
+    connection stay after the answer. ``of_page``: a browser says which page it is for. Nothing of it ever changes once
+    its reader has made it, so that many requests may share it.
     """
 
-    __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "keep_alive", "length", "minor", "options", "product")
+    __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "keep_alive", "length", "minor", "of_page", "options",
+                 "product")  # fmt: skip
 
     minor: int
     length: int | None
@@ -114,6 +115,7 @@ class RequestFields:
             lower = name.lower()
             judged[lower] = None if lower in judged else value.rstrip(b" \t")
         self.judged: Mapping[bytes, bytes | None] = judged
+        self.of_page = b"origin" in judged or b"sec-fetch-site" in judged or judged.get(b"referer", b"") != b""
         agent = (judged.get(b"user-agent") or b"")[:_LONGEST_AGENT]
         self.agent = agent.decode("latin-1")
         self.product = _PRODUCT.findall(agent.lower())[0].decode()
