@@ -54,7 +54,10 @@ class Stream:
 
     def feed(self, piece: bytes) -> None:
         """Take a piece, which is not empty."""
-        _add(self._pieces, piece)
+        if self._pieces:
+            _add(self._pieces, piece)
+        else:
+            self._pieces.append(piece)
         self._size += len(piece)
         if self._size > HIGH_WATER and not self.held_up:
             self._hold(up=True)
@@ -113,9 +116,11 @@ class Stream:
         self._hold_up(up)
 
     def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
 
 def _add(pieces: list[bytes], piece: bytes) -> None:

@@ -439,7 +439,7 @@ class RequestReader(_Reader):
         return self._read(data, 0)
 
     def next(self) -> bytes:
-        """Begin the next request with what waits, and return as ``feed`` does."""
+        """Begin the next request with what waits, if anything does, and return as ``feed`` does."""
         self.head = None
         self.complete = False
         self._empty = 0

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from metquay_proxy.exchange.body import RequestBody
-    from metquay_proxy.rules.headers import ResponseHead
     from metquay_proxy.rules.http1 import AnswersMemory
 
 
@@ -111,13 +110,15 @@ class Connection(Receiver):
             piece = reader.feed(data)
         except ProtocolError as error:
             if not response.begun and reader.head is not None:
-                self._announce(response, reader.head)
+                response.begin(reader.head)
             message = f"Metquay's answer was not valid HTTP ({error}). Try again; if it stays, tell your administrator."
             left_over = self._used and reader.head is None  # of the exchange before, a moment late
             self._fail(response, "upstream-protocol", message, repeatable=left_over, stale=left_over)
             return
         if not response.begun and reader.head is not None:
-            self._announce(response, reader.head)
+            response.begin(reader.head)
+            if self._upload is not None and reader.head.status >= _NO_MORE:
+                self._stop_sending()
         if piece:
             response.feed(piece)
         if reader.complete:
@@ -217,7 +218,8 @@ class Connection(Receiver):
     def give_up(self, response: Response | None) -> None:
         """End the exchange that ``response`` answers, if it still runs, and the connection with it; None: none runs."""
         if self._response is response:
-            self._detach()
+            self._response = None
+            self._stop_sending()
             self.abort()
 
     def abort(self) -> None:
@@ -225,16 +227,12 @@ class Connection(Receiver):
         self._cut = True
         self._transport.abort()
 
-    def _announce(self, response: Response, head: ResponseHead) -> None:
-        """Hand the head of the answer over, which has just come."""
-        response.begin(head)
-        if head.status >= _NO_MORE:
-            self._stop_sending()
-
     def _finish(self, response: Response) -> None:
         """End the exchange, whose answer has come whole; what of it is still unread is its reader's."""
         head = response.head
-        self._detach()
+        self._response = None
+        if self._upload is not None:
+            self._stop_sending()
         response.end()  # which reads on, where it had been held up
         self._used = True
         if head.keep_alive and self._sent and not self._reader.surplus:
@@ -251,13 +249,10 @@ class Connection(Receiver):
         self._end(response, UpstreamFailure(slug, message, sent=sent, repeatable=repeatable, stale=stale))
 
     def _end(self, response: Response, error: ProxyError) -> None:
-        self._detach()
-        response.fail(error)
-        self.abort()
-
-    def _detach(self) -> None:
         self._response = None
         self._stop_sending()
+        response.fail(error)
+        self.abort()
 
     def _stop_sending(self) -> None:
         if self._upload is not None:
