@@ -9,8 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from metquay_proxy.exchange.exchange import Exchange
-from metquay_proxy.rules.renewal import TokenEvent
 from metquay_proxy.rules.gate import Admission
+from metquay_proxy.rules.renewal import TokenEvent
 from metquay_proxy.telemetry import RECENT, Telemetry, event, masked
 
 if TYPE_CHECKING:

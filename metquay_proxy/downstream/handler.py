@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from metquay_proxy.audit import AuditLog
-    from metquay_proxy.exchange.body import Stream
     from metquay_proxy.downstream.connection import ClientConnection
     from metquay_proxy.downstream.pages import Pages
+    from metquay_proxy.exchange.body import Stream
     from metquay_proxy.exchange.forwarder import Forwarder
     from metquay_proxy.rules.gate import Gate
     from metquay_proxy.rules.headers import ResponseHead

@@ -27,6 +27,7 @@ _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _LONGEST_RESOURCE: Final = 1024
 _RUN: Final = os.urandom(4).hex()
 _NUMBERS: Final = count(1)
+_NOBODY: Final = Admission()
 _NOWHERE: Final = Target("-", "-", None)
 
 
@@ -50,7 +51,7 @@ class Exchange:
     keep: bool = False
     """Whether the client's connection may stay after the answer."""
 
-    admission: Admission = Admission()
+    admission: Admission = _NOBODY
     """What the gate found out: who asks, and whether that one may only read."""
     agent: str = ""
     """Its User-Agent, shortened."""

@@ -353,7 +353,7 @@ class _Attempts:
         return self.writes is not None and self.overwriting and self.writes.last is not self.exchange
 
     def begin(self) -> None:
-        """Note that a write, or a repeat, is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
+        """Note that a write or a repeat is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
         if self.writes is not None:
             if self.failed and self.overtaken:
                 raise ProxyError(

@@ -95,10 +95,10 @@ class RequestFields:
 
     ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
     ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept, and
-    ``product`` the name that it begins with, in lower case, without versions and numbers. They came in HTTP/1.``minor``;
-    ``length`` is the body's in bytes: None where it is chunked, 0 without a body. ``keep_alive``: the client lets the
-    connection stay after the answer. ``of_page``: a browser says which page it is for. Nothing of it ever changes once
-    its reader has made it, so that many requests may share it.
+    ``product`` the name that it begins with, in lower case, without versions and numbers. ``of_page``: a browser says
+    which page it is for. They came in HTTP/1.``minor``; ``length`` is the body's in bytes: None where it is chunked, 0
+    without a body; ``keep_alive``: the client lets the connection stay after the answer.
+    Nothing of it ever changes once its reader has made it, so that many requests may share it.
     """
 
     __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "keep_alive", "length", "minor", "of_page", "options",

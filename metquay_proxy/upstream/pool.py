@@ -177,7 +177,7 @@ class Pool:
         if kept_for is not None:
             good_for = min(good_for, kept_for - min(_MARGIN, kept_for / 2))
         until = now + good_for
-        connection.good_until = until if until < connection.too_old else connection.too_old
+        connection.good_until = min(connection.too_old, until)
         self._idle.append(connection)
 
     def _lost(self, connection: Connection) -> None:

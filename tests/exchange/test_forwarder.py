@@ -17,8 +17,8 @@ from metquay_proxy.exchange.line import Line
 from metquay_proxy.exchange.tokens import TokenCache
 from metquay_proxy.rules.credentials import AccessToken, LoginFailed
 from metquay_proxy.rules.errors import ProxyError, UpstreamFailure
-from metquay_proxy.rules.headers import RequestFields
 from metquay_proxy.rules.gate import Admission
+from metquay_proxy.rules.headers import RequestFields
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Records
 from metquay_proxy.rules.quota import Quota
 from metquay_proxy.rules.target import BaseURL, Target

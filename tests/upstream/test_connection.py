@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from metquay_proxy.exchange.body import HIGH_WATER, Stream
-from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules.errors import ProxyError, UpstreamFailure
 from metquay_proxy.rules.http1 import AnswersMemory
 from metquay_proxy.upstream.connection import Connection
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from metquay_proxy.exchange.body import RequestBody
+    from metquay_proxy.exchange.exchange import Response
 
 UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nabc"
 POST = b"POST /x HTTP/1.1\r\nHost: x\r\n\r\n"
