@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
 
 from metquay_proxy.rules import faults
@@ -274,11 +273,8 @@ class ResponseReader(_Reader):
             data = rest
 
 
-def _parse_answer(block: bytes, *, tunnel: bool = False) -> ResponseHead | None:
-    """Parse the text of one head without its blank line; None for an interim one. Raises ProtocolError.
-
-    ``tunnel``: it answers CONNECT, so that a 2xx has no body, whatever it says.
-    """
+def _parse_answer(method: str, block: bytes) -> ResponseHead | None:
+    """Parse a head without its blank line that answers ``method``; None for an interim one. Raises ProtocolError."""
     line = _STATUS_LINE.match(block)
     if line is None:
         raise ProtocolError(f"its status line is malformed: it begins with {block[:16]!r}")
@@ -293,8 +289,9 @@ def _parse_answer(block: bytes, *, tunnel: bool = False) -> ResponseHead | None:
         return None
     lines = block[line.end() :]
     noted = noted_fields(lines)
-    length, until_close = (0, False) if tunnel and status in _SUCCESS else _framing(noted, minor)
-    if status in BODILESS:
+    tunnel = method == "CONNECT" and status in _SUCCESS
+    length, until_close = (0, False) if tunnel else _framing(noted, minor)
+    if method == "HEAD" or status in BODILESS:
         length, until_close = 0, False
     passed = passed_on(status, reason, lines, noted)
     keep_alive = _persists(minor, connection_options(noted)) and not until_close
@@ -313,15 +310,6 @@ def _framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, 
         case [(b"transfer-encoding", b"chunked")] if minor:
             return None, False
     raise ProtocolError("its Content-Length and Transfer-Encoding do not say for certain how long its body is")
-
-
-def _parse_bodiless(block: bytes) -> ResponseHead | None:
-    """Parse the head of an answer to HEAD, whose fields speak of a body that does not follow."""
-    head = _parse_answer(block)
-    if head is None:
-        return None
-    persists = head.keep_alive or (head.until_close and head.minor == 1)
-    return replace(head, length=0, until_close=False, keep_alive=persists)
 
 
 class _Memory(dict[bytes, T]):
@@ -348,13 +336,11 @@ class AnswersMemory:
     """The heads of answers, without their blank lines; None stands for an interim one."""
 
     def __init__(self) -> None:
-        self._others = _Memory(_parse_answer)
-        tunnel = _Memory(functools.partial(_parse_answer, tunnel=True))
-        self._methods = {"HEAD": _Memory(_parse_bodiless), "CONNECT": tunnel}
+        self._of = {method: _Memory(functools.partial(_parse_answer, method)) for method in ("HEAD", "CONNECT", "")}
 
     def of(self, method: str) -> Mapping[bytes, ResponseHead | None]:
-        """Return the heads that answered such requests."""
-        return self._methods.get(method, self._others)
+        """Return those that answered such requests: the same bytes may mean another thing to others."""
+        return self._of.get(method, self._of[""])
 
 
 class RequestHead(NamedTuple):
