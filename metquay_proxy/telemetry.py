@@ -1,7 +1,7 @@
 """What is told about exchanges: a log line each, figures for Prometheus, the last ones and the last hour for the page.
 
 Owns the books of what happened, and what an exchange's line holds. Must not decide anything about a request, and must
-cost it next to nothing: an exchange is counted in plain dictionaries and lists, and turned into an event only for a log
+cost it next to nothing: an exchange is counted in plain dictionaries and lists, and turned into a line only for a log
 or a reader that there is.
 
 Facts: query values can hold customers' names, bodies can hold passwords (the older interface sends them there): neither
@@ -35,7 +35,7 @@ RECENT: Final = 100
 _LONGEST_PATH: Final = 1024
 _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
-_UNUSUAL: Final = ("address", "replayed", "error", "reason")
+_IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason")
 _REFUSALS: Final = 10_000
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
 _RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
@@ -52,29 +52,27 @@ def level(exchange: Exchange) -> str:
     return "error" if error == "credentials-rejected" else "warning"
 
 
-def event(it: Exchange) -> dict[str, Any]:
-    """Return what the log and the status page tell of it. What is not known is left out, but for who asked."""
+def line(it: Exchange) -> str:
+    """Return what the log and the status page tell of it, as JSON. What is not known is left out, but for who asked."""
     second = int(it.ended)
-    told = {
-        "event": "request",
-        "level": level(it),
-        "timestamp": f"{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z",
-        "id": it.id,
-        "client": (it.client or it.agent or it.caller)[:_LONGEST_CALLER] or None,
-        "method": it.method,
-        "path": masked(it.path),
-        "status": it.status,
-        "answered_by": it.answered_by,
-        "ms": round(it.seconds * 1000, 1),
-        "waited_ms": round(it.waited * 1000, 1),
-        "attempts": it.attempts,
-    }
-    if it.agent:
-        told["user_agent"] = it.agent
-    for name in _UNUSUAL:
-        if value := getattr(it, name):
-            told[name] = value
-    return told
+    client = (it.client or it.agent or it.caller)[:_LONGEST_CALLER] or None
+    told = (it.agent, it.address, it.replayed, it.error, it.reason)
+    who, more = _lasting(client, it.method, it.path, it.status, it.answered_by, told)
+    return (
+        f'{{"event": "request", "level": "{level(it)}", '
+        f'"timestamp": "{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z", "id": "{it.id}", {who}, '
+        f'"ms": {it.seconds * 1000:.1f}, "waited_ms": {it.waited * 1000:.1f}, "attempts": {it.attempts}{more}}}'
+    )
+
+
+@lru_cache(maxsize=256)
+def _lasting(  # noqa: PLR0913 - what is the same in many lines
+    client: str | None, method: str, path: str, status: int, origin: str, more: tuple[object, ...]
+) -> tuple[str, str]:
+    """Return what many exchanges have in common, as two pieces of their lines; ``more`` are those of ``_IF_KNOWN``."""
+    who = {"client": client, "method": method, "path": masked(path), "status": status, "answered_by": origin}
+    known = {name: value for name, value in zip(_IF_KNOWN, more, strict=True) if value}
+    return to_json(who)[1:-1], f", {to_json(known)[1:-1]}" if known else ""
 
 
 @lru_cache(maxsize=2)
@@ -132,7 +130,7 @@ class Telemetry:
         key = (exchange.method, self._route(path), status, exchange.answered_by)
         self._requests[key] = self._requests.get(key, 0) + 1
         if LEVELS[level(exchange)] >= output.threshold:
-            output.tell(event(exchange))
+            output.tell(line(exchange))
         if exchange.quiet or path.startswith("/-/"):
             return
         if attempts:
@@ -169,7 +167,7 @@ class Telemetry:
         gone = self._remembered - len(self._recent)
         first = max(number, gone)
         exchanges = islice(self._recent, first - gone, first - gone + most)
-        lines = [to_json(event(each)) for each in exchanges]
+        lines = [line(each) for each in exchanges]
         return lines, first - number, first + len(lines)
 
     def refused(self) -> int:
@@ -249,7 +247,6 @@ class Telemetry:
         return generate_latest(registry)
 
 
-@lru_cache(maxsize=256)
 def masked(target: str) -> str:
     """Return a target without the values of its query; what has no equals sign is all value."""
     path, mark, query = target.partition("?")

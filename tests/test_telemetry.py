@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.rules.renewal import TokenEvent
-from metquay_proxy.telemetry import RECENT, Telemetry, event, masked
+from metquay_proxy.telemetry import RECENT, Telemetry, line, masked
 
 if TYPE_CHECKING:
     from metquay_proxy.rules.errors import Sent
@@ -61,18 +61,18 @@ def test_query_values_are_masked(shown: str, target: str) -> None:
     assert shown == masked(target)
 
 
-def test_an_event_tells_the_contract() -> None:
+def test_a_line_tells_the_contract() -> None:
     """Id, client, method, path, status, who answered, ms, waited, attempts; an error where there was one."""
     made = exchange(status=429, answered_by="proxy", error="quota-exceeded", attempts=2)
     made.client, made.caller, made.waited, made.seconds, made.ended = "workbook", "Excel", 1.5, 2.0123, 1700000000.25
-    made.agent, made.address, made.replayed = "Excel/16", "192.0.2.7", True
+    made.agent, made.address, made.replayed = 'Excel/16 "{%s}\\', "192.0.2.7", True
     assert {
         "event": "request",
         "level": "warning",
         "timestamp": "2023-11-14T22:13:20.250000Z",
         "id": made.id,
         "client": "workbook",
-        "user_agent": "Excel/16",
+        "user_agent": 'Excel/16 "{%s}\\',
         "address": "192.0.2.7",
         "method": "GET",
         "path": "/api/v1/customers",
@@ -83,12 +83,12 @@ def test_an_event_tells_the_contract() -> None:
         "attempts": 2,
         "replayed": True,
         "error": "quota-exceeded",
-    } == event(made)
+    } == json.loads(line(made))
 
 
-def test_an_event_leaves_out_what_is_not_known() -> None:
+def test_a_line_leaves_out_what_is_not_known() -> None:
     """Neither address nor User-Agent nor reason, where there is none; nobody is null."""
-    fields = event(exchange())
+    fields = json.loads(line(exchange()))
     assert fields["client"] is None
     assert ["event", "level", "timestamp", "id"] == list(fields)[:4]
     assert {"user_agent", "address", "replayed", "error", "reason"}.isdisjoint(fields)
@@ -125,7 +125,7 @@ def test_how_loud_a_line_is(level: str, sent: Sent, outcomes: list[tuple[int, st
     for status, error in outcomes:
         made = exchange(status=status, error=error)
         made.sent, made.quiet = sent, quiet
-        assert level == event(made)["level"], (status, error)
+        assert level == json.loads(line(made))["level"], (status, error)
 
 
 @pytest.mark.parametrize(
