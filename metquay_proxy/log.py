@@ -56,11 +56,12 @@ class _Output:
         self._begun = self._told = 0
         atexit.register(self.writer.close, _LAST)
 
-    def tell(self, event: dict[str, Any]) -> None:
-        """Log an event that has its level and its time already."""
+    def tell(self, line: str) -> None:
+        """Log a line of JSON that has its level and its time already."""
         if self.as_json:
-            self.write(f"{to_json(event)}\n")
+            self.write(f"{line}\n")
         else:
+            event = json.loads(line)
             log.log(LEVELS[event.pop("level")], **event)
 
     def write(self, text: str) -> None:

@@ -1,8 +1,7 @@
 """What is told about exchanges: a log line each, figures for Prometheus, the last ones and the last hour for the page.
 
 Owns the books of what happened, and what an exchange's line holds. Must not decide anything about a request, and must
-cost it next to nothing: an exchange is counted in plain dictionaries and lists, and turned into an event only for a log
-or a reader that there is.
+cost it next to nothing: exchanges are counted many at once, and become lines only for a log or a reader that there is.
 
 Facts: query values can hold customers' names, bodies can hold passwords (the older interface sends them there): neither
 is ever logged. Prometheus wants cumulative buckets, and labels of few values: no ids, no clients.
@@ -12,18 +11,19 @@ from __future__ import annotations
 
 import re
 import time
-from bisect import bisect_left
-from collections import deque
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections import Counter, deque
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
-from itertools import accumulate, islice
+from functools import lru_cache, partial
+from itertools import islice
+from operator import add
 from typing import TYPE_CHECKING, Any, Final
 
 from metquay_proxy.log import LEVELS, log, output, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from metquay_proxy.exchange.exchange import Exchange
     from metquay_proxy.rules.renewal import TokenEvent
@@ -35,8 +35,10 @@ RECENT: Final = 100
 _LONGEST_PATH: Final = 1024
 _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
-_UNUSUAL: Final = ("address", "replayed", "error", "reason")
+_IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason")
 _REFUSALS: Final = 10_000
+_FOLDED: Final = 256
+"""Exchanges that are counted together at most."""
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
 _RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
 _OUTAGE: Final = frozenset({502, 503, 504})
@@ -52,29 +54,27 @@ def level(exchange: Exchange) -> str:
     return "error" if error == "credentials-rejected" else "warning"
 
 
-def event(it: Exchange) -> dict[str, Any]:
-    """Return what the log and the status page tell of it. What is not known is left out, but for who asked."""
+def line(it: Exchange) -> str:
+    """Return what the log and the status page tell of it, as JSON. What is not known is left out, but for who asked."""
     second = int(it.ended)
-    told = {
-        "event": "request",
-        "level": level(it),
-        "timestamp": f"{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z",
-        "id": it.id,
-        "client": (it.admission.client or it.agent or it.caller)[:_LONGEST_CALLER] or None,
-        "method": it.method,
-        "path": masked(it.path),
-        "status": it.status,
-        "answered_by": it.answered_by,
-        "ms": round(it.seconds * 1000, 1),
-        "waited_ms": round(it.waited * 1000, 1),
-        "attempts": it.attempts,
-    }
-    if it.agent:
-        told["user_agent"] = it.agent
-    for name in _UNUSUAL:
-        if value := getattr(it, name):
-            told[name] = value
-    return told
+    client = (it.admission.client or it.agent or it.caller)[:_LONGEST_CALLER] or None
+    told = (it.agent, it.address, it.replayed, it.error, it.reason)
+    who, more = _lasting(client, it.method, it.path, it.status, it.answered_by, told)
+    return (
+        f'{{"event": "request", "level": "{level(it)}", '
+        f'"timestamp": "{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z", "id": "{it.id}", {who}, '
+        f'"ms": {it.seconds * 1000:.1f}, "waited_ms": {it.waited * 1000:.1f}, "attempts": {it.attempts}{more}}}'
+    )
+
+
+@lru_cache(maxsize=256)
+def _lasting(  # noqa: PLR0913 - what is the same in many lines
+    client: str | None, method: str, path: str, status: int, origin: str, more: tuple[object, ...]
+) -> tuple[str, str]:
+    """Return what many exchanges have in common, as two pieces of their lines; ``more`` are those of ``_IF_KNOWN``."""
+    who = {"client": client, "method": method, "path": masked(path), "status": status, "answered_by": origin}
+    known = {name: value for name, value in zip(_IF_KNOWN, more, strict=True) if value}
+    return to_json(who)[1:-1], f", {to_json(known)[1:-1]}" if known else ""
 
 
 @lru_cache(maxsize=2)
@@ -82,20 +82,21 @@ def _to_second(second: int) -> str:
     return datetime.fromtimestamp(second, UTC).isoformat()[:-6]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Histogram:
-    """Durations in seconds, counted in the buckets of ``BOUNDS`` and one more."""
+    """Durations in seconds: how many were at most each of ``BOUNDS``, how many there are, and their sum.
 
-    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    It never changes, so that another thread may read it.
+    """
+
+    counts: Sequence[int] = (0,) * (len(BOUNDS) + 1)
     total: float = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Count one; less than nothing, which two clock readings can come to, is nothing."""
-        if seconds > 0.0:
-            self.counts[bisect_left(BOUNDS, seconds)] += 1
-            self.total += seconds
-        else:
-            self.counts[0] += 1
+    def plus(self, durations: list[float]) -> Histogram:
+        """Return it with these too; less than nothing, which two clock readings can come to, is nothing."""
+        durations.sort()
+        more = [*[bisect_right(durations, bound) for bound in BOUNDS], len(durations)]
+        return Histogram([*map(add, self.counts, more)], self.total + sum(durations[bisect_right(durations, 0.0) :]))
 
 
 class Telemetry:
@@ -104,11 +105,12 @@ class Telemetry:
     def __init__(self, prefix: str = "/api/v1") -> None:
         """Start with empty books; ``prefix`` is what comes before the resources in a path."""
         self.active = 0
-        self.finished = 0
-        self.trouble: Exchange | None = None
-        """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
+        self._pending: list[Exchange] = []
+        """What has ended and is in no book yet; all in the minute that began at ``_since``."""
+        self._since = 0.0
+        self._trouble: Exchange | None = None
         self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
-        self._requests: dict[tuple[str, str, int, str], int] = {}
+        self._requests: Counter[tuple[str, str, int, str]] = Counter()
         self._retries = 0
         self._upstream, self._own, self._waited = Histogram(), Histogram(), Histogram()
         self._recent: deque[Exchange] = deque(maxlen=RECENT)
@@ -121,41 +123,69 @@ class Telemetry:
         self.active += 1
 
     def closed(self, exchange: Exchange) -> None:
-        """Log the exchange and count it; those of the proxy's own pages are counted as requests only."""
-        now = time.perf_counter()
-        exchange.ended = time.time()
-        exchange.seconds = now - exchange.began
-        exchange.path = path = exchange.path[:_LONGEST_PATH]
+        """Log the exchange and keep it to be counted with others."""
+        exchange.seconds = time.perf_counter() - exchange.began
+        exchange.ended = ended = time.time()
+        exchange.path = exchange.path[:_LONGEST_PATH]
         self.active -= 1
-        self.finished += 1
-        status, attempts = exchange.status, exchange.attempts
-        key = (exchange.method, self._route(path), status, exchange.answered_by)
-        self._requests[key] = self._requests.get(key, 0) + 1
         if LEVELS[level(exchange)] >= output.threshold:
-            output.tell(event(exchange))
-        if exchange.quiet or path.startswith("/-/"):
+            output.tell(line(exchange))
+        if len(self._pending) >= _FOLDED or not self._since <= ended < self._since + 60:
+            self._fold()
+            self._since = ended // 60 * 60
+        self._pending.append(exchange)
+
+    def _fold(self) -> None:
+        """Enter what is pending into the books, as is done before they are read; in the event loop's thread alone.
+
+        Exchanges of the proxy's own pages, which are never forwarded, are counted as requests only.
+        """
+        pending, self._pending = self._pending, []
+        kinds = Counter([(each.method, each.path, each.status, each.answered_by) for each in pending])
+        for (method, path, status, origin), number in kinds.items():
+            self._requests[method, self._route(path), status, origin] += number
+        forwarded = [each for each in pending if each.attempts]
+        self._retries += sum([each.attempts for each in forwarded]) - len(forwarded)
+        self._waited = self._waited.plus([each.waited for each in forwarded])
+        self._upstream = self._upstream.plus([each.upstream for each in forwarded])
+        self._own = self._own.plus(
+            [
+                (each.head_at - each.began if each.head_at else each.seconds) - each.waited - each.upstream
+                for each in forwarded
+            ]
+        )
+        told = [each for each in pending if each.attempts or not (each.quiet or each.path.startswith("/-/"))]
+        if not told:
             return
-        if attempts:
-            waited, upstream = exchange.waited, exchange.upstream
-            self._waited.observe(waited)
-            self._upstream.observe(upstream)
-            self._own.observe((exchange.head_at or now) - exchange.began - waited - upstream)
-            self._retries += attempts - 1
-        if exchange.answered_by == "metquay":
-            self.trouble = exchange if status in _OUTAGE else None
-        elif exchange.error is not None and exchange.error.startswith("upstream-"):
-            self.trouble = exchange
-        elif exchange.error == "quota-exceeded":
-            self._refusals.append(exchange.ended)
-        minute, milliseconds = self._minutes[-1], exchange.seconds * 1000
-        if minute[0] != exchange.ended // 60:
-            minute = [int(exchange.ended // 60), 0, 0, 0, 0, 0]
+        for each in told:
+            if each.answered_by == "metquay":
+                self._trouble = each if each.status in _OUTAGE else None
+            elif each.error is not None and each.error.startswith("upstream-"):
+                self._trouble = each
+            elif each.error == "quota-exceeded":
+                self._refusals.append(each.ended)
+        minute, seconds = self._minutes[-1], [each.seconds for each in told]
+        if minute[0] != self._since // 60:
+            minute = [int(self._since // 60), 0, 0, 0, 0, 0]
             self._minutes.append(minute)
-        minute[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += 1  # noqa: PLR2004 - classes of status
-        minute[4] += milliseconds
-        minute[5] = max(minute[5], milliseconds)
-        self._recent.append(exchange)
-        self._remembered += 1
+        for status, number in Counter([each.status for each in told]).items():
+            minute[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += number  # noqa: PLR2004 - classes of status
+        minute[4] += sum(seconds) * 1000
+        minute[5] = max(minute[5], max(seconds) * 1000)
+        self._recent.extend(told)
+        self._remembered += len(told)
+
+    @property
+    def finished(self) -> int:
+        """How many exchanges have ended."""
+        self._fold()
+        return self._requests.total()
+
+    @property
+    def trouble(self) -> Exchange | None:
+        """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
+        self._fold()
+        return self._trouble
 
     def _route(self, path: str) -> str:
         """Return the template of a path; of these there are few, whatever is asked for."""
@@ -166,14 +196,16 @@ class Telemetry:
 
     def since(self, number: int, most: int = RECENT) -> tuple[list[str], int, int]:
         """Return (exchanges after the ``number``-th, as JSON; how many before them are lost; the last one's number)."""
+        self._fold()
         gone = self._remembered - len(self._recent)
         first = max(number, gone)
         exchanges = islice(self._recent, first - gone, first - gone + most)
-        lines = [to_json(event(each)) for each in exchanges]
+        lines = [line(each) for each in exchanges]
         return lines, first - number, first + len(lines)
 
     def refused(self) -> int:
         """Return how many requests the quota refused in the last minute."""
+        self._fold()
         return sum(ended > time.time() - 60 for ended in self._refusals)
 
     def hour(self) -> list[list[float]]:
@@ -181,6 +213,7 @@ class Telemetry:
 
         Minutes without exchanges are left out, and so is what is older than an hour.
         """
+        self._fold()
         rows = [row for row in self._minutes if row[0] > time.time() // 60 - 60]
         return [[*row[:4], round(row[4] / sum(row[1:4]), 1), round(row[5], 1)] for row in rows]
 
@@ -191,14 +224,20 @@ class Telemetry:
             tell = log.error if event.kind == "rejected" else log.warning
             tell(told, reason=event.text, next_attempt_s=round(event.wait, 1))
         else:
-            self.trouble = None
+            self._fold()
+            self._trouble = None
             log.info(told, lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
 
-    def exposition(self, status: Mapping[str, Any]) -> bytes:
-        """Return the figures, and those of ``/-/status``, as Prometheus reads them.
+    def exposition(self, status: Mapping[str, Any]) -> Callable[[], bytes]:
+        """Return what returns the figures, and those of ``/-/status``, as Prometheus reads them.
 
-        To be called in a thread: it loads a library and reads files below /proc. Each book is copied in one operation.
+        That is to be called in a thread: it loads a library and reads files below /proc.
         """
+        self._fold()
+        return partial(self._exposition, status)
+
+    def _exposition(self, status: Mapping[str, Any]) -> bytes:
+        """Return them; each book is copied in one operation, since the loop goes on with it."""
         from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest  # noqa: PLC0415 - most never ask
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily  # noqa: PLC0415
 
@@ -213,7 +252,7 @@ class Telemetry:
             ("own", "of the proxy's own work", self._own),
             ("waited", "of waiting for token and quota", self._waited),
         ):
-            ends = zip([*(f"{bound:g}" for bound in BOUNDS), "+Inf"], accumulate(list(histogram.counts)), strict=True)
+            ends = zip([*(f"{bound:g}" for bound in BOUNDS), "+Inf"], histogram.counts, strict=True)
             about = (f"metquay_proxy_{name}_seconds", f"Seconds {text}, for each forwarded request.")
             families.append(HistogramMetricFamily(*about, buckets=list(ends), sum_value=histogram.total))
         connections = GaugeMetricFamily("metquay_proxy_connections", "Connections to Metquay.", labels=("state",))
@@ -249,7 +288,6 @@ class Telemetry:
         return generate_latest(registry)
 
 
-@lru_cache(maxsize=256)
 def masked(target: str) -> str:
     """Return a target without the values of its query; what has no equals sign is all value."""
     path, mark, query = target.partition("?")

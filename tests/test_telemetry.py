@@ -1,19 +1,26 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.rules.gate import Admission
 from metquay_proxy.rules.renewal import TokenEvent
-from metquay_proxy.telemetry import RECENT, Telemetry, event, masked
+from metquay_proxy.telemetry import BOUNDS, RECENT, Histogram, Telemetry, line, masked
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from metquay_proxy.rules.errors import Sent
 
 STATUS = {
@@ -42,7 +49,7 @@ def exchange(  # noqa: PLR0913 - the facts of one exchange
 
 def metrics(telemetry: Telemetry, status: dict[str, Any]) -> dict[tuple[str, ...], float]:
     """Return each sample by its name and the values of its labels."""
-    text = telemetry.exposition(status).decode()
+    text = telemetry.exposition(status)().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {(sample.name, *sample.labels.values()): sample.value for sample in samples}
 
@@ -62,19 +69,19 @@ def test_query_values_are_masked(shown: str, target: str) -> None:
     assert shown == masked(target)
 
 
-def test_an_event_tells_the_contract() -> None:
+def test_a_line_tells_the_contract() -> None:
     """Id, client, method, path, status, who answered, ms, waited, attempts; an error where there was one."""
     made = exchange(status=429, answered_by="proxy", error="quota-exceeded", attempts=2)
     made.admission = Admission("workbook")
     made.caller, made.waited, made.seconds, made.ended = "Excel", 1.5, 2.0123, 1700000000.25
-    made.agent, made.address, made.replayed = "Excel/16", "192.0.2.7", True
+    made.agent, made.address, made.replayed = 'Excel/16 "{%s}\\', "192.0.2.7", True
     assert {
         "event": "request",
         "level": "warning",
         "timestamp": "2023-11-14T22:13:20.250000Z",
         "id": made.id,
         "client": "workbook",
-        "user_agent": "Excel/16",
+        "user_agent": 'Excel/16 "{%s}\\',
         "address": "192.0.2.7",
         "method": "GET",
         "path": "/api/v1/customers",
@@ -85,12 +92,12 @@ def test_an_event_tells_the_contract() -> None:
         "attempts": 2,
         "replayed": True,
         "error": "quota-exceeded",
-    } == event(made)
+    } == json.loads(line(made))
 
 
-def test_an_event_leaves_out_what_is_not_known() -> None:
+def test_a_line_leaves_out_what_is_not_known() -> None:
     """Neither address nor User-Agent nor reason, where there is none; nobody is null."""
-    fields = event(exchange())
+    fields = json.loads(line(exchange()))
     assert fields["client"] is None
     assert ["event", "level", "timestamp", "id"] == list(fields)[:4]
     assert {"user_agent", "address", "replayed", "error", "reason"}.isdisjoint(fields)
@@ -127,7 +134,7 @@ def test_how_loud_a_line_is(level: str, sent: Sent, outcomes: list[tuple[int, st
     for status, error in outcomes:
         made = exchange(status=status, error=error)
         made.sent, made.quiet = sent, quiet
-        assert level == event(made)["level"], (status, error)
+        assert level == json.loads(line(made))["level"], (status, error)
 
 
 @pytest.mark.parametrize(
@@ -219,15 +226,104 @@ def test_a_clock_that_jumps_makes_no_negative_time() -> None:
     assert 0 == metrics(telemetry, STATUS)["metquay_proxy_own_seconds_sum",]
 
 
+@given(st.lists(st.floats(-1.0, 100.0) | st.sampled_from(BOUNDS)))
+def test_durations_are_counted_in_buckets(durations: list[float]) -> None:
+    """Each duration is in every bucket whose bound it does not exceed, and less than nothing is nothing."""
+    histogram = Histogram((1,) * (len(BOUNDS) + 1), 1.0).plus(durations.copy())
+    assert [1 + sum(each <= bound for each in durations) for bound in (*BOUNDS, float("inf"))] == histogram.counts
+    assert pytest.approx(1 + sum(each for each in durations if each > 0)) == histogram.total
+
+
+def figures(telemetry: Telemetry) -> dict[tuple[str, ...], float]:
+    """Return what is exposed, but for what the process itself uses."""
+    return {key: value for key, value in metrics(telemetry, STATUS).items() if not key[0].startswith("process_")}
+
+
+READS: tuple[Callable[[Telemetry], object], ...] = (
+    lambda telemetry: telemetry.finished,
+    lambda telemetry: telemetry.trouble,
+    lambda telemetry: telemetry.since(0),
+    Telemetry.refused,
+    Telemetry.hour,
+    figures,
+)
+OUTCOMES = st.tuples(
+    st.sampled_from(["/api/v1/works", "/api/v1/works/7", "/-/status", "/favicon.ico", "/x"]),
+    st.sampled_from([0, 200, 404, 429, 500, 502, 503]),
+    st.sampled_from([("metquay", None), ("proxy", "upstream-timeout"), ("proxy", "quota-exceeded"), ("proxy", None)]),
+    st.sampled_from([(attempts, times) for attempts in (0, 1, 3) for times in (1, 2, 300)]),
+    st.sampled_from([0.0, 2.0**-12, 0.5, 61.0, -90.0]),
+)
+STEPS = st.one_of(OUTCOMES, st.sampled_from(READS), st.sampled_from([TokenEvent("renewed", "", 900.0, 720.0)]))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(STEPS, max_size=20), st.permutations(READS))
+def test_it_matters_to_nobody_when_exchanges_are_counted(
+    steps: list[Any], reads: list[Callable[[Telemetry], object]]
+) -> None:
+    """What is read is the same whether somebody reads after each exchange, now and then, or never before."""
+    now = 1_700_000_000.0
+    seldom, always, never = Telemetry(), Telemetry(), Telemetry()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metquay_proxy.telemetry.time.time", lambda: now)
+        patch.setattr("metquay_proxy.telemetry.time.perf_counter", lambda: now)
+        for step in steps:
+            if isinstance(step, TokenEvent):
+                for telemetry in (seldom, always, never):
+                    telemetry.token_event(step)
+            elif not isinstance(step, tuple):
+                step(seldom)
+            else:
+                path, status, (answered_by, error), (attempts, times), seconds = step
+                for _ in range(times):
+                    made = exchange(path, status=status, answered_by=answered_by, error=error, attempts=attempts)
+                    made.quiet = path == "/favicon.ico" and not attempts
+                    made.waited, made.upstream = seconds / 2, seconds / 4
+                    made.head_at = now + seconds if attempts == 1 else 0.0
+                    now += seconds
+                    for telemetry in (seldom, always, never):
+                        telemetry.closed(made)
+                    always.hour()
+        for read in reads:
+            assert read(always) == read(seldom) == read(never)
+
+
+def test_what_waits_to_be_counted_is_bounded() -> None:
+    """Where nobody reads for days, the last 100 exchanges are kept, and fewer than 300 that are not counted yet."""
+    telemetry, kept = Telemetry(), []
+    for _ in range(1000):
+        made = exchange()
+        kept.append(weakref.ref(made))
+        telemetry.closed(made)
+    del made
+    assert RECENT <= sum(each() is not None for each in kept) < RECENT + 300
+    telemetry.hour()
+    assert RECENT == sum(each() is not None for each in kept)
+
+
+def test_the_thread_of_a_scrape_only_reads() -> None:
+    """What ends while a scrape is made is not counted by its thread, but by whoever reads next."""
+    telemetry = Telemetry()
+    telemetry.closed(exchange())
+    scrape = telemetry.exposition(STATUS)
+    telemetry.closed(exchange())
+    with ThreadPoolExecutor() as threads:
+        text = threads.submit(scrape).result().decode()
+    for name in ("requests_total{", "own_seconds_count", "upstream_seconds_count", "waited_seconds_count"):
+        assert ["1.0"] == re.findall(rf"^metquay_proxy_{name}.* (.+)$", text, re.MULTILINE), name
+    assert 2 == metrics(telemetry, STATUS)["metquay_proxy_own_seconds_count",]
+
+
 def test_the_last_exchanges_are_bounded() -> None:
     """A reader gets each exchange once; one that is too slow learns how many it missed; nothing is queued for it."""
     telemetry = Telemetry()
     assert ([], 0, 0) == telemetry.since(0)
     for number in range(3):
         telemetry.closed(exchange(f"/api/v1/works/{number}"))
-    telemetry.closed(exchange("/-/status"))
+    telemetry.closed(exchange("/-/status", attempts=0))
     lines, lost, last = telemetry.since(1)
-    probe = exchange("/favicon.ico")
+    probe = exchange("/favicon.ico", attempts=0)
     probe.quiet = True
     telemetry.closed(probe)
     assert (lines, lost, last) == telemetry.since(1)

@@ -239,7 +239,7 @@ class Pages:
             del self._watching[end]
 
     async def _metrics(self, _client: str | None) -> AsyncGenerator[bytes, None]:
-        yield await asyncio.to_thread(self._telemetry.exposition, self._status())
+        yield await asyncio.to_thread(self._telemetry.exposition(self._status()))
 
     async def _tested(self, _client: str | None) -> AsyncGenerator[bytes, None]:
         yield json.dumps(self._test and await self._test()).encode()

@@ -31,7 +31,7 @@ def exposed() -> dict[str, set[str]]:
     telemetry.closed(Exchange("GET", "/api/v1/customers"))
     status = {**STATUS, "redis": {"shared": True, "replicas": 2, "failures": 0}}
     status["audit"] = {"waiting": 0, "lost": 0}
-    families = text_string_to_metric_families(telemetry.exposition(status).decode())
+    families = text_string_to_metric_families(telemetry.exposition(status)().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 
