@@ -297,11 +297,10 @@ class ClientConnection(Receiver):
             self._answered = True
             return
         self._deadline = self._loop.time() + self._bounds.idle
-        if self._reader.held:
-            self._loop.call_soon(self._go_on)  # not from here: a thousand requests may wait, each within the last
-        else:
+        if self._reader.rest():
             self.busy = False
-            self._reader.next()
+        else:
+            self._loop.call_soon(self._go_on)  # not from here: a thousand requests may wait, each within the last
 
     def _go_on(self) -> None:
         if self.gone or self._deaf:

@@ -196,14 +196,20 @@ class ResponseReader(_Reader):
     """
 
     _chunk_line = _chunk_line(rb"[ \t]*+")
-    _interim = _MAX_INTERIM
 
     def __init__(self, method: str, memory: AnswersMemory | None = None) -> None:
         """Take the memory that the connections to one upstream share."""
         super().__init__()
-        self._memory = (AnswersMemory() if memory is None else memory).of(method)
+        self._memories = AnswersMemory() if memory is None else memory
+        self.surplus = False
+        self.next(method)
+
+    def next(self, method: str) -> None:
+        """Read another answer, that to a request of ``method``; the one before must have ended without ``surplus``."""
+        self._memory = self._memories.of(method)
         self.head: ResponseHead | None = None
-        self.started = self.surplus = False
+        self.complete = self.started = False
+        self._interim = _MAX_INTERIM
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece, and return the bytes of the decoded body that it holds, maybe none.
@@ -417,28 +423,32 @@ class RequestReader(_Reader):
         """How many bytes wait behind the current, complete request."""
         return len(self._data) - self._at + len(self._rest)
 
-    def feed(self, data: bytes) -> bytes:
-        """Take the next piece, and return the bytes of the current request's decoded body that it holds, maybe none."""
-        if self.complete:
-            self._rest += data
-            return b""
-        return self._read(data, 0)
+    def rest(self) -> bool:
+        """Be ready for the next request, unless bytes of it wait: they are for ``next``; return whether none do."""
+        if self._data or self._rest:
+            return False
+        self.next()
+        return True
 
     def next(self) -> bytes:
-        """Begin the next request with what waits, if anything does, and return as ``feed`` does."""
+        """Begin the next request with what waits, and return as ``feed`` does."""
         self.head = None
         self.complete = False
         self._empty = 0
         body = b""
         if self._data:
             data, at, self._data, self._at = self._data, self._at, b"", 0
-            body = self._read(data, at)
+            body = self.feed(data, at)
         if self._rest and not self.complete:
             rest, self._rest = bytes(self._rest), bytearray()
-            body += self._read(rest, 0)
+            body += self.feed(rest)
         return body
 
-    def _read(self, data: bytes, start: int) -> bytes:
+    def feed(self, data: bytes, start: int = 0) -> bytes:  # noqa: C901 - head and body, in order
+        """Take the next piece, and return the bytes of the current request's decoded body that it holds, maybe none."""
+        if self.complete:
+            self._rest += data
+            return b""
         if self._refusal is not None:
             raise self._refusal
         head = self.head

@@ -55,8 +55,6 @@ class Connection(Receiver):
     """until when it may be used then,"""
     too_old = math.inf
     """and from when on never."""
-    _reader: ResponseReader
-    """That of the answer that comes, while an exchange runs."""
     _sent = False
     """Whether all of the request was handed to the network."""
     _reused = False
@@ -81,7 +79,7 @@ class Connection(Receiver):
         ``on_lost``: the connection has closed.
         """
         super().__init__()
-        self._memory = memory
+        self._reader = ResponseReader("", memory)
         self._on_free = on_free
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
@@ -199,7 +197,7 @@ class Connection(Receiver):
             message = "Metquay closed the connection before the request could be sent. Try again."
             raise UpstreamFailure("upstream-closed", message, repeatable=True)
         data = body.whole()
-        self._reader = ResponseReader(method, self._memory)
+        self._reader.next(method)
         self._response = response = Response(self._hold_up, self.give_up)
         self._reused = reused
         self.bodiless = method == "HEAD"
