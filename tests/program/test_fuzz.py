@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -229,3 +230,47 @@ def test_many_random_requests() -> None:
 def test_many_random_answers() -> None:
     """The same for longer."""
     through(try_answer, broken(WHOLE_ANSWERS, ANSWER_FRAGMENTS).map(b"".join), ANSWERS, 1200)
+
+
+async def outcomes(bench: Bench, tries: list[tuple[list[bytes], bytes]]) -> list[tuple[bytes, list[bytes]]]:
+    """Return of each try what the client got and the upstream saw, but for ids, dates and ports."""
+    found = []
+    for segments, answer in tries:
+
+        async def play(peer: Peer, answer: bytes = answer) -> None:
+            peer.writer.write(answer)
+            peer.writer.write_eof()
+            with contextlib.suppress(ConnectionError):
+                await peer.reader.read()
+
+        bench.upstream.plays(play)
+        bench.upstream.requests.clear()
+        client = await bench.client()
+        client.writer.write(b"".join([*segments, get("/last", "Connection: close")]))
+        got = b""
+        with contextlib.suppress(Broken):
+            while piece := await client.some():
+                got += piece
+        client.writer.transport.abort()
+        await at_rest(bench)
+        got = re.sub(rb"(X-Request-Id|Date): [^\r]*|id [0-9a-f]{16}", b"", got)
+        seen = [re.sub(rb"127.0.0.1:[0-9]+", b"", request.head) + request.body for request in bench.upstream.requests]
+        found.append((got, seen))
+    return found
+
+
+async def test_what_is_remembered_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever either side sends comes to the same for the first time, for the second, and without any memory."""
+    chance = random.Random(16)  # noqa: S311 - not for secrets
+    fields = [b"A: b\r\n", b"Connection: close\r\n", b"Authorization: Basic x\r\n", b"Cookie: a\r\n", *FRAGMENTS]
+    tries = []
+    for _ in range(150):
+        asked = chance.choice(WHOLE).replace(b"Host: a\r\n", b"Host: localhost\r\n" + chance.choice(fields), 1)
+        whole = chance.choice(WHOLE_ANSWERS).replace(b"X: y\r\n", chance.choice(ANSWER_FRAGMENTS), 1)
+        tries.append(([asked, *chance.choices(WHOLE, k=chance.randrange(2))], whole))
+    async with running(retries="0") as bench:
+        remembering = [await outcomes(bench, tries) for _ in range(2)]
+    for bound in ("http1._LONGEST_REMEMBERED", "target._LONGEST_REMEMBERED", "gate._REMEMBERED"):
+        monkeypatch.setattr(f"metquay_proxy.rules.{bound}", -1)
+    async with running(retries="0") as bench:
+        assert remembering == [await outcomes(bench, tries)] * 2
