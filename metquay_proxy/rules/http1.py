@@ -38,7 +38,7 @@ from metquay_proxy.rules import faults
 from metquay_proxy.rules.headers import NAMES, RequestFields, ResponseHead, connection_options, noted_fields, passed_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -265,7 +265,7 @@ class ResponseReader(_Reader):
                     return None, b""
                 block, rest = text.removesuffix(BLANK_LINE), data[at:]
             try:
-                head = self._memory[block]
+                head = self._memory.get(block) or self._memory.judge(block)
             except ProtocolError as error:
                 self._refusal = error
                 raise
@@ -328,8 +328,8 @@ class _Memory(dict[bytes, T]):
         """``judge`` finds it out; nothing but the text may make a difference to it."""
         self._judge = judge
 
-    def __missing__(self, text: bytes) -> T | None:
-        """Judge a text; None is remembered of none."""
+    def judge(self, text: bytes) -> T | None:
+        """Find it out for a text that ``get`` does not find; None is remembered of none."""
         found = self._judge(text)
         if found is not None and len(text) <= _LONGEST_REMEMBERED and not NAMES.secret_field.search(text):
             if len(self) >= _REMEMBERED:
@@ -344,7 +344,7 @@ class AnswersMemory:
     def __init__(self) -> None:
         self._of = {method: _Memory(functools.partial(_parse_answer, method)) for method in ("HEAD", "CONNECT", "")}
 
-    def of(self, method: str) -> Mapping[bytes, ResponseHead | None]:
+    def of(self, method: str) -> _Memory[ResponseHead]:
         """Return those that answered such requests: the same bytes may mean another thing to others."""
         return self._of.get(method, self._of[""])
 
@@ -390,7 +390,8 @@ class RequestsMemory:
     def head(self, text: bytes) -> RequestHead | None:
         """Judge a head without its blank line; None where it is refused."""
         line, _, block = text.partition(_BEFORE_VERSION)
-        asked, fields = self.asked[line], self.fields[block]
+        asked = self.asked.get(line) or self.asked.judge(line)
+        fields = self.fields.get(block) or self.fields.judge(block)
         return None if asked is None or fields is None else RequestHead(*asked, fields, len(text))
 
 
