@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -523,3 +524,39 @@ class TestProcess:
         assert 2 == ended.returncode
         assert "METQUAY_RETRIES (--retries): 'x' is not a whole number" in ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+BEGUN = """
+import contextlib, gc, os, ssl, sys
+before, usual = set(sys.modules), gc.get_threshold()
+from metquay_proxy import cli
+cli._welcome = lambda proxy, settings: proxy.quit.set()
+cli.main(["serve", "--log-level", "error"])
+"""
+"""A proxy that ends as soon as it listens."""
+
+
+def begun(code: str, **environment: str) -> str:
+    """Return what a process prints that runs this code."""
+    account = {**ACCOUNT, "METQUAY_HOST": "http://127.0.0.1:1", "METQUAY_LISTEN": "127.0.0.1:0"}
+    done = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-c", code],
+        env=os.environ | account | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+class TestStart:
+    @pytest.mark.skipif(sys.platform in {"win32", "darwin"}, reason="the store is the system's own there")
+    def test_certificates_are_read_once_and_only_for_https(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The system's are not read for aiohttp's client, which nobody uses; whoever named others gets these."""
+        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+        there = bool(ssl.create_default_context().cert_store_stats()["x509"])
+        held = "[each.cert_store_stats()['x509'] > 0 for each in gc.get_objects() if isinstance(each, ssl.SSLContext)]"
+        tell = f"gc.unfreeze(); print(sum({held}), os.environ.get('SSL_CERT_FILE'))"
+        assert f"{there:d} None\n" == begun(BEGUN + tell, METQUAY_HOST="https://127.0.0.1:1")
+        assert "0 None\n" == begun(BEGUN + tell)
+        assert "0 none.pem\n" == begun(BEGUN + tell, SSL_CERT_FILE="none.pem")
