@@ -146,7 +146,8 @@ def _load(values: argparse.Namespace, *, sandbox: bool = False) -> Settings:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    gc.disable()  # loading makes no garbage; the server enables it once it listens
+    usual = gc.get_threshold()
+    gc.set_threshold(10_000, 1_000)  # loading makes little garbage, half a MiB in all: few looks are enough
     _survive()
     commands = "".join(f"\n  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
     overview = f"A local authenticating reverse proxy for the Metquay API.\n\ncommands:{commands}"
@@ -158,8 +159,12 @@ def _serve(arguments: Sequence[str]) -> int:
     with _no_certificates():
         from metquay_proxy import app  # noqa: PLC0415 - slow, and of no use with wrong settings
 
-    welcome = functools.partial(_welcome, settings=settings)
-    return app.run(settings, welcome, warnings=_out_of_sight(values, settings))
+    def listens(proxy: Proxy) -> None:
+        _welcome(proxy, settings)
+        gc.freeze()  # what the program consists of never becomes garbage: collections need not look at it again
+        gc.set_threshold(*usual)
+
+    return app.run(settings, listens, warnings=_out_of_sight(values, settings))
 
 
 @contextlib.contextmanager

@@ -560,3 +560,8 @@ class TestStart:
         assert f"{there:d} None\n" == begun(BEGUN + tell, METQUAY_HOST="https://127.0.0.1:1")
         assert "0 None\n" == begun(BEGUN + tell)
         assert "0 none.pem\n" == begun(BEGUN + tell, SSL_CERT_FILE="none.pem")
+
+    def test_garbage_is_looked_for_as_usual_once_it_listens(self) -> None:
+        """Looks are rare only while the program is loaded, and what was loaded is never looked at again."""
+        tell = "print(usual == gc.get_threshold(), gc.get_freeze_count() > 50_000)"
+        assert "True True\n" == begun(BEGUN + tell)
