@@ -550,6 +550,19 @@ def begun(code: str, **environment: str) -> str:
 
 
 class TestStart:
+    def test_a_plain_start_loads_no_more_than_it_needs(self) -> None:
+        """Beyond the libraries that the program is built on it costs its own modules, and of these those that serve."""
+        bare = "import contextlib, aiohttp.web, pydantic_settings, structlog\n"
+        bare += "with contextlib.suppress(ImportError): import uvloop"
+        loaded = set(begun(bare + BEGUN + "print(*set(sys.modules) - before)").split())
+        ours = {name for name in loaded if name.partition(".")[0] == "metquay_proxy"}
+        package = Path(cli.__file__).parent
+        files = [path.relative_to(package.parent) for path in package.rglob("*.py")]
+        modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files}
+        assert {"__main__", "check", "health", "replicas", "sandbox"} == {name.split(".")[1] for name in modules - ours}
+        others = {name.partition(".")[0] for name in loaded - ours}
+        assert {"encodings", "mmap", "resource", "stringprep", "termios"} >= others
+
     @pytest.mark.skipif(sys.platform in {"win32", "darwin"}, reason="the store is the system's own there")
     def test_certificates_are_read_once_and_only_for_https(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The system's are not read for aiohttp's client, which nobody uses; whoever named others gets these."""
