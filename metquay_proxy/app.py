@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import signal
 import sys
 from functools import partial
@@ -331,8 +330,6 @@ async def _run(settings: Settings, welcome: Callable[[Proxy], None], warnings: S
         log.info("listening", addresses=proxy.addresses, upstream=str(proxy.base))
         for warning in warnings:
             log.warning(warning)
-        gc.freeze()  # what the program consists of never becomes garbage: collections need not look at it again
-        gc.enable()
         await proxy.quit.wait()
         log.info("stopping", requests_in_flight=proxy.telemetry.active)
         await proxy.stop(settings.drain_timeout)

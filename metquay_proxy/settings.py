@@ -23,13 +23,13 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     Field,
-    PlainValidator,
     PrivateAttr,
     SecretStr,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
 )
+from pydantic_core.core_schema import CoreSchema, no_info_plain_validator_function
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from metquay_proxy.environment import ENV_FILE, Refused, variable
@@ -106,20 +106,25 @@ class RedisAddress(NamedTuple):
         return f"{self.scheme}://{self.path or f'{Address(self.host, self.port)}/{self.database}'}"
 
 
-def _text(parse: Callable[[str], object]) -> PlainValidator:
+class _Text(NamedTuple):
     """Parse a text; anything else is taken as the value itself (code that builds ``Settings`` passes values)."""
 
-    def validate(value: object) -> object:
-        return parse(value) if isinstance(value, str) else value
+    parse: Callable[[str], object]
 
-    return PlainValidator(validate)
+    def __get_pydantic_core_schema__(self, *_: object) -> CoreSchema:
+        """Say so, and no more: pydantic's ``PlainValidator`` inspects the function and describes the type as well."""
+        return no_info_plain_validator_function(self.validate)
+
+    def validate(self, value: object) -> object:
+        """Return what the value, or its text, means; raises what ``parse`` raises."""
+        return self.parse(value) if isinstance(value, str) else value
 
 
 def _entries(text: str) -> list[str]:
     return [entry for entry in (part.strip() for part in re.split(r"[,\n]", text)) if entry]
 
 
-def _list_of(pattern: str, complaint: str, written: Callable[[str], str] = str) -> PlainValidator:
+def _list_of(pattern: str, complaint: str, written: Callable[[str], str] = str) -> _Text:
     """Parse a list, each of whose entries, once it is ``written`` in one way, must match."""
 
     def parse(text: str) -> tuple[str, ...]:
@@ -129,7 +134,7 @@ def _list_of(pattern: str, complaint: str, written: Callable[[str], str] = str) 
                 raise ValueError(complaint.format(entry))
         return entries
 
-    return _text(parse)
+    return _Text(parse)
 
 
 def _key(text: str) -> SecretStr:
@@ -270,10 +275,10 @@ def _private(address: RedisAddress | None, info: ValidationInfo) -> RedisAddress
     return address
 
 
-_ReadableFile = Annotated[Path | None, _text(_file)]
+_ReadableFile = Annotated[Path | None, _Text(_file)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Timeout = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_LOWER: Final = BeforeValidator(str.lower)
+_LOWER: Final = BeforeValidator(lambda text: text.lower())
 _HOSTS: Final = _list_of(
     r"[a-z0-9_-]+(\.[a-z0-9_-]+)*",
     "{!r} is not a host name; give names without scheme, port or *, such as proxy.lab.example",
@@ -339,22 +344,22 @@ class Settings(BaseSettings):
 
     sandbox: bool = False
 
-    host: Annotated[BaseURL | None, _text(BaseURL.parse), AfterValidator(_required)] = None
-    access_key: Annotated[SecretStr | None, _text(_key), AfterValidator(_required)] = None
+    host: Annotated[BaseURL | None, _Text(BaseURL.parse), AfterValidator(_required)] = None
+    access_key: Annotated[SecretStr | None, _Text(_key), AfterValidator(_required)] = None
     access_key_file: Path | None = None
-    secret_key: Annotated[SecretStr | None, _text(_key), AfterValidator(_required)] = None
+    secret_key: Annotated[SecretStr | None, _Text(_key), AfterValidator(_required)] = None
     secret_key_file: Path | None = None
 
-    client_key: Annotated[ClientKey | None, _text(_client_key)] = None
+    client_key: Annotated[ClientKey | None, _Text(_client_key)] = None
     client_key_file: Path | None = None
-    client_keys: Annotated[tuple[ClientKey, ...], _text(_client_keys), AfterValidator(_unique)] = ()
+    client_keys: Annotated[tuple[ClientKey, ...], _Text(_client_keys), AfterValidator(_unique)] = ()
     client_keys_file: Path | None = None
     trust_network: bool = False
 
-    listen: Annotated[tuple[Address, ...], _text(parse_listen), AfterValidator(_safe)] = Field(
+    listen: Annotated[tuple[Address, ...], _Text(parse_listen), AfterValidator(_safe)] = Field(
         DEFAULT_LISTEN, validate_default=True
     )
-    socket_mode: Annotated[int, _text(_socket_mode)] = Field("0600", validate_default=True)
+    socket_mode: Annotated[int, _Text(_socket_mode)] = Field("0600", validate_default=True)
     tls_cert: _ReadableFile = None
     tls_key: Annotated[_ReadableFile, AfterValidator(_pair)] = None
     allowed_hosts: Annotated[tuple[str, ...], _HOSTS] = ()
@@ -362,19 +367,19 @@ class Settings(BaseSettings):
     read_only: bool = False
     pass_through: Annotated[tuple[str, ...], _PREFIXES, AfterValidator(_outside)] = ()
 
-    rate_limit: Annotated[Rate | None, _text(parse_rate)] = Field("100/minute", validate_default=True)
+    rate_limit: Annotated[Rate | None, _Text(parse_rate)] = Field("100/minute", validate_default=True)
     max_wait: _Seconds = 20
     retries: int = Field(2, ge=0, le=999)
-    replay_limit: Annotated[int, _text(_replay_limit)] = Field("1 MiB", validate_default=True)
+    replay_limit: Annotated[int, _Text(_replay_limit)] = Field("1 MiB", validate_default=True)
     connect_timeout: _Timeout = 10
     read_timeout: _Timeout = 60
-    ca_bundle: Annotated[Path | None, _text(_ca_bundle)] = None
-    outbound_proxy: Annotated[OutboundProxy | None, _text(parse_outbound_proxy)] = None
+    ca_bundle: Annotated[Path | None, _Text(_ca_bundle)] = None
+    outbound_proxy: Annotated[OutboundProxy | None, _Text(parse_outbound_proxy)] = None
     outbound_proxy_file: Path | None = None
 
-    redis_password: Annotated[SecretStr | None, _text(_key)] = None
+    redis_password: Annotated[SecretStr | None, _Text(_key)] = None
     redis_password_file: Path | None = None
-    redis_url: Annotated[RedisAddress | None, _text(parse_redis_url), AfterValidator(_private)] = None
+    redis_url: Annotated[RedisAddress | None, _Text(parse_redis_url), AfterValidator(_private)] = None
 
     drain_timeout: _Seconds = 8
     audit_log: Path | None = None

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -523,3 +524,57 @@ class TestProcess:
         assert 2 == ended.returncode
         assert "METQUAY_RETRIES (--retries): 'x' is not a whole number" in ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+BEGUN = """
+import contextlib, gc, os, ssl, sys
+before, usual = set(sys.modules), gc.get_threshold()
+from metquay_proxy import cli
+cli._welcome = lambda proxy, settings: proxy.quit.set()
+cli.main(["serve", "--log-level", "error"])
+"""
+"""A proxy that ends as soon as it listens."""
+
+
+def begun(code: str, **environment: str) -> str:
+    """Return what a process prints that runs this code."""
+    account = {**ACCOUNT, "METQUAY_HOST": "http://127.0.0.1:1", "METQUAY_LISTEN": "127.0.0.1:0"}
+    done = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-c", code],
+        env=os.environ | account | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+class TestStart:
+    def test_a_plain_start_loads_no_more_than_it_needs(self) -> None:
+        """Beyond the libraries that the program is built on it costs its own modules, and of these those that serve."""
+        bare = "import contextlib, aiohttp.web, pydantic_settings, structlog\n"
+        bare += "with contextlib.suppress(ImportError): import uvloop"
+        loaded = set(begun(bare + BEGUN + "print(*set(sys.modules) - before)").split())
+        ours = {name for name in loaded if name.partition(".")[0] == "metquay_proxy"}
+        package = Path(cli.__file__).parent
+        files = [path.relative_to(package.parent) for path in package.rglob("*.py")]
+        modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files}
+        assert {"__main__", "check", "health", "replicas", "sandbox"} == {name.split(".")[1] for name in modules - ours}
+        others = {name.partition(".")[0] for name in loaded - ours}
+        assert {"encodings", "mmap", "resource", "stringprep", "termios"} >= others
+
+    @pytest.mark.skipif(sys.platform in {"win32", "darwin"}, reason="the store is the system's own there")
+    def test_certificates_are_read_once_and_only_for_https(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The system's are not read for aiohttp's client, which nobody uses; whoever named others gets these."""
+        monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+        there = bool(ssl.create_default_context().cert_store_stats()["x509"])
+        held = "[each.cert_store_stats()['x509'] > 0 for each in gc.get_objects() if isinstance(each, ssl.SSLContext)]"
+        tell = f"gc.unfreeze(); print(sum({held}), os.environ.get('SSL_CERT_FILE'))"
+        assert f"{there:d} None\n" == begun(BEGUN + tell, METQUAY_HOST="https://127.0.0.1:1")
+        assert "0 None\n" == begun(BEGUN + tell)
+        assert "0 none.pem\n" == begun(BEGUN + tell, SSL_CERT_FILE="none.pem")
+
+    def test_garbage_is_looked_for_as_usual_once_it_listens(self) -> None:
+        """Looks are rare only while the program is loaded, and what was loaded is never looked at again."""
+        tell = "print(usual == gc.get_threshold(), gc.get_freeze_count() > 50_000)"
+        assert "True True\n" == begun(BEGUN + tell)

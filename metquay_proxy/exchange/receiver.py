@@ -4,12 +4,14 @@ Owns that bound, the greatest part of what connections hold in memory. One by it
 where there are many, each reads less at once.
 
 Facts: asyncio and uvloop read up to 256 KiB at once, unless a ``BufferedProtocol`` names the place. A loop asks for
-that place, fills it and says so without doing anything else in between, so that its connections can share it.
+that place, fills it and says so without doing anything else in between, so that its connections can share it. Memory
+that is mapped takes up no more than what was once written there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import mmap
 import threading
 from typing import Final
 from weakref import WeakSet
@@ -24,7 +26,7 @@ class _Shared(threading.local):
     """The place; another loop, which runs in another thread, has another."""
 
     def __init__(self) -> None:
-        self.place = memoryview(bytearray(AT_ONCE))
+        self.place = memoryview(mmap.mmap(-1, AT_ONCE))
 
 
 _SHARED: Final = _Shared()

@@ -22,7 +22,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-import truststore
 from aiohappyeyeballs import start_connection
 
 from metquay_proxy.rules.address import Address
@@ -260,6 +259,8 @@ def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
     Raises as ``bundle.trust``.
     """
     if sys.platform in {"win32", "darwin"}:
+        import truststore  # noqa: PLC0415 - other systems need not load it
+
         context: ssl.SSLContext = truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     else:
         # truststore would read the whole store again at each connection, 50 ms in which nobody else is served
