@@ -321,9 +321,10 @@ class Callers:
     Who uses each invented name twice can still take all places, and keep who comes later out while it goes on. Client
     keys prevent that.
 
-    Of a name that has asked only a mark is kept: 32 bits of its hash, in the cell that 16 further bits name, until
-    another name falls on it. Hashes are salted anew in each process, so that nobody can aim at a cell; at 1,000 new
-    names a second a mark outlives a pause of 20 s in three cases of four, else that tool's next request is its first.
+    Of a name that has asked and has no place only a mark is kept: 32 bits of its hash, in the cell that 16 further bits
+    name, until another name falls on it. Hashes are salted anew in each process, so that nobody can aim at a cell; at
+    1,000 new names a second a mark outlives a pause of 20 s in three cases of four, else that tool's next request is
+    its first.
     """
 
     def __init__(self) -> None:
@@ -333,15 +334,20 @@ class Callers:
 
     def name(self, product: str, now: float) -> str:
         """Return the name under which a tool waits; ``product`` is what it calls itself."""
-        mark, cell = divmod(hash(product) % (ASKED_BEFORE << 32), ASKED_BEFORE)
-        again = product in self._until or mark == self._marks[cell]
-        self._marks[cell] = mark
+        again = product in self._until or self._mark(product)
         if product not in self._until and len(self._until) >= TOLD_APART:
             if not again or self._until[first := min(self._until, key=self._until.__getitem__)] > now:
                 return OTHERS
             del self._until[first]
+            self._mark(first)
         self._until[product] = now + LATELY if again else now
         return product
+
+    def _mark(self, name: str) -> bool:
+        """Remember that a name has asked; return whether that was known."""
+        mark, cell = divmod(hash(name) % (ASKED_BEFORE << 32), ASKED_BEFORE)
+        before, self._marks[cell] = self._marks[cell], mark
+        return mark == before
 
 
 class Queue:

@@ -463,6 +463,16 @@ class TestCallers:
         assert OTHERS == callers.name(Hashed("negative", ~mark), 1.0)
         assert "negative" == callers.name(Hashed("negative", ~mark), 1.0)
 
+    def test_who_loses_its_place_is_remembered(self) -> None:
+        """Though another name came meanwhile whose mark falls on the same cell."""
+        callers = Callers()
+        first, other = Hashed("first", ASKED_BEFORE + 7), Hashed("other", 2 * ASKED_BEFORE + 7)
+        assert first == callers.name(first, 0.0)
+        for name in self.NAMES[1:]:
+            callers.name(name, 1.0)
+        assert [OTHERS, OTHERS, "a"] == [callers.name(name, 2.0) for name in (other, "a", "a")]
+        assert first == callers.name(first, 2.0)
+
     @pytest.mark.parametrize("after", [math.ceil, lambda _: 2.0], ids=["when told", "each 2 s"])
     def test_a_new_name_for_each_request_starves_nobody(self, after: Callable[[float], float]) -> None:
         """Sixty that do so, and ask again at once: who was there before has its turns, and so has who comes later."""
