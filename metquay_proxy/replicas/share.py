@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -107,14 +107,15 @@ class Share:
         self.refusals = 0
         """and those that came to Redis and were not carried out."""
         self._alone_since = math.inf
+        self._numbers: Final = count(1)
+        """The names of slots."""
         self._asked: list[int] = []
         self._over: deque[tuple[int, float]] = deque()
         self._told = 0
         self._returned: list[int] = []
         self._closing: list[float] = []
         self._returns: list[float] = []
-        self._each = 1
-        self._full = True
+        self._each, self._full = 1, True
         self._ahead: float | None = None
         self._call_at = self._beat_at = self._turn_at = -math.inf
         self._retire(-math.inf)
@@ -128,8 +129,8 @@ class Share:
         if self.local:
             return self._quota.ask(now, caller, max_wait)
         now = self._window.advance(now)
-        ticket = Ticket(caller, now + max_wait)
-        if not self._queue.join(ticket, self._turns(now)):
+        ticket = Ticket(caller)
+        if not self._queue.join(ticket, now + max_wait, self._turns(now)):
             raise QuotaExceeded(self._next_free_in(now))
         return ticket
 
@@ -144,13 +145,13 @@ class Share:
     def answered(self, ticket: Ticket, now: float) -> None:
         """Say that the answer's head came or the attempt failed: the slot comes back one window from now."""
         if ticket.state == "sent":
-            self._over.append((ticket.slot, self._window.advance(now)))
+            self._over.append((ticket.slot or next(self._numbers), self._window.advance(now)))
         self._quota.answered(ticket, now)
 
     def cancel(self, ticket: Ticket, now: float) -> None:
         """Give up a ticket: its place, or its slot, as though never taken. What was sent counts as answered now."""
         self.answered(ticket, now)
-        if ticket.state == "granted":
+        if ticket.state == "granted" and ticket.slot:
             self._returned.append(ticket.slot)
         if ticket.state == "granted" and not self.local:
             self._window.give_back(ticket)  # who gets it is for all to say
@@ -198,7 +199,9 @@ class Share:
             self._told = max(0, self._told - 1)
         if self._full:
             self._told = 0
-        self._asked = self._window.reserve(0 if self.local else len(self._queue))
+        for ticket in self._window.in_flight:  # those that were granted alone have none yet
+            ticket.slot = ticket.slot or next(self._numbers)
+        self._asked = [*islice(self._numbers, 0 if self.local else len(self._queue))]
         return {
             "replica": self.name,
             "generation": self.generation,
@@ -246,7 +249,7 @@ class Share:
         self._window.close(now, reply.closed)
         for slot in self._asked[: reply.granted]:
             if self._queue:
-                self._window.grant(self._queue.pop(), now, now, slot)
+                self._queue.serve(self._window, now, now, slot)
             else:
                 self._returned.append(slot)
         self.heard, self._turn_at = reply, now + reply.due

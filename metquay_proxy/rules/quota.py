@@ -33,10 +33,10 @@ import math
 import re
 import zlib
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -132,41 +132,30 @@ class QuotaExceeded(Exception):
 class Ticket:
     """One request's place: it waits, until it is either ``granted`` or ``refused``.
 
-    ``on_settled`` is called once when a waiting ticket is settled; it must not call the quota. Once granted, ``slot``
-    is the number of its slot, ``since`` the moment at which it got that, and ``before`` the release before this one,
-    from which the pace counts again if this one is given back.
+    Who waits does so until ``deadline``, and ``on_settled`` is called once when that is over; it must not call the
+    quota. Who is granted has its slot ``since`` that moment; ``slot`` is its number once others are told of it.
     """
 
-    __slots__ = ("before", "caller", "deadline", "on_settled", "refused", "since", "slot", "state")
+    state: Literal["waiting", "granted", "sent", "over"] = "waiting"
+    deadline = math.inf
+    on_settled: Callable[[], object] = bool
+    refused: QuotaExceeded | None = None
+    since = math.inf
+    slot = 0
 
-    def __init__(self, caller: str, deadline: float) -> None:
+    def __init__(self, caller: str) -> None:
         self.caller: Final = caller
-        self.deadline: Final = deadline
-        self.state: Literal["waiting", "granted", "sent", "over"] = "waiting"
-        self.refused: QuotaExceeded | None = None
-        self.on_settled: Callable[[], object] = bool
-        self.slot, self.since, self.before = 0, math.inf, math.inf
 
     @property
     def granted(self) -> bool:
         """Whether it holds a slot that may be sent, or is on its way."""
         return self.state in {"granted", "sent"}
 
-    def grant(self, slot: int, since: float, before: float) -> None:
-        """Let it have a slot."""
-        self.state, self.slot, self.since, self.before = "granted", slot, since, before
-        self.on_settled()
-
     def send(self) -> None:
         """Say that a granted request is on its way: from here on Metquay may count it. ValueError if not granted."""
         if self.state != "granted":
             raise ValueError(f"a ticket that is {self.state} must not be sent")
         self.state = "sent"
-
-    def refuse(self, retry_after: float) -> None:
-        """Let it wait no longer."""
-        self.state, self.refused = "over", QuotaExceeded(retry_after)
-        self.on_settled()
 
 
 class Snapshot(NamedTuple):
@@ -186,12 +175,14 @@ class Snapshot(NamedTuple):
     closed_for: float
 
 
-class _Cell(NamedTuple):
-    """Slots that come back together at ``end``; the first of them was answered at ``start``."""
+class _Cell:
+    """Slots that come back together at ``end``, counted by caller: those answered ``until`` a moment, or those lent.
 
-    end: float
-    start: float
-    callers: list[str]
+    To these no answer comes: their moment is before all others.
+    """
+
+    def __init__(self, end: float, until: float, callers: dict[str, int]) -> None:
+        self.end, self.until, self.callers, self.slots = end, until, callers, len(callers)
 
 
 class Window:
@@ -204,13 +195,12 @@ class Window:
         self._burst_share: Final = burst
         self.resize(rate)
         self.used = 0
-        self.used_by: dict[str, int] = {}
-        self.in_flight: set[Ticket] = set()
+        self.in_flight: dict[Ticket, float] = {}
+        """What is granted and not answered yet, each with the release before it."""
         self.latency = 0.0
         """Seconds that answers took of late."""
         self.closed_until = -math.inf
         self._cells: deque[_Cell] = deque()
-        self._slots = 0
         self._now = self.last = -math.inf
         """The latest release."""
         self._latest: Ticket | None = None
@@ -218,56 +208,68 @@ class Window:
     def resize(self, rate: Rate) -> None:
         """Go on with another rate."""
         self.rate = rate
-        self._burst = max(1, int(rate.limit * self._burst_share))
+        self.burst = max(1, int(rate.limit * self._burst_share))
         self._grain = rate.window / CELLS if rate.limit > CELLS else 0.0
         self._hold = rate.window * SAFETY + self._grain
+        self._newest = _Cell(-math.inf, -math.inf, {})
 
     def advance(self, now: float) -> float:
         """Take back the slots whose time is over; return the latest ``now``."""
-        self._now = now = max(now, self._now)
+        if now < self._now:
+            return self._now
+        self._now = now
         while self._cells and self._cells[0].end <= now:
-            self._free(self._cells.popleft().callers)
+            self.used -= self._cells.popleft().slots
         return now
 
-    def grant(self, ticket: Ticket, now: float, due: float, slot: int | None = None) -> None:
-        """Let a ticket have a slot, as of ``due`` on the path; ``slot`` is one of those reserved."""
-        self._count(ticket.caller)
-        self.in_flight.add(ticket)
-        self._latest = ticket
-        self._slots += 1
-        ticket.grant(self._slots if slot is None else slot, now, self.last)
-        self.last = due
+    def used_by(self) -> dict[str, int]:
+        """Return how many slots each caller has."""
+        used: defaultdict[str, int] = defaultdict(int)
+        in_flight = ((ticket.caller, 1) for ticket in self.in_flight)
+        for caller, slots in chain(in_flight, *(cell.callers.items() for cell in self._cells)):
+            used[caller] += slots
+        return used
 
-    def reserve(self, number: int) -> list[int]:
-        """Return the numbers of so many slots, which no other grant will have."""
-        self._slots += number
-        return [*range(self._slots - number + 1, self._slots + 1)]
+    def grant(self, ticket: Ticket, now: float, due: float) -> None:
+        """Let a ticket have a slot, as of ``due`` on the path."""
+        ticket.state = "granted"
+        ticket.since = now
+        self.used += 1
+        self.in_flight[ticket] = self.last
+        self.last = due
+        self._latest = ticket
 
     def answered(self, ticket: Ticket, now: float) -> None:
-        """Let the slot of a ticket that was sent come back one window from now."""
+        """Say that the answer's head came or the attempt failed: the slot comes back one window from now."""
+        if ticket.state != "sent":
+            return
         ticket.state = "over"
-        self.in_flight.remove(ticket)
+        del self.in_flight[ticket]
+        if now < self._now:  # noqa: PLR1730 - to call max() costs more than the rest of this
+            now = self._now
+        self._now = now
         self.latency += (now - ticket.since - self.latency) / 8
-        if self._cells and now - self._cells[-1].start <= self._grain:
-            self._cells[-1].callers.append(ticket.caller)
-        else:
-            self._cells.append(_Cell(now + self._hold, now, [ticket.caller]))
+        cell = self._newest
+        if now > cell.until:
+            cell = self._newest = _Cell(now + self._hold, now + self._grain, defaultdict(int))
+            self._cells.append(cell)
+        cell.slots += 1
+        cell.callers[ticket.caller] += 1
 
     def give_back(self, ticket: Ticket) -> None:
         """Take back the slot of a ticket that was not sent, as though it never had one."""
         ticket.state = "over"
-        self.in_flight.remove(ticket)
-        self._free([ticket.caller])
+        self.used -= 1
+        before = self.in_flight.pop(ticket)
         if self._latest is ticket:
-            self.last = ticket.before
+            self.last = before
 
     def lend(self, caller: str, ends: Sequence[float]) -> None:
         """Let a caller have slots that come back at ``ends``, and no others."""
-        self._free([caller] * self.used_by.get(caller, 0))
-        kept = [cell for cell in self._cells if caller not in cell.callers]
-        self._cells = deque(sorted(kept + [_Cell(end, -math.inf, [caller]) for end in ends]))
-        for _ in ends:
-            self._count(caller)
+        lent = [_Cell(end, -math.inf, {caller: 1}) for end in ends]
+        cells = [cell for cell in self._cells if cell.until > -math.inf] + lent
+        self.used += len(cells) - len(self._cells)
+        self._cells = deque(sorted(cells, key=lambda cell: cell.end))
 
     def close(self, now: float, seconds: float | None) -> None:
         """Grant nothing for so long (None: until the first slot comes back), and never for less than before."""
@@ -277,7 +279,7 @@ class Window:
 
     def next_free(self, now: float) -> float:
         """Return when one more request may go while none waits."""
-        return max(now, self.closed_until) if self.used < self._burst else next(self.turns(now))
+        return max(now, self.closed_until) if self.used < self.burst else next(self.turns(now))
 
     def turns(self, now: float) -> Iterator[float]:
         """Yield, without end, when the first, second, ... of the requests that wait is due."""
@@ -288,7 +290,7 @@ class Window:
         points = []
         for cell in self._cells:
             points.append((number + 1, cell.end))
-            number += len(cell.callers)
+            number += cell.slots
         if self.in_flight:
             points.append((number + 1, max(last + self.latency, now) + self._hold))
         if self.used >= self.rate.limit:
@@ -307,17 +309,6 @@ class Window:
                 if due < at:
                     break
 
-    def _count(self, caller: str) -> None:
-        self.used += 1
-        self.used_by[caller] = self.used_by.get(caller, 0) + 1
-
-    def _free(self, callers: Sequence[str]) -> None:
-        self.used -= len(callers)
-        for caller in callers:
-            self.used_by[caller] -= 1
-            if not self.used_by[caller]:
-                del self.used_by[caller]
-
 
 class Callers:
     """The names by which callers without a client key are told apart: ``TOLD_APART`` at most, the rest is ``OTHERS``.
@@ -330,9 +321,10 @@ class Callers:
     Who uses each invented name twice can still take all places, and keep who comes later out while it goes on. Client
     keys prevent that.
 
-    Of a name that has asked only a mark is kept: 32 bits of its hash, in the cell that 16 further bits name, until
-    another name falls on it. Hashes are salted anew in each process, so that nobody can aim at a cell; at 1,000 new
-    names a second a mark outlives a pause of 20 s in three cases of four, else that tool's next request is its first.
+    Of a name that has asked and has no place only a mark is kept: 32 bits of its hash, in the cell that 16 further bits
+    name, until another name falls on it. Hashes are salted anew in each process, so that nobody can aim at a cell; at
+    1,000 new names a second a mark outlives a pause of 20 s in three cases of four, else that tool's next request is
+    its first.
     """
 
     def __init__(self) -> None:
@@ -342,15 +334,20 @@ class Callers:
 
     def name(self, product: str, now: float) -> str:
         """Return the name under which a tool waits; ``product`` is what it calls itself."""
-        mark, cell = divmod(hash(product) % (ASKED_BEFORE << 32), ASKED_BEFORE)
-        again = product in self._until or mark == self._marks[cell]
-        self._marks[cell] = mark
+        again = product in self._until or self._mark(product)
         if product not in self._until and len(self._until) >= TOLD_APART:
             if not again or self._until[first := min(self._until, key=self._until.__getitem__)] > now:
                 return OTHERS
             del self._until[first]
+            self._mark(first)
         self._until[product] = now + LATELY if again else now
         return product
+
+    def _mark(self, name: str) -> bool:
+        """Remember that a name has asked; return whether that was known."""
+        mark, cell = divmod(hash(name) % (ASKED_BEFORE << 32), ASKED_BEFORE)
+        before, self._marks[cell] = self._marks[cell], mark
+        return mark == before
 
 
 class Queue:
@@ -374,13 +371,14 @@ class Queue:
         for turn in zip_longest(*self.callers.values()):
             yield from filter(None, turn)
 
-    def join(self, ticket: Ticket, turns: Iterator[float]) -> bool:
-        """Give a ticket its place; False where there is none, or where its turn would come after its deadline."""
+    def join(self, ticket: Ticket, deadline: float, turns: Iterator[float]) -> bool:
+        """Give a ticket its place; False where there is none, or where its turn would come after the deadline."""
         own = self.callers.get(ticket.caller, deque())
         full = len(self) >= self._most or len(own) >= self._most / 2
-        if full or nth(turns, self.place(ticket.caller)) > ticket.deadline:
+        if full or nth(turns, self.place(ticket.caller)) > deadline:
             return False
-        self.deadline = min(self.deadline, ticket.deadline)
+        ticket.deadline = deadline
+        self.deadline = min(self.deadline, deadline)
         self.callers.setdefault(ticket.caller, own).append(ticket)
         return True
 
@@ -398,14 +396,19 @@ class Queue:
         if not tickets:
             del self.callers[ticket.caller]
 
-    def pop(self) -> Ticket:
-        """Take the ticket whose turn it is; its caller's next one goes behind those of the others."""
+    def serve(self, window: Window, now: float, due: float, slot: int = 0) -> None:
+        """Let the ticket whose turn it is have a slot; its caller's next one goes behind those of the others.
+
+        As of ``due`` on the path; ``slot`` is its number, if others were told of it.
+        """
         caller, tickets = next(iter(self.callers.items()))
         ticket = tickets[0]
         self.leave(ticket)
         if tickets:
             self.callers.move_to_end(caller)
-        return ticket
+        ticket.slot = slot
+        window.grant(ticket, now, due)
+        ticket.on_settled()
 
     def overdue(self, now: float) -> list[Ticket]:
         """Return those whose deadline has come."""
@@ -430,7 +433,8 @@ class Queue:
             self.leave(ticket)
         wait = next_free_in(now) if tickets else 0.0
         for ticket in tickets:
-            ticket.refuse(wait)
+            ticket.state, ticket.refused = "over", QuotaExceeded(wait)
+            ticket.on_settled()
 
 
 class Quota:
@@ -446,6 +450,7 @@ class Quota:
         self.window: Final = Window(Rate(limit, window), burst)
         self.queue: Final = Queue(max_waiting)
         self._due = math.inf
+        self.answered: Final = self.window.answered
 
     def ask(self, now: float, caller: str, max_wait: float) -> Ticket:
         """Take a slot, or a place in the queue: round-robin over callers, first come first served within one.
@@ -456,10 +461,11 @@ class Quota:
         whose turn comes first), ``poll`` refuses the ticket at its deadline.
         """
         now = self.window.advance(now)
-        ticket = Ticket(caller, now + max_wait)
-        if not self.queue and self.window.next_free(now) <= now:
+        ticket = Ticket(caller)
+        unpaced = self.window.used < self.window.burst and self.window.closed_until <= now
+        if not self.queue.callers and (unpaced or self.window.next_free(now) <= now):
             self.window.grant(ticket, now, now)
-        elif not self.queue.join(ticket, self.window.turns(now)):
+        elif not self.queue.join(ticket, now + max_wait, self.window.turns(now)):
             raise QuotaExceeded(self.next_free_in(now))
         return ticket
 
@@ -468,15 +474,10 @@ class Quota:
         now = self.window.advance(now)
         due = max(min(self._due, now), now - self.window.rate.window * CATCH_UP)
         while self.queue and (due := next(self.window.turns(due))) <= now:
-            self.window.grant(self.queue.pop(), now, due)
+            self.queue.serve(self.window, now, due)
         self._due = due if self.queue else math.inf
         self.queue.refuse(self.queue.overdue(now), now, self.next_free_in)
         return min(due, self.queue.deadline) if self.queue else None
-
-    def answered(self, ticket: Ticket, now: float) -> None:
-        """Say that the answer's head came or the attempt failed: the slot comes back one window from now."""
-        if ticket.state == "sent":
-            self.window.answered(ticket, self.window.advance(now))
 
     def cancel(self, ticket: Ticket, now: float) -> None:
         """Give up a ticket: its place, or its slot, as though never taken. What was sent counts as answered now."""
@@ -489,7 +490,7 @@ class Quota:
             due = self.window.last
             self.window.give_back(ticket)
             if self.queue and self.window.closed_until <= now:
-                self.window.grant(self.queue.pop(), now, due)
+                self.queue.serve(self.window, now, due)
 
     def close(self, now: float, seconds: float | None) -> None:
         """Metquay answered 429: grant nothing for ``seconds``, and refuse at once what can't wait so long.
@@ -511,7 +512,7 @@ class Quota:
             in_flight=len(window.in_flight),
             waiting=len(self.queue),
             waiting_by_caller={caller: len(tickets) for caller, tickets in self.queue.callers.items()},
-            used_by_caller=dict(window.used_by),
+            used_by_caller=window.used_by(),
             next_free_in=self.next_free_in(now),
             closed_for=max(0.0, window.closed_until - now),
         )

@@ -300,6 +300,19 @@ def test_a_first_failure_at_the_start_means_alone() -> None:
     assert 3.0 + BEAT == share.next_call(3.0)
 
 
+def test_what_alone_is_for_nobody_else_to_know() -> None:
+    """Slots have names once others are told of them: those that were given back before are not, each other one is."""
+    replica = Partner(Script())
+    unsent, *held = (take(replica.share, 0.0) for _ in range(3))
+    assert unsent is not None
+    replica.share.cancel(unsent, 0.0)
+    call = replica.share.report(0.0, "fresh")
+    assert ([], 2) == (call["returned"], len(set(call["in_flight"])))
+    assert call["in_flight"] == replica.share.report(0.1, "fresh")["in_flight"] == [each.slot for each in held if each]
+    replica.join(0.2)
+    assert replica.ask(0.3).slot not in call["in_flight"]
+
+
 def test_a_share_that_is_closed_alone() -> None:
     """Metquay's refusal holds for a replica alone, and is told when the others are there again."""
     replica = Partner(Script())

@@ -4,6 +4,7 @@ import copy
 import gzip
 import math
 import random
+import tracemalloc
 from dataclasses import dataclass, field
 from itertools import count, pairwise, repeat
 from types import SimpleNamespace
@@ -48,6 +49,11 @@ def spend(quota: Quota, now: float, number: int, caller: str = "tool") -> list[T
         ticket.send()
         quota.answered(ticket, now)
     return tickets
+
+
+def copied(text: str) -> str:
+    """Return the same text as an object of its own."""
+    return text.encode().decode()
 
 
 def follow(quota: Quota, now: float, until: float = math.inf) -> Iterator[float]:
@@ -291,6 +297,19 @@ class TestPacing:
         assert 12_012 <= shot.used <= 12_012 * 129 / 128
         assert {"tool": shot.used} == shot.used_by_caller
 
+    def test_one_text_of_a_caller(self) -> None:
+        """However many slots it has: 50,000 requests, each of which spells it anew, cost less than 64 KiB."""
+        quota = Quota(100_000, 60)
+        tracemalloc.start()
+        try:
+            for n in range(50_000):
+                spend(quota, n / 1000, 1, copied("a tool with a name of its own"))
+            grown = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert 50_000 == quota.snapshot(50).used
+        assert 64 * 1024 > grown
+
     def test_another_librarys_moving_window_agrees(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """300 at once at 20 a second are all let through, in time, by a limiter that was written by others."""
         clock = SimpleNamespace(now=0.0)
@@ -443,6 +462,16 @@ class TestCallers:
         assert "same" == callers.name(same, 1.0), "which is as if one had asked"
         assert OTHERS == callers.name(Hashed("negative", ~mark), 1.0)
         assert "negative" == callers.name(Hashed("negative", ~mark), 1.0)
+
+    def test_who_loses_its_place_is_remembered(self) -> None:
+        """Though another name came meanwhile whose mark falls on the same cell."""
+        callers = Callers()
+        first, other = Hashed("first", ASKED_BEFORE + 7), Hashed("other", 2 * ASKED_BEFORE + 7)
+        assert first == callers.name(first, 0.0)
+        for name in self.NAMES[1:]:
+            callers.name(name, 1.0)
+        assert [OTHERS, OTHERS, "a"] == [callers.name(name, 2.0) for name in (other, "a", "a")]
+        assert first == callers.name(first, 2.0)
 
     @pytest.mark.parametrize("after", [math.ceil, lambda _: 2.0], ids=["when told", "each 2 s"])
     def test_a_new_name_for_each_request_starves_nobody(self, after: Callable[[float], float]) -> None:
@@ -673,20 +702,25 @@ class TestWindow:
         """They count as used until their moment comes, or until better is known."""
         window = Window(Rate(10, 60), 0.7)
         window.lend("others", [5.0, 1.0])
-        assert (2, {"others": 2}) == (window.used, window.used_by)
+        assert (2, {"others": 2}) == (window.used, window.used_by())
         window.advance(1.0)
-        assert (1, {"others": 1}) == (window.used, window.used_by)
+        assert (1, {"others": 1}) == (window.used, window.used_by())
         window.lend("others", [])
-        assert (0, {}) == (window.used, window.used_by)
+        assert (0, {}) == (window.used, window.used_by())
 
-    def test_numbers_of_slots(self) -> None:
-        """Each is given once, whether it was reserved or not."""
-        window, tickets = Window(Rate(10, 60), 0.7), [Ticket("tool", 0) for _ in range(3)]
-        reserved = window.reserve(2)
-        for ticket, slot in zip(tickets, [None, reserved[1], None], strict=True):
-            window.grant(ticket, 0, 0, slot)
-        assert reserved[1] == tickets[1].slot
-        assert 4 == len({*reserved, tickets[0].slot, tickets[2].slot})
+    def test_a_tool_that_calls_itself_like_the_others(self) -> None:
+        """Its own slots stay its own, and those of whoever was answered at that time."""
+        quota = Quota(1000, 60)
+        spend(quota, 0, 1, "others")
+        spend(quota, 0, 1, "tool")
+        flying = quota.ask(0, "others", 0)
+        flying.send()
+        quota.window.lend("others", [5.0])
+        assert {"others": 3, "tool": 1} == quota.snapshot(1).used_by_caller
+        quota.window.lend("others", [])
+        assert {"others": 2, "tool": 1} == quota.snapshot(1).used_by_caller
+        quota.answered(flying, 1)
+        assert (3, 0) == (quota.snapshot(60).used, quota.snapshot(62).used)
 
 
 class TestSnapshot:
@@ -721,6 +755,11 @@ class TestSnapshot:
         quota.cancel(ticket, 97)
         quota.close(96, 1)
         assert (1, 1) == (quota.snapshot(95).used, quota.snapshot(95).closed_for)
+        late = Quota(1, 60)
+        ticket = late.ask(100, "tool", 0)
+        ticket.send()
+        late.answered(ticket, 99)
+        assert (1, 0, 0.0) == (late.snapshot(160).used, late.snapshot(160.07).used, late.window.latency)
 
 
 WINDOW = 10.0
