@@ -132,18 +132,20 @@ class Forwarder:
 
     async def _repeatedly(self, exchange: Exchange) -> Response:  # noqa: C901 - each step of an attempt, in order
         """Send a request until it has an answer to pass on; raise ``ProxyError`` where there is none."""
-        attempts = _Attempts(exchange, self._clock() + self._max_wait)
+        now = self._clock()
+        attempts = _Attempts(exchange, now + self._max_wait)
         if exchange.method not in retries.READING:
             attempts.writes = self._writes.setdefault(exchange.target.sent, _Writes())
         try:
             while True:
-                token = self._tokens.current()
+                token = self._tokens.current(now)
                 if token is None or token is attempts.rejected:
                     token = await self._token(attempts)
+                    now = self._clock()
                 ticket = None
                 if self._line is not None:
-                    ticket = self._line.ask(exchange.caller, attempts.deadline - self._clock())
-                    if not ticket.granted:
+                    ticket = self._line.ask(exchange.caller, attempts.deadline, now)
+                    if ticket.state == "waiting":
                         token = await self._turn(self._line, ticket, attempts)
                 try:
                     response = await self._send(attempts, token, ticket)
@@ -160,6 +162,7 @@ class Forwarder:
                 if attempts.wait:
                     await self._waiting(exchange, self._sleep(attempts.wait))
                     attempts.wait = 0.0
+                now = self._clock()
         except BaseException as error:  # noqa: BLE001 - it goes on, unless the last attempt left something better
             return attempts.end(self._quota_exceeded(error) if isinstance(error, QuotaExceeded) else error)
 

@@ -28,9 +28,9 @@ class Line:
         self._call_later = call_later or asyncio.get_running_loop().call_later
         self._timer: asyncio.TimerHandle | None = None
 
-    def ask(self, caller: str, max_wait: float) -> Ticket:
-        """Return a ticket, granted or waiting; raise ``QuotaExceeded`` where its turn would come too late."""
-        return self._quota.ask(self._clock(), caller, max_wait)
+    def ask(self, caller: str, deadline: float, now: float) -> Ticket:
+        """Return a ticket, granted or waiting; raise ``QuotaExceeded`` where its turn would come after ``deadline``."""
+        return self._quota.ask(now, caller, deadline - now)
 
     async def wait(self, ticket: Ticket) -> None:
         """Wait until the ticket is granted; raise ``QuotaExceeded`` where that came to be too late."""

@@ -99,9 +99,8 @@ class TokenCache:
             self._task.cancel()
             await asyncio.wait((self._task,))
 
-    def current(self) -> AccessToken | None:
+    def current(self, now: float) -> AccessToken | None:
         """Return a token that is usable now, or None; the hot path. Starts an overdue renewal and waits for nothing."""
-        now = self._clock()
         if now >= self._renewal.due:
             self._poke()
         token = self._renewal.token
@@ -117,7 +116,7 @@ class TokenCache:
         until = self._clock() + max_wait
         self._renewal.waiting += 1
         try:
-            while (token := self.current()) is None or token == rejected:
+            while (token := self.current(self._clock())) is None or token == rejected:
                 self._poke()
                 now = self._clock()
                 until = self._renewal.patience(now, until)

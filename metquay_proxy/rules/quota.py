@@ -30,9 +30,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import re
 import zlib
-from array import array
 from collections import OrderedDict, defaultdict, deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -330,7 +330,7 @@ class Callers:
     def __init__(self) -> None:
         self._until: dict[str, float] = {}
         """Until when a name surely keeps its place; for one that asked once, when it did so."""
-        self._marks = array("I", bytes(4 * ASKED_BEFORE))
+        self._marks = memoryview(mmap.mmap(-1, 4 * ASKED_BEFORE)).cast("I")  # which takes up what was written there
 
     def name(self, product: str, now: float) -> str:
         """Return the name under which a tool waits; ``product`` is what it calls itself."""

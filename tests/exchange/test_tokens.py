@@ -66,7 +66,7 @@ class Bench:
 
     def usable(self) -> AccessToken:
         """Return the token that is usable now."""
-        token = self.cache.current()
+        token = self.cache.current(self.time.now())
         assert token is not None
         return token
 
@@ -179,7 +179,7 @@ class TestTokenCache:
         assert "SECRET" not in f"{bench.events} {bench.cache.state}"
         bench.error = None
         await bench.time.advance(1)
-        assert bench.cache.current() is not None
+        assert bench.cache.current(bench.time.now()) is not None
 
     async def test_a_login_without_end(self, bench: Bench) -> None:
         """A source that hangs is cancelled after a minute; the next login begins when it has cleaned up behind it."""
@@ -248,7 +248,7 @@ class TestTokenCache:
         assert told == await bench.ending(bench.ask(0))
         bench.error = None
         await bench.time.advance(told[1] + 10 + duration)
-        assert bench.cache.current() is not None
+        assert bench.cache.current(bench.time.now()) is not None
 
     async def test_a_request_brings_the_next_attempt_forward(self, bench: Bench) -> None:
         """Deep in the backoff a request is not left to wait for nothing; one that has left hurries nobody."""
@@ -297,7 +297,7 @@ class TestTokenCache:
         """A token that is old is renewed by the first request, one that is dead is known to be so at once."""
         await bench.started()
         await bench.time.suspend(slept)
-        assert (slept < 900) is (bench.cache.current() is not None)
+        assert (slept < 900) is (bench.cache.current(bench.time.now()) is not None)
         await bench.time.settle()
         assert "token-2" == (await bench.cache.get(0)).value
 
@@ -390,7 +390,7 @@ class CacheModel(RuleBasedStateMachine):
     def the_newest_token_alone_is_current(self) -> None:
         """What is handed out is the last token that came, rejected or not, unless it is over."""
         newest = self.bench.granted
-        assert (newest if newest and newest.usable(self.bench.time.now()) else None) is self.bench.cache.current()
+        assert (newest if newest and newest.usable(self.bench.time.now()) else None) is self.bench.cache.current(self.bench.time.now())
 
     @invariant()
     def logins_keep_their_distance(self) -> None:
@@ -402,7 +402,7 @@ class CacheModel(RuleBasedStateMachine):
         """Whatever happened: once logins succeed there is a token within a minute, a slow login and a tick."""
         self.logins_end_so(None, 0.0, 900.0)
         self.runner.run(self.advancing(60.0 + 8.0 + 15.0))
-        assert self.bench.cache.current() is not None
+        assert self.bench.cache.current(self.bench.time.now()) is not None
         assert "hunter2" not in f"{self.bench.events} {self.bench.cache.state}"
         self.runner.run(self.bench.cache.close())
         self.runner.close()
