@@ -279,7 +279,7 @@ def test_it_matters_to_nobody_when_exchanges_are_counted(
                 for _ in range(times):
                     made = exchange(path, status=status, answered_by=answered_by, error=error, attempts=attempts)
                     made.quiet = path == "/favicon.ico" and not attempts
-                    made.waited, made.upstream = seconds / 2, seconds / 4
+                    made.began, made.waited, made.upstream = now, seconds / 2, seconds / 4
                     made.head_at = now + seconds if attempts == 1 else 0.0
                     now += seconds
                     for telemetry in (seldom, always, never):

@@ -390,7 +390,8 @@ class CacheModel(RuleBasedStateMachine):
     def the_newest_token_alone_is_current(self) -> None:
         """What is handed out is the last token that came, rejected or not, unless it is over."""
         newest = self.bench.granted
-        assert (newest if newest and newest.usable(self.bench.time.now()) else None) is self.bench.cache.current(self.bench.time.now())
+        now = self.bench.time.now()
+        assert (newest if newest and newest.usable(now) else None) is self.bench.cache.current(now)
 
     @invariant()
     def logins_keep_their_distance(self) -> None:

@@ -509,6 +509,7 @@ class TestInbound:
             (b"Connection: etag, x-request-id\r\n" + PLAIN, b"Cache-Control: no-store\r\nX-Request-Id: id-1", {}),
             # a tool that gets a challenge asks a person for a password that nobody has
             (CHALLENGE + b"\r\n" + PLAIN + b"\r\nwww-authenticate: Basic", PLAIN, HIDDEN),
+            (CHALLENGE + b"\r\n" + PLAIN, PLAIN, HIDDEN | {"origin": None}),
             # a browser refuses an answer with two Access-Control-Allow-Origin; Vary is added to, not replaced
             (OPENED, OPENED, {}),
             (OPENED, b"Vary: Accept\r\n" + PLAIN + b"\r\n" + OURS[:-2], {"added": OURS, "cors": True}),

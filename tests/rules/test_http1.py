@@ -934,12 +934,20 @@ class TestRequestBody:
         rest = [GET[9:] + posted(b"de", b"/3"), b"NONSENSE ", b"x"]
         assert [b""] * 3 == [reader.feed(piece) for piece in rest]
         assert ("/x", 9 + sum(map(len, rest))) == (asked(reader.head)[1], reader.held)
+        assert not reader.rest()
         assert (b"", "/customers?first=0", True) == (reader.next(), asked(reader.head)[1], reader.complete)
         assert (b"de", "/3", 10) == (reader.next(), asked(reader.head)[1], reader.held)
         for again in (reader.next, lambda: reader.feed(b"x"), lambda: reader.feed(GET)):
             with pytest.raises(ProxyError, match="no method that HTTP knows"):
                 again()
         assert (None, False) == (reader.head, reader.complete)
+
+    def test_nothing_waits(self) -> None:
+        """Then the next request begins with whatever comes."""
+        reader = RequestReader()
+        reader.feed(GET)
+        assert (True, None, False) == (reader.rest(), reader.head, reader.complete)
+        assert (b"abc", True) == (reader.feed(posted(b"abc")), reader.complete)
 
     def test_a_body_that_waited(self) -> None:
         """What waits of a body is returned when its request begins, and goes on where it ended."""
