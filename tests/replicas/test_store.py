@@ -142,7 +142,8 @@ def local(redis: RedisServer) -> RedisAddress:
 
 async def send(line: Line, caller: str = "tool", max_wait: float = 10.0) -> float:
     """Have one request's turn and its answer; return when that came."""
-    ticket = line.ask(caller, max_wait)
+    now = time.monotonic()
+    ticket = line.ask(caller, now + max_wait, now)
     if ticket.state == "waiting":
         await line.wait(ticket)
     ticket.send()
