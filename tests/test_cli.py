@@ -561,7 +561,7 @@ class TestStart:
         modules = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files}
         assert {"__main__", "check", "health", "replicas", "sandbox"} == {name.split(".")[1] for name in modules - ours}
         others = {name.partition(".")[0] for name in loaded - ours}
-        assert {"encodings", "mmap", "resource", "stringprep", "termios"} >= others
+        assert {"_queue", "encodings", "mmap", "queue", "resource", "stringprep", "termios"} >= others
 
     @pytest.mark.skipif(sys.platform in {"win32", "darwin"}, reason="the store is the system's own there")
     def test_certificates_are_read_once_and_only_for_https(self, monkeypatch: pytest.MonkeyPatch) -> None:
