@@ -148,9 +148,8 @@ class Telemetry:
         self._retries += sum([each.attempts for each in forwarded]) - len(forwarded)
         self._waited = self._waited.plus([each.waited for each in forwarded])
         self._upstream = self._upstream.plus([each.upstream for each in forwarded])
-        until_head = [each.head_at - each.began if each.head_at else each.seconds for each in forwarded]
-        own = [taken - each.waited - each.upstream for each, taken in zip(forwarded, until_head, strict=True)]
-        self._own = self._own.plus(own)
+        ends = [each.head_at - each.began if each.head_at else each.seconds for each in forwarded]
+        self._own = self._own.plus([end - it.waited - it.upstream for it, end in zip(forwarded, ends, strict=True)])
         told = [each for each in pending if each.attempts or not (each.quiet or each.path.startswith("/-/"))]
         if not told:
             return

@@ -65,8 +65,7 @@ class Writer:
         """Begin; the thread starts with the first line."""
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._to_start = iter([self._thread])
-        self._closing, self._hurry = threading.Event(), threading.Event()
+        self._to_start, self._closing, self._hurry = iter([self._thread]), threading.Event(), threading.Event()
         self._taken = self._written = self._refused = 0
 
     @property
@@ -88,7 +87,10 @@ class Writer:
         self._taken += 1
         self._lines.put(line)
         for thread in self._to_start:  # taken from there in one operation, whoever comes at the same time
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # there is none to be had: the next line tries again
+                self._to_start = iter([thread])
 
     def flush(self, timeout: float) -> None:
         """Wait until what was put before is written, for at most ``timeout`` seconds."""

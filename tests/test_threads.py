@@ -9,6 +9,8 @@ from metquay_proxy.threads import Writer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import pytest
+
 
 def soon(condition: Callable[[], object]) -> None:
     """Wait until something holds that a thread brings about."""
@@ -34,6 +36,11 @@ class Outlet:
         if self.error is not None:
             raise self.error
         self.lines.append(line)
+
+
+def refused(*_: object) -> None:
+    """Start no thread, as a system does that has none to spare."""
+    raise RuntimeError("can't start new thread")
 
 
 FULL = OSError(28, "No space left on device")
@@ -85,6 +92,19 @@ def test_nobody_waits_and_what_is_too_much_is_lost() -> None:
     writer.put(b"5")
     assert writer.close(5)
     assert (b"5", 2, 2) == (out.lines[-1], writer.lost, len(out.reports))
+
+
+def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever tells something does not notice; the next line tries again, and both are written."""
+    out = Outlet()
+    writer = Writer(out.write, out.reports.append)
+    with monkeypatch.context() as patch:
+        patch.setattr("threading._start_new_thread", refused)
+        writer.put(b"1")
+    assert [] == out.lines
+    writer.put(b"2")
+    assert writer.close(5)
+    assert [b"1", b"2"] == out.lines
 
 
 def test_a_line_that_failed_is_tried_again() -> None:

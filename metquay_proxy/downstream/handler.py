@@ -121,8 +121,10 @@ class Handler:
             self._failed(client, exchange, failure)
         finally:
             self._heads -= head.size
-            self._close(exchange)
-            client.served(keep=exchange.keep and exchange.head_sent and not self.draining)
+            try:
+                self._close(exchange)
+            finally:
+                client.served(keep=exchange.keep and exchange.head_sent and not self.draining)
 
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""

@@ -152,10 +152,11 @@ class Pool:
         careful = method not in _REPEATABLE_METHODS
         while self._idle:
             connection = self._idle[-1]
-            if careful and (connection.idle_since < now - self._max_idle_unsafe or connection.bodiless):
+            if careful and connection.idle_since < now - self._max_idle_unsafe:
                 return None
             self._idle.pop()
-            if now < connection.good_until and connection.open and not (careful and connection.has_unread()):
+            doubtful = careful and (connection.bodiless or connection.has_unread())
+            if now < connection.good_until and connection.open and not doubtful:
                 return connection
             connection.abort()
         return None

@@ -119,6 +119,17 @@ class TestMistakes:
             await client.gone()
             await eventually(lambda: 0 == telemetry.active)
 
+    async def test_an_exchange_that_cannot_be_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A mistake while it is counted or logged does not leave its connection without an end."""
+
+        async def fail(_: Exchange) -> Response:
+            raise ProxyError("bad-request", "x")
+
+        async with handled(fail) as (client, telemetry):
+            monkeypatch.setattr(telemetry, "closed", lambda _: 1 / 0)
+            await client.send(get(), get())
+            assert [400] * 2 == [(await client.answer()).status for _ in range(2)]
+
 
 class TestDrain:
     @rule("contract 9")

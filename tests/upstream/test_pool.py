@@ -151,6 +151,17 @@ class TestHowLongAConnectionIsUsed:
             await (await pool.send(method, GET, no_body())).read()
         assert accepted == len(warmth.accepted)
 
+    @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+    async def test_after_an_answer_that_has_no_body(self, status: str) -> None:
+        """Bytes may still follow it: reads go on there, and what must not be repeated closes it. So none pile up."""
+        warmth = Warmth(answer=answered(status=status))
+        async with warmth.pool() as pool:
+            for _ in range(20):
+                await (await pool.send("GET", GET, no_body())).read()
+                await (await pool.send("GET", GET, no_body())).read()
+                await (await pool.send("POST", GET, no_body())).read()
+            assert (21, (0, 1)) == (len(warmth.accepted), pool.connections)
+
     async def test_what_is_no_longer_kept_is_closed(self) -> None:
         """It does not wait for a request that could not use it."""
         warmth = Warmth(answer=answered("Keep-Alive: timeout=1", body=b"ok"))
