@@ -599,6 +599,7 @@ async def test_nothing_is_left() -> None:
             link.cut()
             await asyncio.sleep(1.5)  # the quota's window is empty again
             tasks = Counter(task.get_coro().__qualname__ for task in asyncio.all_tasks())  # type: ignore[union-attr]
+            proxy.status()  # which counts those that are yet to be counted
             gc.collect()
             objects = Counter(type(each).__name__ for each in gc.get_objects() if type(each).__module__ in PER_REQUEST)
             exchanges, cells, targets, asked, answered = (
