@@ -54,10 +54,7 @@ class Stream:
 
     def feed(self, piece: bytes) -> None:
         """Take a piece, which is not empty."""
-        if self._pieces:
-            _add(self._pieces, piece)
-        else:
-            self._pieces.append(piece)
+        _add(self._pieces, piece)
         self._size += len(piece)
         if self._size > HIGH_WATER and not self.held_up:
             self._hold(up=True)

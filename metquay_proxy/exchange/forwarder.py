@@ -145,7 +145,7 @@ class Forwarder:
                 ticket = None
                 if self._line is not None:
                     ticket = self._line.ask(exchange.caller, attempts.deadline, now)
-                    if ticket.state == "waiting":
+                    if not ticket.granted:
                         token = await self._turn(self._line, ticket, attempts)
                 try:
                     response = await self._send(attempts, token, ticket)

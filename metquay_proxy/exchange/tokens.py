@@ -100,7 +100,10 @@ class TokenCache:
             await asyncio.wait((self._task,))
 
     def current(self, now: float) -> AccessToken | None:
-        """Return a token that is usable now, or None; the hot path. Starts an overdue renewal and waits for nothing."""
+        """Return a token that is usable now, or None; the hot path. Starts an overdue renewal and waits for nothing.
+
+        ``now`` is a reading of the cache's clock.
+        """
         if now >= self._renewal.due:
             self._poke()
         token = self._renewal.token

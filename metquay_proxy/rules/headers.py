@@ -167,7 +167,7 @@ class ResponseHead:
     """A final answer's head, and what it says about the body. Nothing of it ever changes: many answers may share it.
 
     ``lines`` holds its field lines as they came, each after its CRLF; ``kept`` those of them that any client gets, and
-    ``start`` what any client gets of the head, up to the value of X-Request-Id if Metquay gave none (``numbered``).
+    ``start`` what any client gets of the head, up to the value of X-Request-Id if Metquay gave none.
     ``noted`` are the fields of those names that somebody reads, names and values in lower case, in order; ``passed``
     the names of those among them that are kept. ``length`` is in bytes: None when chunked or until close, 0 without a
     body. ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus bytes;
@@ -176,13 +176,11 @@ class ResponseHead:
 
     status: int
     reason: bytes
-    minor: int
     lines: bytes
     noted: list[tuple[bytes, bytes]]
     kept: bytes
     passed: frozenset[bytes]
     start: bytes
-    numbered: bool
     length: int | None
     until_close: bool
     keep_alive: bool
@@ -206,8 +204,8 @@ def connection_options(noted: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
 
 def passed_on(
     status: int, reason: bytes, lines: bytes, noted: list[tuple[bytes, bytes]]
-) -> tuple[bytes, frozenset[bytes], bytes, bool]:
-    """Return what of an answer's valid head any client gets: ``kept``, ``passed``, ``start`` and ``numbered``."""
+) -> tuple[bytes, frozenset[bytes], bytes]:
+    """Return what of an answer's valid head any client gets: ``kept``, ``passed`` and ``start``."""
     dropped = connection_options(noted) - _NO_HOP
     if status == _NO_CONTENT:
         dropped |= {b"content-length"}
@@ -215,8 +213,7 @@ def passed_on(
     passed = frozenset(name for name, _ in noted) - NAMES.inbound - dropped
     if dropped:
         kept = _without(dropped, kept)
-    numbered = b"x-request-id" in passed
-    return kept, passed, _start(status, reason, kept, passed), numbered
+    return kept, passed, _start(status, reason, kept, passed)
 
 
 def _start(status: int, reason: bytes, lines: bytes, passed: frozenset[bytes]) -> bytes:
@@ -258,4 +255,6 @@ def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to
                 lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines
             )
         start = _start(head.status, head.reason, _without(dropped, lines) if dropped else lines, head.passed)
-    return b"%b%b\r\n" % (start, added) if head.numbered else b"%b%b\r\n%b\r\n" % (start, request_id, added)
+    if b"x-request-id" in head.passed:
+        return b"%b%b\r\n" % (start, added)
+    return b"%b%b\r\n%b\r\n" % (start, request_id, added)

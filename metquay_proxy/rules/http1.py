@@ -303,7 +303,7 @@ def _parse_answer(method: str, block: bytes) -> ResponseHead | None:
     keep_alive = _persists(minor, connection_options(noted)) and not until_close
     kept_for = _KEPT_FOR.search(b",".join(value for name, value in noted if name == b"keep-alive"))
     seconds = None if kept_for is None else float(kept_for[1])
-    return ResponseHead(status, reason, minor, lines, noted, *passed, length, until_close, keep_alive, seconds)
+    return ResponseHead(status, reason, lines, noted, *passed, length, until_close, keep_alive, seconds)
 
 
 def _framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:

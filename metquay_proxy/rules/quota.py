@@ -208,7 +208,7 @@ class Window:
     def resize(self, rate: Rate) -> None:
         """Go on with another rate."""
         self.rate = rate
-        self.burst = max(1, int(rate.limit * self._burst_share))
+        self._burst = max(1, int(rate.limit * self._burst_share))
         self._grain = rate.window / CELLS if rate.limit > CELLS else 0.0
         self._hold = rate.window * SAFETY + self._grain
         self._newest = _Cell(-math.inf, -math.inf, {})
@@ -279,7 +279,9 @@ class Window:
 
     def next_free(self, now: float) -> float:
         """Return when one more request may go while none waits."""
-        return max(now, self.closed_until) if self.used < self.burst else next(self.turns(now))
+        if self.used >= self._burst:
+            return next(self.turns(now))
+        return now if now > self.closed_until else self.closed_until  # noqa: FURB136 - to call max() costs more
 
     def turns(self, now: float) -> Iterator[float]:
         """Yield, without end, when the first, second, ... of the requests that wait is due."""
@@ -462,8 +464,7 @@ class Quota:
         """
         now = self.window.advance(now)
         ticket = Ticket(caller)
-        unpaced = self.window.used < self.window.burst and self.window.closed_until <= now
-        if not self.queue.callers and (unpaced or self.window.next_free(now) <= now):
+        if not self.queue.callers and self.window.next_free(now) <= now:
             self.window.grant(ticket, now, now)
         elif not self.queue.join(ticket, now + max_wait, self.window.turns(now)):
             raise QuotaExceeded(self.next_free_in(now))
