@@ -147,7 +147,7 @@ class _Replica:
         except QuotaExceeded as refusal:
             self._refused(refusal)
         else:
-            if ticket.granted:
+            if ticket.state == "granted":
                 self._send(ticket, now)
             else:
                 ticket.on_settled = lambda: simulation.at(simulation.now, lambda: self._settled(ticket, now))

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import groupby, islice
 from operator import add
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +32,6 @@ BOUNDS: Final = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2,
 """Upper ends of the buckets of every histogram, in seconds."""
 RECENT: Final = 100
 """Exchanges that are kept for the status page; whoever reads too slowly misses those in between."""
-_LONGEST_PATH: Final = 1024
 _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
 _IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason")
@@ -106,8 +105,7 @@ class Telemetry:
         """Start with empty books; ``prefix`` is what comes before the resources in a path."""
         self.active = 0
         self._pending: list[Exchange] = []
-        """What has ended and is in no book yet; all in the minute that began at ``_since``."""
-        self._since = 0.0
+        """What has ended and is in no book yet."""
         self._trouble: Exchange | None = None
         self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
         self._requests: Counter[tuple[str, str, int, str]] = Counter()
@@ -125,15 +123,13 @@ class Telemetry:
     def closed(self, exchange: Exchange) -> None:
         """Log the exchange and keep it to be counted with others."""
         exchange.seconds = time.perf_counter() - exchange.began
-        exchange.ended = ended = time.time()
-        exchange.path = exchange.path[:_LONGEST_PATH]
+        exchange.ended = time.time()
         self.active -= 1
         if LEVELS[level(exchange)] >= output.threshold:
             output.tell(line(exchange))
-        if len(self._pending) >= _FOLDED or not self._since <= ended < self._since + 60:
-            self._fold()
-            self._since = ended // 60 * 60
         self._pending.append(exchange)
+        if len(self._pending) >= _FOLDED:
+            self._fold()
 
     def _fold(self) -> None:
         """Enter what is pending into the books, as is done before they are read; in the event loop's thread alone.
@@ -160,16 +156,20 @@ class Telemetry:
                 self._trouble = each
             elif each.error == "quota-exceeded":
                 self._refusals.append(each.ended)
-        minute, seconds = self._minutes[-1], [each.seconds for each in told]
-        if minute[0] != self._since // 60:
-            minute = [int(self._since // 60), 0, 0, 0, 0, 0]
-            self._minutes.append(minute)
-        for status, number in Counter([each.status for each in told]).items():
-            minute[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += number  # noqa: PLR2004 - classes of status
-        minute[4] += sum(seconds) * 1000
-        minute[5] = max(minute[5], max(seconds) * 1000)
+        for minute, group in groupby(told, key=lambda each: int(each.ended // 60)):
+            self._enter(minute, list(group))
         self._recent.extend(told)
         self._remembered += len(told)
+
+    def _enter(self, minute: int, told: list[Exchange]) -> None:
+        row, seconds = self._minutes[-1], [each.seconds for each in told]
+        if row[0] != minute:
+            row = [minute, 0, 0, 0, 0, 0]
+            self._minutes.append(row)
+        for status, number in Counter([each.status for each in told]).items():
+            row[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += number  # noqa: PLR2004 - classes of status
+        row[4] += sum(seconds) * 1000
+        row[5] = max(row[5], max(seconds) * 1000)
 
     @property
     def finished(self) -> int:

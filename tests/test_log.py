@@ -30,7 +30,7 @@ configure_logging({level!r}, {form!r})
 telemetry = Telemetry()
 
 async def main():
-    made = Exchange("GET", "/api/v1/customers?name=ACME")
+    made = Exchange("GET", path="/api/v1/customers?name=ACME")
     made.status, made.caller, made.agent = 200, "Excel\\x9b31m", "Excel\\x9b31m"
     telemetry.closed(made)
     telemetry.token_event(TokenEvent("renewed", "", 900.0, 720.0))
@@ -44,10 +44,10 @@ async def main():
         log.exception("internal error", id=made.id)
         logging.getLogger("aiohttp.server").exception("also of aiohttp")
     telemetry.token_event(TokenEvent("rejected", "refused\\x1b[31m", None, 60.0))
-    failed = Exchange("POST", "/api/v1/works")
+    failed = Exchange("POST", path="/api/v1/works")
     failed.status, failed.error, failed.attempts, failed.waited = 502, "upstream-closed", 3, 1.25
     telemetry.closed(failed)
-    probe = Exchange("GET", "/-/live")
+    probe = Exchange("GET", path="/-/live")
     probe.quiet = True
     telemetry.closed(probe)
     {after}

@@ -254,6 +254,8 @@ class ClientConnection(Receiver):
         elif now - self._moved > self._bounds.silence:
             self.abort()
             return
+        if self._deadline == math.inf and not self.busy:
+            self._deadline = now + self._bounds.idle  # this is the first look since it rests
         if now < self._deadline:
             return
         self._deadline = math.inf
@@ -296,7 +298,6 @@ class ClientConnection(Receiver):
         if self.full:
             self._answered = True
             return
-        self._deadline = self._loop.time() + self._bounds.idle
         if self._reader.rest():
             self.busy = False
         else:

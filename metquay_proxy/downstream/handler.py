@@ -20,10 +20,11 @@ import structlog
 
 from metquay_proxy.audit import entry
 from metquay_proxy.downstream.answers import OwnAnswers, preflight, write_error
-from metquay_proxy.exchange.body import NoBody, ReplayBudget, RequestBody
+from metquay_proxy.exchange.body import NO_BODY, ReplayBudget, RequestBody
 from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.headers import RequestFields, inbound
+from metquay_proxy.rules.http1 import LONGEST_REMEMBERED, REMEMBERED
 from metquay_proxy.rules.quota import Callers
 from metquay_proxy.rules.retries import READING
 
@@ -35,17 +36,17 @@ if TYPE_CHECKING:
     from metquay_proxy.downstream.pages import Pages
     from metquay_proxy.exchange.body import Stream
     from metquay_proxy.exchange.forwarder import Forwarder
-    from metquay_proxy.rules.gate import Gate
+    from metquay_proxy.rules.gate import Admission, Gate
     from metquay_proxy.rules.headers import ResponseHead
     from metquay_proxy.rules.http1 import RequestHead
-    from metquay_proxy.rules.target import BaseURL, TargetRules
+    from metquay_proxy.rules.target import BaseURL, Target, TargetRules
     from metquay_proxy.telemetry import Telemetry
 
 _REPLAY_TOTAL: Final = 64 * 1024 * 1024
 _HEADS_TOTAL: Final = 8 * 1024 * 1024
-"""Bytes of the heads of all requests under way, from which on no other is taken but those"""
+"""Bytes of the large heads of all requests under way, from which on no other is taken; large are those"""
 _LARGE_HEAD: Final = 4096
-"""up to so many bytes."""
+"""of more bytes than these."""
 _WORTH_TELLING: Final = 0.1
 """Seconds; shorter waits are not worth telling."""
 
@@ -83,6 +84,7 @@ class Handler:
         self._callers = Callers()
         self._alone: set[asyncio.Task[Any] | None] = set()
         """The tasks of writes that run on without their clients."""
+        self._admitted: dict[RequestHead, tuple[Target, Admission]] = {}
         self.draining = False
         self._stopping = False
         self._heads = 0
@@ -100,15 +102,15 @@ class Handler:
 
     async def serve(self, client: ClientConnection, head: RequestHead, stream: Stream) -> None:
         """Serve one request; whatever happens, exactly one answer or one broken connection comes of it."""
-        exchange = Exchange(head.method)
-        exchange.address = client.address
-        exchange.fields = fields = head.fields
-        exchange.keep = fields.keep_alive
-        exchange.body = NoBody() if fields.length == 0 else self._body(stream, chunked=fields.length is None)
+        fields = head.fields
+        exchange = Exchange(head.method, client.address, fields.agent, fields.keep_alive)
+        exchange.fields = fields
+        exchange.body = NO_BODY if fields.length == 0 else self._body(stream, chunked=fields.length is None)
         self._telemetry.opened()
-        self._heads += head.size
+        large = head.size if head.size > _LARGE_HEAD else 0
+        self._heads += large
         try:
-            if self._heads > _HEADS_TOTAL and head.size > _LARGE_HEAD:
+            if large and self._heads > _HEADS_TOTAL:
                 exchange.keep = False
                 msg = (
                     "The heads of all requests under way are too large together. Nothing was sent. Send a shorter one."
@@ -120,7 +122,7 @@ class Handler:
         except Exception as failure:  # noqa: BLE001 - whatever it is, the client gets an answer or sees it break
             self._failed(client, exchange, failure)
         finally:
-            self._heads -= head.size
+            self._heads -= large
             try:
                 self._close(exchange)
             finally:
@@ -128,8 +130,7 @@ class Handler:
 
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""
-        exchange = Exchange("-")
-        exchange.address = client.address
+        exchange = Exchange("-", client.address)
         exchange.reason = error.message
         self._telemetry.opened()
         try:
@@ -142,8 +143,8 @@ class Handler:
         exchange = Exchange("GET")
         exchange.fields = RequestFields(b"\r\nAccept: application/json")
         exchange.target = self._rules.parse("GET", "/customers?limit=1")
-        exchange.path = exchange.target.sent
-        exchange.body = NoBody()
+        exchange.path = exchange.target.path
+        exchange.body = NO_BODY
         exchange.caller = "test of the connection"
         self._telemetry.opened()
         try:
@@ -169,29 +170,40 @@ class Handler:
 
     def _judge(self, client: ClientConnection, exchange: Exchange, head: RequestHead) -> Coroutine[Any, Any, None]:
         """Judge the request; return what answers it."""
-        method, fields = exchange.method, exchange.fields
-        exchange.agent = fields.agent
-        if b"origin" in fields.judged:
-            exchange.cors = self._gate.cors(fields)
+        fields, (target, admission) = head.fields, self._admitted.get(head) or self._admit(exchange, head)
         if self.draining:
             raise _shutting_down()
-        target = exchange.target = self._rules.parse(method, head.target)
-        exchange.path = target.local if target.own else target.sent
-        now = time.time()
-        admission = self._gate.check(method, target, fields, now)
-        exchange.admission = admission
-        exchange.caller = admission.client or self._callers.name(fields.product, time.monotonic())
+        exchange.target, exchange.path, exchange.admission = target, target.path, admission
+        exchange.caller = admission.client or self._callers.name(fields.product, exchange.began)
         if admission.preflight:
             return preflight(client, exchange)
         if b"upgrade" in fields.options and (fields.text(b"upgrade") or "").lower() == "websocket":
             raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
         if target.own:
-            return self._own.answer(client, exchange, now)
+            return self._own.answer(client, exchange, time.time())
         if target.pass_through:
-            exchange.keep_authorization = not self._gate.is_ours(fields.text(b"authorization"), now)
+            exchange.keep_authorization = not self._gate.is_ours(fields.text(b"authorization"), time.time())
         if b"expect" in fields.judged:
             client.proceed()
         return self._forward(client, exchange)
+
+    def _admit(self, exchange: Exchange, head: RequestHead) -> tuple[Target, Admission]:
+        """Return what is asked for, and who asks; raise ``ProxyError`` where nobody may.
+
+        Remembered is what was found out about a few short heads without a secret, where no key and no page plays a
+        part: about those the same will be found for ever.
+        """
+        fields = head.fields
+        if b"origin" in fields.judged:
+            exchange.cors = self._gate.cors(fields)
+        target = exchange.target = self._rules.parse(head.method, head.target)
+        exchange.path = target.path
+        admitted = target, self._gate.check(head.method, target, fields, time.time())
+        if not (self._gate.keys or fields.of_page or head.secret or head.size > LONGEST_REMEMBERED):
+            if len(self._admitted) >= REMEMBERED:
+                self._admitted.clear()
+            self._admitted[head] = admitted
+        return admitted
 
     async def _forward(self, client: ClientConnection, exchange: Exchange) -> None:
         """Pass the answer on: head and what is there of the body in one write, then piece by piece."""
@@ -234,7 +246,7 @@ class Handler:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            if self._stopping or not exchange.body.sent:
+            if self._stopping or not exchange.on_its_way:
                 task.cancel()
                 [result] = await asyncio.gather(task, return_exceptions=True)
                 if isinstance(result, Response):
@@ -288,7 +300,7 @@ class Handler:
             exchange.error = "client-left" if left else "shutting-down"
             client.abort()
             return
-        exchange.note_sent("unknown" if exchange.body.sent else "no")
+        exchange.note_sent("unknown" if exchange.on_its_way else "no")
         doubtful = exchange.sent != "no" and exchange.method not in READING
         self._answer_error(client, exchange, _shutting_down(doubtful=doubtful))
 

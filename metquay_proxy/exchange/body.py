@@ -52,14 +52,22 @@ class Stream:
         """Whether the last byte was read."""
         return self.arrived and not self._pieces
 
-    def feed(self, piece: bytes) -> None:
-        """Take a piece, which is not empty."""
-        _add(self._pieces, piece)
-        self._size += len(piece)
-        if self._size > HIGH_WATER and not self.held_up:
+    def feed(self, piece: bytes, *, last: bool = False) -> None:
+        """Take a piece, maybe an empty one; with the ``last`` one all has come."""
+        if piece:
+            _add(self._pieces, piece)
+            self._size += len(piece)
+        if last:
+            self.arrived = True
+            if self.held_up:
+                self._hold(up=False)
+        elif self._size > HIGH_WATER and not self.held_up:
             self._hold(up=True)
-        if self._waiter is not None:
-            self._wake()
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
     def unread(self, data: bytes) -> None:
         """Put back what was read, in front of all else."""
@@ -71,17 +79,13 @@ class Stream:
 
     def end(self) -> None:
         """Note that all of it has come."""
-        self.arrived = True
-        if self.held_up:
-            self._hold(up=False)
-        if self._waiter is not None:
-            self._wake()
+        self.feed(b"", last=True)
 
     def fail(self, error: Exception) -> None:
         """Note that no more will come; the first error counts, and none does once all has come."""
         if self._error is None and not self.arrived:
             self._error = error
-        self._wake()
+        self.feed(b"")
 
     def read_nowait(self) -> bytes:
         """Return what has come, maybe nothing."""
@@ -105,19 +109,12 @@ class Stream:
         """Return what is to be awaited for the next news; raise what ``fail`` was given."""
         if self._error is not None:
             raise self._error
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        waiter = self._waiter = asyncio.Future()
         return waiter
 
     def _hold(self, *, up: bool) -> None:
         self.held_up = up
         self._hold_up(up)
-
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None:
-            self._waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
 
 
 def _add(pieces: list[bytes], piece: bytes) -> None:
@@ -138,13 +135,12 @@ class ReplayBudget:
 class RequestBody:
     """One request's body.
 
-    ``replayable``: another attempt can send it from the beginning. ``sent``: an attempt has handed its last byte to the
-    network (whoever sends sets it). ``chunked``: it came without a length.
+    ``replayable``: another attempt can send it from the beginning. ``chunked``: it came without a length.
     """
 
     def __init__(self, source: Stream, *, chunked: bool, limit: int, budget: ReplayBudget, timeout: float) -> None:
         """``limit`` is in bytes, ``timeout`` in seconds of silence; a ``source`` that has ended is no body."""
-        self.replayable, self.sent = True, False
+        self.replayable = True
         self._source = source
         self._limit = limit
         self._budget = budget
@@ -265,19 +261,13 @@ class RequestBody:
                 self.close()
 
 
-class NoBody(RequestBody):
-    """That of a request which has none: it is there, and can be sent again, for ever."""
+class _NoBody(RequestBody):
+    """That of all requests which have none: it is there, and can be sent again, for ever."""
 
     def __init__(self) -> None:
-        """There is nothing to keep."""
-        self.replayable, self.sent, self.chunked = True, False, False
+        self.replayable, self.chunked = True, False
 
-    @property
-    def ended(self) -> bool:
-        """Yes."""
-        return True
-
-    arrived = ended
+    ended = arrived = True
 
     def whole(self) -> bytes:
         """Return nothing."""
@@ -285,3 +275,6 @@ class NoBody(RequestBody):
 
     def close(self) -> None:
         """Do nothing."""
+
+
+NO_BODY: Final = _NoBody()

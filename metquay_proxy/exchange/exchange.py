@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from metquay_proxy.exchange.body import RequestBody
-    from metquay_proxy.rules.errors import Sent
+    from metquay_proxy.rules.credentials import AccessToken
+    from metquay_proxy.rules.errors import ProxyError, Sent
     from metquay_proxy.rules.headers import RequestFields, ResponseHead
 
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
@@ -31,8 +32,11 @@ _NOBODY: Final = Admission()
 _NOWHERE: Final = Target("-", "-", None)
 
 
-def _next_id() -> str:
-    return f"{_RUN}{next(_NUMBERS):08x}"
+class Writes:
+    """The writes under way on one target; it lives as long as any of them."""
+
+    last: Exchange
+    """The one that was forwarded last."""
 
 
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
@@ -40,25 +44,25 @@ class Exchange:
     """One request and its answer, from the judged head to the last byte. Durations are in seconds."""
 
     method: str
-    path: str = "-"
-    """A dash until the canonical target is known: a refused one may hold anything."""
-    id: str = field(default_factory=_next_id)
-    began: float = field(default_factory=time.perf_counter)
-    target: Target = _NOWHERE
-    """What is asked for, once that is known to be allowed."""
-    fields: RequestFields = field(init=False)
-    body: RequestBody = field(init=False)
-    keep: bool = False
-    """Whether the client's connection may stay after the answer."""
-
-    admission: Admission = _NOBODY
-    """What the gate found out: who asks, and whether that one may only read."""
-    agent: str = ""
-    """Its User-Agent, shortened."""
-    caller: str = ""
-    """Whom it waits in line with: the name of the key, else what the tool calls itself."""
     address: str | None = None
     """Where it came from, if from another machine."""
+    agent: str = ""
+    """Its User-Agent, shortened."""
+    keep: bool = False
+    """Whether the client's connection may stay after the answer."""
+    fields: RequestFields = field(init=False)
+    body: RequestBody = field(init=False)
+    id: str = field(default_factory=lambda: f"{_RUN}{next(_NUMBERS):08x}")
+    began: float = field(default_factory=time.perf_counter)
+
+    target: Target = _NOWHERE
+    """What is asked for, once that is known to be allowed;"""
+    path: str = "-"
+    """and until then nobody is told, since a refused one may hold anything."""
+    admission: Admission = _NOBODY
+    """What the gate found out: who asks, and whether that one may only read."""
+    caller: str = ""
+    """Whom it waits in line with: the name of the key, else what the tool calls itself."""
     keep_authorization: bool = False
     """Whether the client's own Authorization is passed on, in place of a token."""
     cors: tuple[tuple[str, str], ...] = ()
@@ -75,6 +79,18 @@ class Exchange:
     """From sending to the answer's head, over all attempts."""
     client_left: bool = False
     """The client has left, and the request goes on without it."""
+
+    deadline: float = field(init=False)
+    """How long it may wait in all, in seconds of the forwarder's clock."""
+    writes: Writes | None = None
+    failed: int = 0
+    """How many of its attempts had an unclear end, after which another one was planned."""
+    fallback: Response | ProxyError | None = None
+    """What the last one ended in, to be passed on if the other one can't be made."""
+    rejected: AccessToken | None = None
+    """The token of the last one, if it was answered with 401: another one is waited for."""
+    response: Response | None = None
+    """What the attempt that is under way will be answered."""
 
     status: int = 0
     answered_by: Literal["metquay", "proxy"] = "proxy"
@@ -93,9 +109,9 @@ class Exchange:
     """A byte of the answer was written: nothing else may take its place."""
     head_at: float = 0.0
     """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
-    seconds: float = 0.0
+    seconds: float = field(init=False)
     """In all."""
-    ended: float = 0.0
+    ended: float = field(init=False)
     """Wall clock."""
 
     @property
@@ -103,9 +119,15 @@ class Exchange:
         """What is asked of whom, whatever the query; shortened, since it may be remembered."""
         return self.method, self.target.local[:_LONGEST_RESOURCE]
 
+    @property
+    def on_its_way(self) -> bool:
+        """Whether all of it was handed to the network, in the attempt that is under way."""
+        return self.response is not None and self.response.sent
+
     def let_go(self) -> None:
         """Forget what served the way alone: finished exchanges are kept for people, and heads may hold secrets."""
         self.target = _NOWHERE
+        self.response = self.writes = None
         del self.fields, self.body
 
     def note_sent(self, sent: Sent) -> None:
@@ -115,7 +137,10 @@ class Exchange:
 
 
 class Response(Stream):
-    """An answer: its head, which is there once it has ``begun``, and its body, which is read piece by piece."""
+    """The answer to one attempt: its head, which is there once it has ``begun``, and its body, read piece by piece.
+
+    ``sent``: all of the request was handed to the network (whoever sends it says so).
+    """
 
     head: ResponseHead
 
@@ -123,18 +148,18 @@ class Response(Stream):
         """``hold_up`` is as in ``Stream``; ``give_up`` ends the sending of what has not arrived, if there is any."""
         super().__init__(hold_up)
         self._give_up = give_up
-        self.begun = False
+        self.begun = self.sent = False
 
     def begin(self, head: ResponseHead) -> None:
-        """Take the head."""
+        """Take the head; whoever waits for it hears of it with what is fed next."""
         self.head = head
         self.begun = True
-        if self._waiter is not None:
-            self._wake()
 
     def close(self) -> None:
-        """Give up what has not arrived; it may be called again."""
-        self._give_up(self)
+        """Give up what has not arrived; it may be called again, but nothing may be read any more."""
+        if not self.arrived:
+            self._give_up(self)
+            self._error = None  # it holds the frames that were told of it, and they this
 
     async def beginning(self, limit: int) -> bytes:
         """Return the whole body, or a beginning that is longer than ``limit`` bytes; close what breaks off."""

@@ -14,11 +14,10 @@ import hashlib
 import math
 import random
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
-from metquay_proxy.exchange.exchange import Response
+from metquay_proxy.exchange.exchange import Response, Writes
 from metquay_proxy.rules import retries
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Answer, Records, proves_nothing_was_executed, record_name
@@ -43,17 +42,21 @@ _TOO_MANY: Final = 429
 _TEXT_LIMIT: Final = 4096
 
 
+class Connection(Protocol):
+    """A connection to Metquay, for one request."""
+
+    def send(self, method: str, head: bytes, body: RequestBody) -> Response:
+        """Send it; return its answer to come, which raises ``UpstreamFailure``, as this does where it has closed."""
+
+
 class Transport(Protocol):
-    """The seam to the network: sends one request, returns one response."""
+    """The seam to the network: hands over connections that are finished (TCP, CONNECT and TLS)."""
 
-    async def send(
-        self, method: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
-    ) -> Response:
-        """Send a request and wait for the head of its answer; raise ``UpstreamFailure``.
+    def take(self, method: str) -> Connection | None:
+        """Return one that has idled and may carry such a request, if there is one."""
 
-        ``fresh``: on a new connection. ``on_sent`` is called when the first byte has been handed to a connection that
-        is finished.
-        """
+    async def open(self) -> Connection:
+        """Return a new one; raise ``UpstreamFailure``."""
 
 
 class Forwarder:
@@ -88,13 +91,15 @@ class Forwarder:
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
-        self._writes: WeakValueDictionary[str, _Writes] = WeakValueDictionary()
+        self._writes: WeakValueDictionary[str, Writes] = WeakValueDictionary()
         self._refusals = Refusals()
 
     def forward(self, exchange: Exchange) -> Coroutine[Any, Any, Response]:
         """Return Metquay's answer; raise ``ProxyError`` where there is none to pass on."""
         if exchange.target.pass_through:
-            return self._send(_Attempts(exchange), None, None)
+            return self._send(exchange, None, None)
+        if exchange.method not in retries.READING:
+            exchange.writes = self._writes.setdefault(exchange.target.sent, Writes())
         if exchange.method == "POST" and b"idempotency-key" in exchange.fields.judged:
             return self._once(exchange)
         return self._repeatedly(exchange)
@@ -122,7 +127,7 @@ class Forwarder:
                 answer.body = await response.beginning(MAX_ANSWER)
                 response.unread(answer.body)
         except BaseException as error:
-            left: Sent = "unknown" if body.sent else "no"
+            left: Sent = "unknown" if exchange.on_its_way else "no"
             exchange.note_sent(error.sent if isinstance(error, ProxyError) else left)
             executed = exchange.sent != "no"
             raise
@@ -132,64 +137,66 @@ class Forwarder:
 
     async def _repeatedly(self, exchange: Exchange) -> Response:  # noqa: C901 - each step of an attempt, in order
         """Send a request until it has an answer to pass on; raise ``ProxyError`` where there is none."""
-        now = self._clock()
-        attempts = _Attempts(exchange, now + self._max_wait)
-        if exchange.method not in retries.READING:
-            attempts.writes = self._writes.setdefault(exchange.target.sent, _Writes())
+        fresh, now = False, self._clock()
+        exchange.deadline = now + self._max_wait
         try:
             while True:
                 token = self._tokens.current(now)
-                if token is None or token is attempts.rejected:
-                    token = await self._token(attempts)
+                if token is None or token is exchange.rejected:
+                    token = await self._token(exchange)
                     now = self._clock()
                 ticket = None
                 if self._line is not None:
-                    ticket = self._line.ask(exchange.caller, attempts.deadline, now)
-                    if not ticket.granted:
-                        token = await self._turn(self._line, ticket, attempts)
+                    ticket = self._line.ask(now, exchange.caller, exchange.deadline - now)
+                    if ticket.state == "waiting":
+                        token = await self._turn(self._line, ticket, exchange)
                 try:
-                    response = await self._send(attempts, token, ticket)
+                    response = await self._send(exchange, token, ticket, fresh=fresh)
                 except UpstreamFailure as failure:
-                    if not self._repeats_after_failure(attempts, failure):
+                    fresh, pause = True, self._pause_after_failure(exchange, failure)
+                    if pause is None:
                         raise
                 else:
                     status = response.head.status
                     if self._refusals.marks and status != _UNAUTHORIZED:
                         self._refusals.taken(exchange.resource, token, self._clock())
-                    if status < _UNAUTHORIZED or not await self._repeats_after_answer(attempts, response, token):
+                    if status < _UNAUTHORIZED:
                         return response
-                exchange.body.sent = False
-                if attempts.wait:
-                    await self._waiting(exchange, self._sleep(attempts.wait))
-                    attempts.wait = 0.0
+                    pause = await self._pause_after_answer(exchange, response, token)
+                    if pause is None:
+                        return response
+                exchange.response = None
+                if pause:
+                    await self._waiting(exchange, self._sleep(pause))
                 now = self._clock()
         except BaseException as error:  # noqa: BLE001 - it goes on, unless the last attempt left something better
-            return attempts.end(self._quota_exceeded(error) if isinstance(error, QuotaExceeded) else error)
+            return _end(exchange, self._quota_exceeded(error) if isinstance(error, QuotaExceeded) else error)
 
-    async def _turn(self, line: Line, ticket: Ticket, attempts: _Attempts) -> AccessToken:
+    async def _turn(self, line: Line, ticket: Ticket, exchange: Exchange) -> AccessToken:
         """Wait for the quota, and return a token: the wait may have outlived the one before."""
         try:
-            await self._waiting(attempts.exchange, line.wait(ticket))
-            return await self._token(attempts)
+            await self._waiting(exchange, line.wait(ticket))
+            return await self._token(exchange)
         except BaseException:
-            line.give_back(ticket)
+            line.settle(ticket)
             raise
 
-    async def _token(self, attempts: _Attempts) -> AccessToken:
-        wanted = self._tokens.get(attempts.deadline - self._clock(), attempts.rejected)
-        return await self._waiting(attempts.exchange, wanted)
+    async def _token(self, exchange: Exchange) -> AccessToken:
+        wanted = self._tokens.get(exchange.deadline - self._clock(), exchange.rejected)
+        return await self._waiting(exchange, wanted)
 
-    async def _send(self, attempts: _Attempts, token: AccessToken | None, ticket: Ticket | None) -> Response:
-        """Send one attempt; its slot counts from its first byte until one window after the answer's head, or failure.
+    async def _send(
+        self, exchange: Exchange, token: AccessToken | None, ticket: Ticket | None, *, fresh: bool = False
+    ) -> Response:
+        """Make one attempt; its slot counts from its first byte until one window after the answer's head, or failure.
 
         Where no byte was sent (there was no connection, or the client left before), the slot comes back at once.
         """
-        exchange, line = attempts.exchange, self._line
-        on_sent = int if ticket is None else ticket.send
+        response, line = None, self._line
         began = time.perf_counter()
         try:
-            if attempts.writes is not None or attempts.failed:
-                attempts.begin()
+            if exchange.writes is not None or exchange.failed:
+                _begin(exchange)
             exchange.attempts += 1
             method, body = exchange.method, exchange.body
             head = exchange.fields.outbound(
@@ -201,53 +208,62 @@ class Forwarder:
                 read_only=exchange.admission.read_only,
                 keep_authorization=exchange.keep_authorization,
             )
-            return await self._transport.send(method, head, body, fresh=attempts.fresh, on_sent=on_sent)
+            connection = None if fresh else self._transport.take(method)
+            if connection is None:
+                connection = await self._transport.open()
+            response = exchange.response = connection.send(method, head, body)
+            if ticket is not None:
+                ticket.send()
+            while not response.begun:
+                await response.news()
+        except BaseException:
+            if response is not None:
+                response.close()
+            raise
         finally:
             exchange.upstream += time.perf_counter() - began
             if line is not None and ticket is not None:
-                (line.answered if ticket.state == "sent" else line.give_back)(ticket)
+                line.settle(ticket)
+        return response
 
-    def _repeats_after_failure(self, attempts: _Attempts, failure: UpstreamFailure) -> bool:
-        """Decide whether a request that got no answer is sent again, and prepare for it."""
-        exchange = attempts.exchange
+    def _pause_after_failure(self, exchange: Exchange, failure: UpstreamFailure) -> float | None:
+        """Return the seconds after which a request that got no answer is sent again; None where it is not."""
         exchange.note_sent(failure.sent)
-        attempts.fresh = True
-        pause = retries.after_failure(exchange.method, failure, attempts.failed, self._jitter())
-        return self._back_off(attempts, failure, pause)
+        pause = retries.after_failure(exchange.method, failure, exchange.failed, self._jitter())
+        return self._back_off(exchange, failure, pause)
 
-    async def _repeats_after_answer(self, attempts: _Attempts, response: Response, token: AccessToken) -> bool:
-        """Decide whether a request that was answered is sent again, and prepare for it."""
-        exchange, status = attempts.exchange, response.head.status
+    async def _pause_after_answer(self, exchange: Exchange, response: Response, token: AccessToken) -> float | None:
+        """Return the same for a request that was answered."""
+        status = response.head.status
         if status == _UNAUTHORIZED:
-            return self._renew(attempts, response, token)
-        attempts.rejected = None
+            return self._renew(exchange, response, token)
+        exchange.rejected = None
         if status == _TOO_MANY:
-            await self._close_window(attempts, response)
-            return True
+            return await self._close_window(exchange, response)
         if retries.may_have_deleted(exchange.method, status, exchange.sent):
             exchange.note = "repeated-after-unknown"
         asked = retry_after_seconds(response.head.headers, b"", time.time())
-        pause = retries.after_status(exchange.method, status, attempts.failed, self._jitter(), asked)
-        if not self._back_off(attempts, response, pause):
-            return False
-        exchange.note_sent("unknown")
-        return True
+        pause = retries.after_status(exchange.method, status, exchange.failed, self._jitter(), asked)
+        pause = self._back_off(exchange, response, pause)
+        if pause is not None:
+            exchange.note_sent("unknown")
+        return pause
 
-    def _renew(self, attempts: _Attempts, response: Response, token: AccessToken) -> bool:
-        """Have another token made after a 401, which means that nothing was executed; False where none would help.
+    def _renew(self, exchange: Exchange, response: Response, token: AccessToken) -> float | None:
+        """Have another token made after a 401, which means that nothing was executed; None where none would help.
 
         Raises ``ProxyError`` retry-with-new-token where the request can't be sent again.
         """
-        resource = attempts.exchange.resource
-        before, attempts.rejected = attempts.rejected, token
+        resource = exchange.resource
+        before, exchange.rejected = exchange.rejected, token
         if before is not None:
             self._refusals.mark(resource, before)
         if before is not None or self._refusals.final(resource, token, self._clock()):
-            attempts.exchange.hide_challenge = True
-            return False
+            exchange.hide_challenge = True
+            return None
         response.close()
         self._tokens.reject(token)
-        if not attempts.repeatable:
+        if not _is_repeatable(exchange):
             # the next token that it refuses is the second in a row
             self._refusals.mark(resource, token)
             raise ProxyError(
@@ -256,14 +272,16 @@ class Forwarder:
                 "second attempt (METQUAY_REPLAY_LIMIT). The proxy is getting a new token: send the request again.",
                 retry_after=self._tokens.state.next_login_in,
             )
-        return True
+        return 0.0
 
-    async def _close_window(self, attempts: _Attempts, response: Response) -> None:
+    async def _close_window(self, exchange: Exchange, response: Response) -> float:
         """After Metquay's own 429, which means that nothing was executed, the request goes back into the line.
+
+        Returns the seconds to wait before that.
 
         Raises ``QuotaExceeded`` where it can't wait so long, or can't be sent again.
         """
-        attempts.exchange.body.sent = False
+        exchange.response = None
         asked = retry_after_seconds(response.head.headers, b"", time.time())
         if asked is None:
             with contextlib.suppress(ProxyError):  # it broke off in mid-text, and is a 429 all the same
@@ -271,30 +289,31 @@ class Forwarder:
         response.close()
         if self._line is not None:
             self._line.close(asked)
-            if not attempts.repeatable:
+            if not _is_repeatable(exchange):
                 raise QuotaExceeded(self._line.snapshot().next_free_in)
-            return
-        attempts.wait = asked or 1.0
-        if not attempts.repeatable or self._clock() + attempts.wait > attempts.deadline:
-            raise QuotaExceeded(attempts.wait)
+            return 0.0
+        pause = asked or 1.0
+        if not _is_repeatable(exchange) or self._clock() + pause > exchange.deadline:
+            raise QuotaExceeded(pause)
+        return pause
 
-    def _back_off(self, attempts: _Attempts, ended: Response | ProxyError, pause: float | None) -> bool:
-        """Plan another attempt after a pause; False where there must be none.
+    def _back_off(self, exchange: Exchange, ended: Response | ProxyError, pause: float | None) -> float | None:
+        """Plan another attempt after a pause, and return that; None where there must be none.
 
         Of what other replicas write to the same target meanwhile nothing is known here.
         """
         if (
             pause is None
-            or attempts.failed == self._retries
-            or attempts.overtaken
-            or (self._shared and attempts.overwriting and getattr(ended, "sent", "unknown") != "no")
-            or not attempts.repeatable
-            or self._clock() + pause > attempts.deadline
+            or exchange.failed == self._retries
+            or _is_overtaken(exchange)
+            or (self._shared and exchange.method in retries.OVERWRITING and getattr(ended, "sent", "unknown") != "no")
+            or not _is_repeatable(exchange)
+            or self._clock() + pause > exchange.deadline
         ):
-            return False
-        attempts.failed += 1
-        attempts.wait, attempts.ended = pause, ended
-        return True
+            return None
+        exchange.failed += 1
+        exchange.fallback = ended
+        return pause
 
     async def _waiting(self, exchange: Exchange, what: Coroutine[Any, Any, T]) -> T:
         """Await something while the client's body is read ahead, and count the time."""
@@ -315,75 +334,49 @@ class Forwarder:
         return ProxyError("quota-exceeded", msg, retry_after=refusal.retry_after)
 
 
-class _Writes:
-    """The writes under way on one target; it lives as long as any of them."""
-
-    last: Exchange
-    """The one that was forwarded last."""
+def _is_repeatable(exchange: Exchange) -> bool:
+    """Whether there is still somebody to repeat it for, and a body to send."""
+    return exchange.body.replayable and not exchange.client_left
 
 
-@dataclass(slots=True, eq=False)
-class _Attempts:
-    """The attempts of one request: how long it may wait in all, and what is known of those that were made."""
+def _is_overtaken(exchange: Exchange) -> bool:
+    """Whether another write to the same target was forwarded after this PUT or DELETE."""
+    return (
+        exchange.writes is not None and exchange.method in retries.OVERWRITING and exchange.writes.last is not exchange
+    )
 
-    exchange: Exchange
-    deadline: float = 0.0
-    """In seconds of the forwarder's clock."""
-    writes: _Writes | None = None
-    failed: int = 0
-    """How many had an unclear end, after which another one was planned."""
-    ended: Response | ProxyError | None = None
-    """That of the last one, to be passed on if the other one can't be made,"""
-    wait: float = 0.0
-    """which is to be in so many seconds."""
-    fresh: bool = False
-    rejected: AccessToken | None = None
-    """The token of the last one, if it was answered with 401: another one is waited for."""
 
-    @property
-    def repeatable(self) -> bool:
-        """Whether there is still somebody to repeat it for, and a body to send."""
-        return self.exchange.body.replayable and not self.exchange.client_left
+def _begin(exchange: Exchange) -> None:
+    """Note that a write or a repeat is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
+    if exchange.writes is not None:
+        if exchange.failed and _is_overtaken(exchange):
+            raise ProxyError(
+                "outcome-unknown",
+                "This request is not sent again, since another one that changes the same record was sent after it: "
+                "look in Metquay whether it was executed, and send it again if it was not.",
+                sent=exchange.sent,
+            )
+        exchange.writes.last = exchange
+    _drop(exchange)
 
-    @property
-    def overwriting(self) -> bool:
-        """Whether it takes the place of what an earlier write left: a PUT or DELETE."""
-        return self.exchange.method in retries.OVERWRITING
 
-    @property
-    def overtaken(self) -> bool:
-        """Whether another write to the same target was forwarded after this PUT or DELETE."""
-        return self.writes is not None and self.overwriting and self.writes.last is not self.exchange
+def _end(exchange: Exchange, error: BaseException) -> Response:
+    """No other attempt is made: pass on what the last one ended in, else raise why; when cancelled, only that."""
+    ended = exchange.fallback if isinstance(error, ProxyError) else None
+    try:
+        if isinstance(ended, Response):
+            return ended
+        _drop(exchange)
+        raise ended or error
+    finally:
+        del ended, error  # a traceback would keep them, and they the traceback, until somebody collects garbage
 
-    def begin(self) -> None:
-        """Note that a write or a repeat is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
-        if self.writes is not None:
-            if self.failed and self.overtaken:
-                raise ProxyError(
-                    "outcome-unknown",
-                    "This request is not sent again, since another one that changes the same record was sent after it: "
-                    "look in Metquay whether it was executed, and send it again if it was not.",
-                    sent=self.exchange.sent,
-                )
-            self.writes.last = self.exchange
-        self.drop()
 
-    def end(self, error: BaseException) -> Response:
-        """No other attempt is made: pass on what the last one ended in, else raise why; when cancelled, only that."""
-        ended = self.ended if isinstance(error, ProxyError) else None
-        try:
-            if isinstance(ended, Response):
-                return ended
-            self.drop()
-            raise ended or error
-        finally:
-            del ended, error  # a traceback would keep them, and they the traceback, until somebody collects garbage
-
-    def drop(self) -> None:
-        """Forget what the last attempt ended in."""
-        if isinstance(self.ended, Response):
-            self.ended.close()
-        self.ended = None
+def _drop(exchange: Exchange) -> None:
+    """Forget what the last attempt ended in."""
+    if isinstance(exchange.fallback, Response):
+        exchange.fallback.close()
+    exchange.fallback = None
 
 
 async def _beside(what: Coroutine[Any, Any, T], reading: Coroutine[Any, Any, None]) -> T:

@@ -7,7 +7,7 @@ the quota, so that a quota which others share can take the place of the one in m
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Line:
-    """Lets requests wait for their turn: the quota decides, this sleeps."""
+    """Lets requests wait for their turn: the quota decides, this sleeps. ``ask`` is the quota's own."""
 
     def __init__(self, quota: Quota | Share, clock: Callable[[], float], call_later: CallLater = None) -> None:
         """``call_later`` takes seconds on ``clock`` and a callback; the running loop's by default."""
@@ -27,10 +27,7 @@ class Line:
         self._clock = clock
         self._call_later = call_later or asyncio.get_running_loop().call_later
         self._timer: asyncio.TimerHandle | None = None
-
-    def ask(self, caller: str, deadline: float, now: float) -> Ticket:
-        """Return a ticket, granted or waiting; raise ``QuotaExceeded`` where its turn would come after ``deadline``."""
-        return self._quota.ask(now, caller, deadline - now)
+        self.ask: Final = quota.ask
 
     async def wait(self, ticket: Ticket) -> None:
         """Wait until the ticket is granted; raise ``QuotaExceeded`` where that came to be too late."""
@@ -42,15 +39,14 @@ class Line:
         if ticket.refused is not None:
             raise ticket.refused
 
-    def answered(self, ticket: Ticket) -> None:
-        """Say that the answer's head has come, or that the attempt failed."""
-        self._quota.answered(ticket, self._clock())
-        if self._timer is not None:
-            self.poll()
-
-    def give_back(self, ticket: Ticket) -> None:
-        """Return a ticket that was not used: the place in the line, or the slot."""
-        self._quota.cancel(ticket, self._clock())
+    def settle(self, ticket: Ticket) -> None:
+        """Say that the answer's head has come, or that the attempt failed; what was not sent comes back."""
+        if ticket.state == "sent":
+            self._quota.answered(ticket, self._clock())
+            if self._timer is None:
+                return
+        else:
+            self._quota.cancel(ticket, self._clock())
         self.poll()
 
     def close(self, seconds: float | None) -> None:

@@ -45,8 +45,8 @@ _OTHER_PROTOCOLS: Final = (
     ((b"\x04", b"\x05"), "the tool takes this for a SOCKS proxy. Enter it as the address of the API: http://host:port"),
 )
 _FORM: Final = "its first line must be method, one space, address, one space, version, as in GET /customers HTTP/1.1"
-_CRLF: Final = b"\r\n"
-_BLANK_LINE: Final = b"\r\n\r\n"
+CRLF: Final = b"\r\n"
+BLANK_LINE: Final = b"\r\n\r\n"
 
 
 def broken_body() -> ProxyError:
@@ -93,23 +93,23 @@ def request_fault(head: bytes, *, large: bool) -> ProxyError:
             return _bad_request(why)
     foul = FOUL.search(head)
     head = head if foul is None else head[: foul.end()]
-    line, ended, rest = head.partition(_CRLF)
+    line, ended, rest = head.partition(CRLF)
     asked = _ASKED.fullmatch(line)
     method = _WORD.findall(head)[0].decode("latin-1")
     begun = BEGUN.match(head)
     if not begun and method and method not in _KNOWN and not method.startswith("/"):
         return _unknown_method(method, asked)
-    if foul is not None and foul[0] in _CRLF:
+    if foul is not None and foul[0] in CRLF:
         return _bad_request("one of its lines ends in CR or LF alone, where both must stand (CR LF)")
     if begun and large and foul is None:
         bounds = "64 KiB for the first line, 128 KiB and 128 fields in all"
         return ProxyError("head-too-large", f"The head of this request is too large: {bounds}. Nothing was sent.")
     if not begun or asked is None:
         return _bad_request(_FORM)
-    whole = head.endswith(_BLANK_LINE)
-    fault = _line_fault(asked, ended=bool(ended)) or _lines_fault(rest.split(_CRLF), whole=whole)
+    whole = head.endswith(BLANK_LINE)
+    fault = _line_fault(asked, ended=bool(ended)) or _lines_fault(rest.split(CRLF), whole=whole)
     if fault is None and whole:
-        fault = head_fault(int(asked[2] != b"HTTP/1.0"), RequestFields(head[len(line) : -len(_BLANK_LINE)]).judged)
+        fault = head_fault(int(asked[2] != b"HTTP/1.0"), RequestFields(head[len(line) : -len(BLANK_LINE)]).judged)
     if fault is None and method == "CONNECT":
         why = "This proxy makes no tunnels. Send plain http:// requests to it; it speaks TLS to Metquay by itself."
         fault = ProxyError("not-supported", why)

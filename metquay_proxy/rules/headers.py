@@ -12,7 +12,8 @@ a Transfer-Encoding overrides it); RFC 9111 section 4.2.2 (a cache may keep an a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.target import rewrite_location
@@ -68,8 +69,8 @@ class FieldNames:
         self.outbound_field = _field(named("hop outbound"))
         self.outbound_but_authorization = _field(named("hop outbound") - {b"authorization"})
         self.judged_field = _field(named("judged once"))
-        self.noted_field = _field(named("noted hop inbound fresh"))
-        self.secret_field = _field(named("secret"))
+        self.noted_field = _field(named("noted hop inbound fresh secret"))
+        self.secret = named("secret")
 
 
 def _field(names: frozenset[bytes]) -> re.Pattern[bytes]:
@@ -96,13 +97,13 @@ class RequestFields:
     ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
     ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept, and
     ``product`` the name that it begins with, in lower case, without versions and numbers. ``of_page``: a browser says
-    which page it is for. They came in HTTP/1.``minor``; ``length`` is the body's in bytes: None where it is chunked, 0
-    without a body; ``keep_alive``: the client lets the connection stay after the answer.
-    Nothing of it ever changes once its reader has made it, so that many requests may share it.
+    which page it is for; ``secret``: it holds what nobody may remember. They came in HTTP/1.``minor``; ``length`` is
+    the body's in bytes: None where it is chunked, 0 without a body; ``keep_alive``: the client lets the connection stay
+    after the answer. Nothing of it ever changes once its reader has made it, so that many requests may share it.
     """
 
     __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "keep_alive", "length", "minor", "of_page", "options",
-                 "product")  # fmt: skip
+                 "product", "secret")  # fmt: skip
 
     minor: int
     length: int | None
@@ -119,8 +120,10 @@ class RequestFields:
         agent = (judged.get(b"user-agent") or b"")[:_LONGEST_AGENT]
         self.agent = agent.decode("latin-1")
         self.product = _PRODUCT.findall(agent.lower())[0].decode()
-        self.options = connection_options(noted_fields(lines))
+        noted = noted_fields(lines)
+        self.options = connection_options(noted)
         self._hop = self.options - _NO_HOP
+        self.secret = any(name in NAMES.secret for name, _ in noted)
         self._lines = lines
         self._kept = NAMES.outbound_field.sub(b"", lines)
 
@@ -151,40 +154,59 @@ class RequestFields:
             kept = NAMES.outbound_but_authorization.sub(b"", self._lines)
         if read_only:
             dropped |= NAMES.overrides
-        if chunked:
-            dropped |= {b"content-length"}
         if dropped:
             kept = _without(dropped, kept)
         if chunked:
-            kept += b"\r\nTransfer-Encoding: chunked"
+            kept = _without({b"content-length"}, kept) + b"\r\nTransfer-Encoding: chunked"
         if authorization is not None:
             kept += b"\r\nAuthorization: %b" % authorization
         return b"%b HTTP/1.1\r\nHost: %b%b\r\n\r\n" % (f"{method} {target}".encode("ascii"), host, kept)
 
 
-@dataclass(frozen=True, slots=True, repr=False)  # no repr, since field values can be secrets
+@dataclass(slots=True, repr=False)  # no repr, since field values can be secrets
 class ResponseHead:
     """A final answer's head, and what it says about the body. Nothing of it ever changes: many answers may share it.
 
     ``lines`` holds its field lines as they came, each after its CRLF; ``kept`` those of them that any client gets, and
     ``start`` what any client gets of the head, up to the value of X-Request-Id if Metquay gave none.
     ``noted`` are the fields of those names that somebody reads, names and values in lower case, in order; ``passed``
-    the names of those among them that are kept. ``length`` is in bytes: None when chunked or until close, 0 without a
-    body. ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus bytes;
-    ``kept_for``: for how many seconds, if the upstream says.
+    the names of those among them that are kept; ``options`` are those of Connection. ``secret``: it holds what nobody
+    may remember.
+
+    ``length`` is that of the body in bytes: None when chunked or until close, 0 without a body, which some have by rule
+    (``bodiless``); ``left`` is how many bytes follow, as far as the head says: 0 when chunked, more than can ever come
+    until close. ``keep_alive``: the connection may be used again after the body, unless the reader has seen surplus
+    bytes; ``kept_for``: for how many seconds, if the upstream says.
     """
 
     status: int
     reason: bytes
     lines: bytes
     noted: list[tuple[bytes, bytes]]
-    kept: bytes
-    passed: frozenset[bytes]
-    start: bytes
+    options: frozenset[bytes]
     length: int | None
     until_close: bool
+    bodiless: bool
     keep_alive: bool
-    kept_for: float | None = None
+    kept_for: float | None
+    secret: bool = field(init=False)
+    kept: bytes = field(init=False)
+    passed: frozenset[bytes] = field(init=False)
+    start: bytes = field(init=False)
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find out what any client gets, and how much follows."""
+        names = frozenset([name for name, _ in self.noted])
+        self.secret = not names.isdisjoint(NAMES.secret)
+        dropped = self.options - _NO_HOP
+        if self.status == _NO_CONTENT:
+            dropped |= {b"content-length"}
+        kept = NAMES.inbound_field.sub(b"", self.lines)
+        self.kept = _without(dropped, kept) if dropped else kept
+        self.passed = names - NAMES.inbound - dropped
+        self.start = _start(self.status, self.reason, self.kept, self.passed)
+        self.left = sys.maxsize if self.until_close else self.length or 0
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -200,20 +222,6 @@ def noted_fields(lines: bytes) -> list[tuple[bytes, bytes]]:
 def connection_options(noted: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
     """Return what every Connection field lists, in lower case: fields of these names go no further than this hop."""
     return frozenset(_OPTION.findall(b",".join([value for name, value in noted if name == b"connection"])))
-
-
-def passed_on(
-    status: int, reason: bytes, lines: bytes, noted: list[tuple[bytes, bytes]]
-) -> tuple[bytes, frozenset[bytes], bytes]:
-    """Return what of an answer's valid head any client gets: ``kept``, ``passed`` and ``start``."""
-    dropped = connection_options(noted) - _NO_HOP
-    if status == _NO_CONTENT:
-        dropped |= {b"content-length"}
-    kept = NAMES.inbound_field.sub(b"", lines)
-    passed = frozenset(name for name, _ in noted) - NAMES.inbound - dropped
-    if dropped:
-        kept = _without(dropped, kept)
-    return kept, passed, _start(status, reason, kept, passed)
 
 
 def _start(status: int, reason: bytes, lines: bytes, passed: frozenset[bytes]) -> bytes:

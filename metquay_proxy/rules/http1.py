@@ -35,12 +35,13 @@ import re
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
 
 from metquay_proxy.rules import faults
-from metquay_proxy.rules.headers import NAMES, RequestFields, ResponseHead, connection_options, noted_fields, passed_on
+from metquay_proxy.rules.faults import BLANK_LINE, CRLF
+from metquay_proxy.rules.headers import RequestFields, ResponseHead, connection_options, noted_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-T = TypeVar("T")
+T = TypeVar("T", "RequestHead", RequestFields, ResponseHead)
 
 MAX_LINE: Final = 64 * 1024
 """Bytes of a request's first line,"""
@@ -60,21 +61,18 @@ _KEPT_FOR: Final = re.compile(rb"(?:\A|[,; \t])timeout[ \t]*+=[ \t]*+\"?([0-9]{1
 _START: Final = b"HTTP/1."
 _BEFORE_VERSION: Final = b" " + _START
 _MINOR: Final = {b"1": 1, b"0": 0}
-_CRLF: Final = b"\r\n"
-BLANK_LINE: Final = b"\r\n\r\n"
-_LONGEST_BLOCK: Final = MAX_HEAD - len(BLANK_LINE)
 _MAX_CHUNK_LINE: Final = 4096
 _MAX_LENGTH_DIGITS: Final = 18
 _MAX_ANSWERED: Final = 256
 """Fields that an answer may have,"""
 _MAX_INTERIM: Final = 32
 """and 1xx answers that may come before it."""
-_MAX_EMPTY: Final = 8 * len(_CRLF)
-_REMEMBERED: Final = 64
-_LONGEST_REMEMBERED: Final = 2048
+_MAX_EMPTY: Final = 8 * len(CRLF)
+REMEMBERED: Final = 64
+LONGEST_REMEMBERED: Final = 2048
 _SWITCHING_PROTOCOLS: Final = 101
 _SUCCESS: Final = range(200, 300)
-BODILESS: Final = frozenset({204, 304})
+_BODILESS: Final = frozenset({204, 304})
 """Final statuses whose answers have no body; nor has one to HEAD."""
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
@@ -89,10 +87,6 @@ def _chunk_line(blanks: bytes) -> re.Pattern[bytes]:
 
 class ProtocolError(Exception):
     """The upstream broke HTTP. The text is safe to show: of the answer it holds 16 bytes of the status line at most."""
-
-
-class ClosedBeforeHead(ProtocolError):
-    """The upstream closed before the first byte of an answer, as it does to a connection that idled too long."""
 
 
 class _Reader:
@@ -150,13 +144,13 @@ class _Reader:
         end = len(data)
         left = self._left  # of the chunk's data and of the CRLF after it
         while start < end and not self.complete:
-            if left > len(_CRLF):
-                piece = data[start : start + left - len(_CRLF)]
+            if left > len(CRLF):
+                piece = data[start : start + left - len(CRLF)]
                 pieces.append(piece)
                 start += len(piece)
                 left -= len(piece)
             elif left:
-                if data[start] != _CRLF[-left]:
+                if data[start] != CRLF[-left]:
                     raise self._fault("a chunk does not end where its size says")
                 start += 1
                 left -= 1
@@ -168,7 +162,7 @@ class _Reader:
                     self._trailers = False
                     self.complete = True
             else:
-                text, start = self._take(data, start, _CRLF, _MAX_CHUNK_LINE, "chunk line")
+                text, start = self._take(data, start, CRLF, _MAX_CHUNK_LINE, "chunk line")
                 if text:
                     left = self._begin_chunk(text)
         self._left = left
@@ -181,18 +175,18 @@ class _Reader:
             raise self._fault("a chunk size is malformed")
         size = int(line[1], 16)
         if size:
-            return size + len(_CRLF)
+            return size + len(CRLF)
         self._trailers = True
         # Trailers then look like fields after a first line, and none of them like a blank line.
-        self._buffer = bytearray(_CRLF)
+        self._buffer = bytearray(CRLF)
         return 0
 
 
 class ResponseReader(_Reader):
     """Reads the one answer to a request of ``method`` from pieces of any size, in time linear in their bytes.
 
-    ``head`` is None until the final head is whole. ``started``: some byte of an answer arrived. ``complete``: the
-    answer ended cleanly. ``surplus``: bytes came after its end, so that the connection must never be used again.
+    ``head`` is None until the final head is whole. ``complete``: the answer ended cleanly. ``surplus``: bytes came
+    after its end, so that the connection must never be used again.
     """
 
     _chunk_line = _chunk_line(rb"[ \t]*+")
@@ -200,15 +194,15 @@ class ResponseReader(_Reader):
     def __init__(self, method: str, memory: AnswersMemory | None = None) -> None:
         """Take the memory that the connections to one upstream share."""
         super().__init__()
-        self._memories = AnswersMemory() if memory is None else memory
+        self._memories = (AnswersMemory() if memory is None else memory).of
         self.surplus = False
         self.next(method)
 
     def next(self, method: str) -> None:
         """Read another answer, that to a request of ``method``; the one before must have ended without ``surplus``."""
-        self._memory = self._memories.of(method)
+        self._memory = self._memories.get(method, self._memories[""])
         self.head: ResponseHead | None = None
-        self.complete = self.started = False
+        self.complete = False
         self._interim = _MAX_INTERIM
 
     def feed(self, data: bytes) -> bytes:
@@ -222,41 +216,38 @@ class ResponseReader(_Reader):
             head, data = self._read_heads(data)
             if head is None:
                 return b""
-        elif self._refusal is not None:
-            raise self._refusal
-        elif self.complete:
-            self.surplus = self.surplus or bool(data)
-            return b""
-        if head.until_close:
+        if head.length is None and not head.until_close:
+            if self._refusal is not None:
+                raise self._refusal
+            body, end = self._read_chunks(data, 0)
+            self.surplus = self.surplus or end < len(data)
+            return body
+        self._left = left = self._left - len(data)
+        if left > 0:
             return data
-        body, end = self._read_body(data, 0, head.length)
-        self.surplus = end < len(data)
-        return body
+        self.complete = True
+        if left < 0:
+            self.surplus = True
+            data, self._left = data[:left], 0
+        return data
+
+    @property
+    def started(self) -> bool:
+        """Whether some byte of an answer arrived."""
+        return self.head is not None or bool(self._buffer) or self._interim < _MAX_INTERIM
 
     def eof(self) -> None:
-        """Note that the upstream closed, which completes a body that lasts until then.
-
-        Raises ClosedBeforeHead when no byte of an answer had come, and ProtocolError when the answer was incomplete.
-        """
-        if self.complete:
-            return
-        if not self.started:
-            raise ClosedBeforeHead("the upstream closed the connection before it answered")
-        if self.head is None:
-            raise ProtocolError("the upstream closed the connection before the end of its answer's head")
-        if self._refusal is not None or not self.head.until_close:
-            raise ProtocolError("the upstream closed the connection before the end of its answer's body")
-        self.complete = True
+        """Note that the upstream closed, which completes a body that lasts until then, and nothing else."""
+        if self.head is not None and self.head.until_close:
+            self.complete = True
 
     def _read_heads(self, data: bytes) -> tuple[ResponseHead | None, bytes]:
         """Return the final head, None while it is not whole, and what comes after it."""
         if self._refusal is not None:
             raise self._refusal
-        if data:
-            self.started = True
         while True:
             block, mark, rest = data.partition(BLANK_LINE)
-            if self._buffer or not mark or len(block) > _LONGEST_BLOCK:
+            if self._buffer or not mark or len(block) + len(mark) > MAX_HEAD:
                 text, at = self._take(data, 0, BLANK_LINE, MAX_HEAD, "head")
                 if not text:
                     begun = bytes((self._buffer or b"")[:16])
@@ -271,7 +262,7 @@ class ResponseReader(_Reader):
                 raise
             if head is not None:
                 self.head = head
-                self._left = head.length or 0
+                self._left = head.left
                 return head, rest
             if not self._interim:
                 raise self._fault("too many interim answers came before it")
@@ -295,15 +286,15 @@ def _parse_answer(method: str, block: bytes) -> ResponseHead | None:
         return None
     lines = block[line.end() :]
     noted = noted_fields(lines)
-    tunnel = method == "CONNECT" and status in _SUCCESS
-    length, until_close = (0, False) if tunnel else _framing(noted, minor)
-    if method == "HEAD" or status in BODILESS:
+    length, until_close = (0, False) if method == "CONNECT" and status in _SUCCESS else _framing(noted, minor)
+    bodiless = method == "HEAD" or status in _BODILESS
+    if bodiless:
         length, until_close = 0, False
-    passed = passed_on(status, reason, lines, noted)
-    keep_alive = _persists(minor, connection_options(noted)) and not until_close
-    kept_for = _KEPT_FOR.search(b",".join(value for name, value in noted if name == b"keep-alive"))
+    options = connection_options(noted)
+    keep_alive = _persists(minor, options) and not until_close
+    kept_for = _KEPT_FOR.search(b",".join([value for name, value in noted if name == b"keep-alive"]))
     seconds = None if kept_for is None else float(kept_for[1])
-    return ResponseHead(status, reason, lines, noted, *passed, length, until_close, keep_alive, seconds)
+    return ResponseHead(status, reason, lines, noted, options, length, until_close, bodiless, keep_alive, seconds)
 
 
 def _framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:
@@ -319,49 +310,47 @@ def _framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, 
 
 
 class _Memory(dict[bytes, T]):
-    """What was found out about the text of a head, or a part of it: both sides send the same ones again and again.
+    """What was found out about a head, or a part of it: both sides send the same ones again and again.
 
     A few are remembered, none of them long and none with a secret. One memory serves all connections of a side.
     """
 
     def __init__(self, judge: Callable[[bytes], T | None]) -> None:
         """``judge`` finds it out; nothing but the text may make a difference to it."""
-        self._judge = judge
+        self._judge: Callable[[bytes], T | None] = judge
 
     def judge(self, text: bytes) -> T | None:
         """Find it out for a text that ``get`` does not find; None is remembered of none."""
         found = self._judge(text)
-        if found is not None and len(text) <= _LONGEST_REMEMBERED and not NAMES.secret_field.search(text):
-            if len(self) >= _REMEMBERED:
+        if found is not None and len(text) <= LONGEST_REMEMBERED and not found.secret:
+            if len(self) >= REMEMBERED:
                 self.clear()
             self[text] = found
         return found
 
 
 class AnswersMemory:
-    """The heads of answers, without their blank lines; None stands for an interim one."""
+    """The heads of answers, without their blank lines; None stands for an interim one.
+
+    ``of`` parts them by the method that they answer, since the same bytes may mean another thing to others; that of
+    all methods which it does not name is empty.
+    """
 
     def __init__(self) -> None:
-        self._of = {method: _Memory(functools.partial(_parse_answer, method)) for method in ("HEAD", "CONNECT", "")}
-
-    def of(self, method: str) -> _Memory[ResponseHead]:
-        """Return those that answered such requests: the same bytes may mean another thing to others."""
-        return self._of.get(method, self._of[""])
+        self.of = {method: _Memory(functools.partial(_parse_answer, method)) for method in ("HEAD", "CONNECT", "")}
 
 
 class RequestHead(NamedTuple):
-    """One request's head; ``target`` is as in the request line, ``size`` in bytes."""
+    """One request's head; ``target`` is as in the request line, ``size`` in bytes.
+
+    ``secret``: it holds what nobody may remember.
+    """
 
     method: str
     target: str
     fields: RequestFields
     size: int
-
-
-def _parse_asked(line: bytes) -> tuple[str, str] | None:
-    """Return method and target of a request line without its version; None where it is refused."""
-    asked = _ASKED.fullmatch(line) if len(line) < MAX_LINE - len(_START) - 1 else None
-    return None if asked is None else (asked[1].decode(), asked[2].decode())
+    secret: bool
 
 
 def _parse_fields(block: bytes) -> RequestFields | None:
@@ -379,20 +368,22 @@ def _parse_fields(block: bytes) -> RequestFields | None:
 
 
 class RequestsMemory:
-    """The heads of requests in two parts, since tools ask for one thing after another with the same fields."""
+    """The heads of requests: tools ask for the same again, and for one thing after another with the same fields."""
 
     def __init__(self) -> None:
-        self.asked = _Memory(_parse_asked)
-        """Request lines without their versions: method and target."""
+        self.heads = _Memory(self._parse)
+        """Whole heads, each with its blank line."""
         self.fields = _Memory(_parse_fields)
-        """What comes after that, from the last digit of the version on."""
+        """What comes after method, target and version, from the version's last digit on."""
 
-    def head(self, text: bytes) -> RequestHead | None:
-        """Judge a head without its blank line; None where it is refused."""
-        line, _, block = text.partition(_BEFORE_VERSION)
-        asked = self.asked.get(line) or self.asked.judge(line)
+    def _parse(self, text: bytes) -> RequestHead | None:
+        """Judge a head, which ends with its blank line; None where it is refused."""
+        line, _, block = text.removesuffix(BLANK_LINE).partition(_BEFORE_VERSION)
+        asked = _ASKED.fullmatch(line) if len(line) < MAX_LINE - len(_START) - 1 else None
         fields = self.fields.get(block) or self.fields.judge(block)
-        return None if asked is None or fields is None else RequestHead(*asked, fields, len(text))
+        if asked is None or fields is None:
+            return None
+        return RequestHead(asked[1].decode(), asked[2].decode(), fields, len(text) - len(BLANK_LINE), fields.secret)
 
 
 class RequestReader(_Reader):
@@ -428,14 +419,14 @@ class RequestReader(_Reader):
         """Be ready for the next request, unless bytes of it wait: they are for ``next``; return whether none do."""
         if self._data or self._rest:
             return False
-        self.next()
+        self.head = None
+        self.complete = False
         return True
 
     def next(self) -> bytes:
         """Begin the next request with what waits, and return as ``feed`` does."""
         self.head = None
         self.complete = False
-        self._empty = 0
         body = b""
         if self._data:
             data, at, self._data, self._at = self._data, self._at, b"", 0
@@ -445,7 +436,7 @@ class RequestReader(_Reader):
             body += self.feed(rest)
         return body
 
-    def feed(self, data: bytes, start: int = 0) -> bytes:  # noqa: C901 - head and body, in order
+    def feed(self, data: bytes, start: int = 0) -> bytes:
         """Take the next piece, and return the bytes of the current request's decoded body that it holds, maybe none."""
         if self.complete:
             self._rest += data
@@ -455,15 +446,14 @@ class RequestReader(_Reader):
         head = self.head
         if head is None:
             if not start and not self._buffer:
-                text, mark, rest = data.partition(BLANK_LINE)
-                if mark and len(text) <= _LONGEST_BLOCK:
-                    head = self._memory.head(text)
-                    at = len(data) - len(rest)
-            if head is None:
-                head, at = self._gather(data, start)
+                head = self._memory.heads.get(data)
+            if head is not None:
+                start = len(data)
+            else:
+                head, start = self._gather(data, start)
                 if head is None:
                     return b""
-            self.head, start = head, at
+            self.head = head
             length = head.fields.length
             if length:
                 self._left = length
@@ -476,23 +466,25 @@ class RequestReader(_Reader):
         return body
 
     def _gather(self, data: bytes, start: int) -> tuple[RequestHead | None, int]:
-        """Read on in a head that came in pieces, or after empty lines; None while it is not whole."""
-        while not self._buffer and start < len(data) and data[start] in _CRLF:  # RFC 9112 section 2.2
+        """Read on in a head, maybe after empty lines; return it, None while it is not whole, and where it ends."""
+        while not self._buffer and start < len(data) and data[start] in CRLF:  # RFC 9112 section 2.2
             start += 1
             self._empty += 1
             if self._empty > _MAX_EMPTY:
                 raise self._fault("too many empty lines")
         text, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "head")
-        head = self._memory.head(text.removesuffix(BLANK_LINE)) if text else None
+        head = (self._memory.heads.get(text) or self._memory.heads.judge(text)) if text else None
         if head is None and (text or not faults.BEGUN.match(self._buffer or b"")):
             raise self._fault("no request looks like this", text)
+        if text:
+            self._empty = 0
         return head, start
 
     def _fault(self, _why: str, head: bytes = b"") -> Exception:
         head = head or bytes(self._buffer or b"")
-        line, _, rest = head.partition(_CRLF)
+        line, _, rest = head.partition(CRLF)
         whole = head.endswith(BLANK_LINE)
-        large = len(line) > MAX_LINE or rest.count(_CRLF) - whole > MAX_FIELDS or (len(head) >= MAX_HEAD and not whole)
+        large = len(line) > MAX_LINE or rest.count(CRLF) - whole > MAX_FIELDS or (len(head) >= MAX_HEAD and not whole)
         self._refusal = faults.broken_body() if self.head else faults.request_fault(head, large=large)
         return self._refusal
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.http1 import BLANK_LINE, ProtocolError, ResponseReader
+from metquay_proxy.rules.faults import BLANK_LINE
+from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -146,11 +146,6 @@ class Ticket:
     def __init__(self, caller: str) -> None:
         self.caller: Final = caller
 
-    @property
-    def granted(self) -> bool:
-        """Whether it holds a slot that may be sent, or is on its way."""
-        return self.state in {"granted", "sent"}
-
     def send(self) -> None:
         """Say that a granted request is on its way: from here on Metquay may count it. ValueError if not granted."""
         if self.state != "granted":

@@ -41,6 +41,7 @@ _SEPARATORS: Final = re.compile(r"[/\\]")
 _AUTHORITY: Final = re.compile(r"(?:\[([^]@]+)]|([^@:]+))(?::([0-9]{0,5}))?")
 _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 _DECODINGS: Final = 4
+_LONGEST_PATH: Final = 1024
 _REMEMBERED: Final = 256
 _LONGEST_REMEMBERED: Final = 1024
 
@@ -51,7 +52,7 @@ class Target(NamedTuple):
     ``sent`` is what goes upstream, byte for byte (ASCII); ``local`` is the path below the API's prefix, or below the
     server's root for a pass-through, without query; ``query`` is what follows the question mark, None where there is
     none. ``own``: the proxy answers it itself and never forwards it; ``unasked``: so it does because browsers ask for
-    it by themselves.
+    it by themselves. ``path`` is what people are told of it: what is sent, or the local path if own; shortened.
     """
 
     sent: str
@@ -61,6 +62,7 @@ class Target(NamedTuple):
     pass_through: bool = False
     own: bool = False
     unasked: bool = False
+    path: str = "-"
 
 
 def split_authority(authority: str, scheme: str) -> tuple[str, int] | None:
@@ -217,6 +219,10 @@ class TargetRules:
         return (self._remembered if len(raw) <= _LONGEST_REMEMBERED else self._parse)(method, raw)
 
     def _parse(self, method: str, raw: str) -> Target:
+        target = self._read(method, raw)
+        return target._replace(path=(target.local if target.own else target.sent)[:_LONGEST_PATH])
+
+    def _read(self, method: str, raw: str) -> Target:
         if (fault := forbidden(raw)) is not None:
             raise fault
         match = _ABSOLUTE.fullmatch(raw)

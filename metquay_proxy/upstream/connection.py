@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final, cast
 from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.exchange.receiver import Receiver
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
-from metquay_proxy.rules.http1 import BODILESS, ProtocolError, ResponseReader
+from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
 
 if sys.platform == "linux":
     import fcntl
@@ -49,20 +49,15 @@ class Connection(Receiver):
     """One connection to the upstream, over TLS or not."""
 
     _transport: asyncio.Transport
-    idle_since = 0.0
-    """What its owner notes of it: when it became free,"""
+    idle_since = -math.inf
+    """What its owner notes of it: when it became free, if ever,"""
     good_until = 0.0
     """until when it may be used then,"""
     too_old = math.inf
     """and from when on never."""
-    _sent = False
-    """Whether all of the request was handed to the network."""
-    _reused = False
-    """Whether the connection had idled before this exchange,"""
-    _used = False
-    """and whether it has carried another one before."""
-    bodiless = False
-    """Whether the latest answer had no body by rule: some servers send one all the same, a moment late."""
+    bodiless: bool | None = None
+    """Whether the latest answer had no body by rule: some servers send one all the same, a moment late. None before the
+    end of the first."""
     _cut = False
     """Whether the end of the connection is not what the peer meant for the end of its answer."""
     _silent = 0.0
@@ -110,15 +105,17 @@ class Connection(Receiver):
             if not response.begun and reader.head is not None:
                 response.begin(reader.head)
             message = f"Metquay's answer was not valid HTTP ({error}). Try again; if it stays, tell your administrator."
-            left_over = self._used and reader.head is None  # of the exchange before, a moment late
+            left_over = self.bodiless is not None and reader.head is None  # of the exchange before, a moment late
             self._fail(response, "upstream-protocol", message, repeatable=left_over, stale=left_over)
             return
-        if not response.begun and reader.head is not None:
-            response.begin(reader.head)
-            if self._upload is not None and reader.head.status >= _NO_MORE:
+        if not response.begun:
+            head = reader.head
+            if head is None:
+                return
+            response.begin(head)
+            if self._upload is not None and head.status >= _NO_MORE:
                 self._stop_sending()
-        if piece:
-            response.feed(piece)
+        response.feed(piece, last=reader.complete)
         if reader.complete:
             self._finish(response)
 
@@ -139,15 +136,15 @@ class Connection(Receiver):
         if response is None:
             return
         if exc is None and not self._cut:
-            with contextlib.suppress(ProtocolError):
-                self._reader.eof()
+            self._reader.eof()
         if self._reader.complete:
+            response.end()
             self._finish(response)
         elif self._reader.head is not None:
             self._fail(response, "upstream-closed", "Metquay broke the connection in the middle of its answer.")
         else:
             message = f"Metquay closed the connection without an answer. {_BEFORE_A_REPEAT}"
-            stale = self._reused and not self._reader.started
+            stale = self.idle_since > -math.inf and not self._reader.started
             self._fail(response, "upstream-closed", message, repeatable=True, stale=stale)
 
     def pause_writing(self) -> None:
@@ -186,35 +183,36 @@ class Connection(Receiver):
             self._fail(response, "upstream-timeout", message)
         self._unsent = unsent
 
-    def send(self, method: str, head: bytes, body: RequestBody, *, reused: bool) -> Response:
+    def send(self, method: str, head: bytes, body: RequestBody) -> Response:
         """Send one request; return its answer to come, which raises ``ProxyError``.
 
-        A body that is not there yet follows by a task of its own. ``reused``: the connection had idled. Raises
-        ``UpstreamFailure`` where the connection has closed.
+        A body that is not there yet follows by a task of its own. Raises ``UpstreamFailure`` where the connection has
+        closed, and what ``body`` raises.
         """
         transport = self._transport
         if transport.is_closing():
             message = "Metquay closed the connection before the request could be sent. Try again."
             raise UpstreamFailure("upstream-closed", message, repeatable=True)
-        data = body.whole()
+        try:
+            data = body.whole()
+        except BaseException:
+            self.abort()
+            raise
         self._reader.next(method)
         self._response = response = Response(self._hold_up, self.give_up)
-        self._reused = reused
-        self.bodiless = method == "HEAD"
         self._silent = 0.0
         if data is None:
-            self._sent = False
             transport.write(head)
             self._upload = self._loop.create_task(self._send_rest(transport, body, response))
         else:
             if body.chunked:
                 data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
             transport.write(head + data if data else head)
-            self._sent = body.sent = True
+            response.sent = True
         return response
 
-    def give_up(self, response: Response | None) -> None:
-        """End the exchange that ``response`` answers, if it still runs, and the connection with it; None: none runs."""
+    def give_up(self, response: Response) -> None:
+        """End the exchange that ``response`` answers, if it still runs, and the connection with it."""
         if self._response is response:
             self._response = None
             self._stop_sending()
@@ -231,10 +229,8 @@ class Connection(Receiver):
         self._response = None
         if self._upload is not None:
             self._stop_sending()
-        response.end()  # which reads on, where it had been held up
-        self._used = True
-        if head.keep_alive and self._sent and not self._reader.surplus:
-            self.bodiless |= head.status in BODILESS
+        if head.keep_alive and response.sent and not self._reader.surplus:
+            self.bodiless = head.bodiless
             self._on_free(self, head.kept_for)
         else:
             self.abort()
@@ -243,7 +239,7 @@ class Connection(Receiver):
         self, response: Response, slug: str, message: str, *, repeatable: bool = False, stale: bool = False
     ) -> None:
         """End the exchange, which the upstream broke."""
-        sent: Sent = "yes" if self._reader.head is not None else "unknown" if self._sent else "no"
+        sent: Sent = "yes" if self._reader.head is not None else "unknown" if response.sent else "no"
         self._end(response, UpstreamFailure(slug, message, sent=sent, repeatable=repeatable, stale=stale))
 
     def _end(self, response: Response, error: ProxyError) -> None:
@@ -277,7 +273,7 @@ class Connection(Receiver):
             if transport.is_closing():
                 return
             transport.write(b"0\r\n\r\n")
-        self._sent = body.sent = True
+        response.sent = True
         self._upload = None
 
 

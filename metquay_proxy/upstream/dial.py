@@ -26,7 +26,7 @@ from aiohappyeyeballs import start_connection
 
 from metquay_proxy.rules.address import Address
 from metquay_proxy.rules.errors import UpstreamFailure, shortage
-from metquay_proxy.rules.http1 import ClosedBeforeHead, ProtocolError, ResponseReader
+from metquay_proxy.rules.http1 import ProtocolError, ResponseReader
 from metquay_proxy.threads import in_thread
 from metquay_proxy.upstream.bundle import trust
 from metquay_proxy.upstream.connection import left_behind
@@ -143,15 +143,14 @@ class Dialer:
         if proxy.login is not None:
             head += f"Proxy-Authorization: Basic {base64.b64encode(proxy.login.encode()).decode()}\r\n"
         await self._loop.sock_sendall(sock, head.encode("ascii") + b"\r\n")
-        reader = ResponseReader("CONNECT")
+        reader, did = ResponseReader("CONNECT"), "closed the connection"
         try:
             while reader.head is None:
-                if data := await self._loop.sock_recv(sock, 4096):
-                    reader.feed(data)
-                else:
-                    reader.eof()
-        except ProtocolError as error:
-            did = "closed the connection" if isinstance(error, ClosedBeforeHead) else "gave no valid HTTP answer"
+                if not (data := await self._loop.sock_recv(sock, 4096)):
+                    raise ProtocolError
+                did = "gave no valid HTTP answer"
+                reader.feed(data)
+        except ProtocolError:
             message = f"The corporate proxy {proxy} {did}. Check {_PROXY_SETTING} and its port, then try again."
             raise UpstreamFailure("upstream-unreachable", message, repeatable=True) from None
         status = reader.head.status

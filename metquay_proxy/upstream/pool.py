@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
 
-    from metquay_proxy.exchange.body import RequestBody
-    from metquay_proxy.exchange.exchange import Response
     from metquay_proxy.rules.target import BaseURL
 
 MAX_IDLE: Final = 4.0
@@ -43,7 +41,7 @@ _REPEATABLE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE
 
 
 class Pool:
-    """Sends one request and returns one response, on a pooled or new connection to one upstream."""
+    """Hands over connections to one upstream, pooled or new."""
 
     def __init__(  # noqa: PLR0913 - where to, and every time-out
         self,
@@ -92,42 +90,41 @@ class Pool:
         """Verify new connections by ``context``."""
         self._dialer.ssl_context = context
 
-    async def send(  # noqa: PLR0913 - a request, and what its sender knows of it
-        self,
-        method: str,
-        head: bytes,
-        body: RequestBody,
-        *,
-        fresh: bool = False,
-        own: bool = False,
-        on_sent: Callable[[], object] = int,
-    ) -> Response:
-        """Send one request and wait for the head of its answer; raise ``UpstreamFailure``.
+    def take(self, method: str, *, own: bool = False) -> Connection | None:
+        """Return a connection that has idled and on which such a request may be sent, if there is one.
 
-        ``fresh``: on a new connection, because a pooled one has just failed. ``own``: a request of the program's own,
-        after which no connection is kept ready. ``on_sent`` is called when the first byte has been handed to a
-        connection that is finished (TCP, CONNECT and TLS).
+        ``own``: a request of the program's own, after which no connection is kept ready.
         """
-        body.sent = False
         now = self._clock()
         if not own:
             self._warm_until = now + self._warm_for
-        pooled = None if fresh else self._take(method, now)
-        connection = pooled or await self._connect()
-        response = None
+        idle, careful = self._idle, method not in _REPEATABLE_METHODS
+        while idle:
+            connection = idle[-1]
+            if careful and connection.idle_since < now - self._max_idle_unsafe:
+                return None
+            idle.pop()
+            doubtful = careful and (connection.bodiless or connection.has_unread())
+            if not doubtful and now < connection.good_until and connection.open:
+                return connection
+            connection.abort()
+        return None
+
+    async def open(self) -> Connection:
+        """Return a new connection; raise ``UpstreamFailure``.
+
+        One whose request is given up meanwhile is opened all the same, for the next one.
+        """
+        task = self._start_opening()
         try:
-            response = connection.send(method, head, body, reused=pooled is not None)
-            on_sent()
-            while not response.begun:
-                await response.news()
-        except BaseException:
-            connection.give_up(response)
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(self._opened)
             raise
-        return response
 
     async def warm(self) -> None:
         """Open a connection for the next request; raise ``UpstreamFailure``."""
-        self._keep(await self._connect())
+        self._keep(await self.open())
 
     def keep_warm(self) -> None:
         """Keep a connection ready from now on as though a tool had just asked for something."""
@@ -147,20 +144,6 @@ class Pool:
         for connection in tuple(self._connections):
             connection.abort()
 
-    def _take(self, method: str, now: float) -> Connection | None:
-        """Return a connection on which a request may be sent, if there is one."""
-        careful = method not in _REPEATABLE_METHODS
-        while self._idle:
-            connection = self._idle[-1]
-            if careful and connection.idle_since < now - self._max_idle_unsafe:
-                return None
-            self._idle.pop()
-            doubtful = careful and (connection.bodiless or connection.has_unread())
-            if now < connection.good_until and connection.open and not doubtful:
-                return connection
-            connection.abort()
-        return None
-
     def _make(self) -> Connection:
         connection = Connection(self._memory, self._keep, self._lost)
         connection.too_old = self._clock() + _MAX_AGE
@@ -170,7 +153,7 @@ class Pool:
 
     def _keep(self, connection: Connection, kept_for: float | None = None) -> None:
         """Take a connection that is free, for the next request."""
-        if len(self._idle) >= self._room or not connection.open:
+        if len(self._idle) >= self._room:
             connection.abort()
             return
         connection.idle_since = now = self._clock()
@@ -178,7 +161,7 @@ class Pool:
         if kept_for is not None:
             good_for = min(good_for, kept_for - min(_MARGIN, kept_for / 2))
         until = now + good_for
-        connection.good_until = min(connection.too_old, until)
+        connection.good_until = until if until < connection.too_old else connection.too_old  # noqa: FURB136 - see ``quota``
         self._idle.append(connection)
 
     def _lost(self, connection: Connection) -> None:
@@ -206,15 +189,6 @@ class Pool:
             self._start_opening().add_done_callback(self._opened)
         if warm or self._connections:
             self._sweep_later()
-
-    async def _connect(self) -> Connection:
-        """Return a new connection. One whose request is given up meanwhile is opened all the same, for the next one."""
-        task = self._start_opening()
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(self._opened)
-            raise
 
     def _start_opening(self) -> asyncio.Task[Connection]:
         task = self._loop.create_task(self._dialer.open(self._make))

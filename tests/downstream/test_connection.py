@@ -154,6 +154,7 @@ async def test_bounds_of_time(sent: bytes, seconds: float, slugs: list[str]) -> 
             if sent.startswith(get()):
                 await client.answer()
             await asyncio.sleep(0.01)
+        made.look(0.0)  # from which on it rests
         made.look(seconds - 0.5)
         assert made.clients
         assert not made.client.transport.is_closing()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from metquay_proxy.exchange.exchange import Exchange
     from metquay_proxy.exchange.forwarder import Forwarder
+    from metquay_proxy.rules.gate import Admission
     from tests.wire import Bench
 
 
@@ -37,13 +38,13 @@ Forward = Callable[["Exchange"], Awaitable[Response]]
 
 
 @contextlib.asynccontextmanager
-async def handled(forward: Forward) -> AsyncIterator[tuple[Client, Telemetry]]:
+async def handled(forward: Forward, gate: Gate | None = None) -> AsyncIterator[tuple[Client, Telemetry]]:
     """Serve a client whose requests are forwarded by ``forward``, with nothing else made up."""
     base, telemetry = BaseURL.parse("lab.metquay.co"), Telemetry()
     pages = Pages(ready=lambda: True, status=dict, allow_quit=False, telemetry=telemetry)
     handler = Handler(
         rules=TargetRules(base.prefix, base.authorities),
-        gate=Gate(upstream_host=base.host),
+        gate=gate or Gate(upstream_host=base.host),
         forwarder=cast("Forwarder", SimpleNamespace(forward=forward)),
         pages=pages,
         telemetry=telemetry,
@@ -129,6 +130,63 @@ class TestMistakes:
             monkeypatch.setattr(telemetry, "closed", lambda _: 1 / 0)
             await client.send(get(), get())
             assert [400] * 2 == [(await client.answer()).status for _ in range(2)]
+
+
+class Counted(Gate):
+    """A gate that counts what it judges."""
+
+    judged = 0
+
+    def check(self, *asked: Any) -> Admission:  # noqa: ANN401 - whatever a gate is asked
+        """Judge."""
+        self.judged += 1
+        return super().check(*asked)
+
+
+class TestWhatIsRemembered:
+    @pytest.mark.parametrize(
+        ("times", "key", "request_"),
+        [
+            (1, None, get()),
+            (1, None, post(b"{}")),
+            (3, None, get("/x", "Cookie: a=b")),
+            (3, None, get("/x", "Authorization: Bearer x")),
+            (3, None, get("/x", "Origin: http://localhost")),
+            (3, None, get("/x", "Origin: https://evil.example")),
+            (3, None, get("/x", host=b"evil.example")),
+            (3, None, get("/" + "x" * 2048)),
+            (3, "s3cr3t", get()),
+            (3, "s3cr3t", get("/x", "X-Proxy-Key: s3cr3t")),
+        ],
+    )
+    async def test_the_verdict(self, times: int, key: str | None, request_: bytes) -> None:
+        """It is remembered of short heads without a secret, a page or a refusal, where there are no keys."""
+
+        async def refuse(_: Exchange) -> Response:
+            raise ProxyError("bad-request", "x")
+
+        gate = Counted(upstream_host="x", keys=() if key is None else (ClientKey.of("a", key),))
+        async with handled(refuse, gate) as (client, _telemetry):
+            found = set()
+            for _ in range(3):
+                await client.send(request_)
+                answer = await client.answer()
+                found.add((answer.status, answer.slug))
+            assert (times, 1) == (gate.judged, len(found))
+
+    async def test_a_few(self) -> None:
+        """Of many heads all are answered as they should be, and no more than a few are remembered."""
+
+        async def refuse(_: Exchange) -> Response:
+            raise ProxyError("bad-request", "x")
+
+        gate = Counted(upstream_host="x")
+        async with handled(refuse, gate) as (client, _telemetry):
+            for turn in (1, 2):
+                for number in range(100):
+                    await client.send(get(f"/{number}"))
+                    assert "bad-request" == (await client.answer()).slug
+                assert 100 * turn == gate.judged
 
 
 class TestDrain:

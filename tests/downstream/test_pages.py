@@ -56,7 +56,7 @@ FASTER = "more records at once (limit=500)"
 
 def trouble(error: str | None, status: int, ago: float = 5.0) -> Exchange:
     """Make an exchange with Metquay that went wrong so many seconds ago."""
-    exchange = Exchange("GET", "/api/v1/customers")
+    exchange = Exchange("GET", path="/api/v1/customers")
     exchange.error, exchange.status, exchange.ended = error, status, NOW - ago
     return exchange
 
@@ -248,7 +248,7 @@ async def test_events() -> None:
     telemetry = Telemetry()
     made = admin(telemetry)
     for _ in range(150):
-        telemetry.closed(Exchange("GET", "/api/v1/works"))
+        telemetry.closed(Exchange("GET", path="/api/v1/works"))
     stream = events(made)
     for lost, path in ((0, "/api/v1/works"), (30, "/api/v1/customers")):
         messages = [await anext(stream) for _ in range(10)]
@@ -258,7 +258,7 @@ async def test_events() -> None:
         states = [message["state"] for message in messages if message["state"]]
         assert {"ok"} == {state["headline"]["level"] for state in states}
         for _ in range(130):
-            telemetry.closed(Exchange("GET", "/api/v1/customers"))
+            telemetry.closed(Exchange("GET", path="/api/v1/customers"))
     made.close()
     assert [] == [message async for message in stream]
 

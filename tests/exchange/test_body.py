@@ -343,10 +343,10 @@ async def test_close_gives_back_once(source: Stream) -> None:
 
 
 def test_what_the_head_said() -> None:
-    """Whether it came chunked is at hand for whoever frames it; sent is the sender's to set."""
+    """Whether it came chunked is at hand for whoever frames it."""
     for chunked in (True, False):
         body = RequestBody(Stream(), chunked=chunked, limit=1, budget=ReplayBudget(1), timeout=1.0)
-        assert (chunked, False) == (body.chunked, body.sent)
+        assert chunked == body.chunked
 
 
 class Pieces(Stream):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 def test_the_worst_that_an_attempt_may_have_done_is_kept(worst: Sent, attempts: list[Sent]) -> None:
     """An attempt that was certainly not executed does not excuse one before it."""
-    exchange = Exchange("PUT", "/api/v1/customers/1")
+    exchange = Exchange("PUT", path="/api/v1/customers/1")
     for sent in attempts:
         exchange.note_sent(sent)
     assert worst == exchange.sent
@@ -38,12 +38,12 @@ def test_a_resource_is_short() -> None:
 
 def test_no_two_exchanges_share_an_id() -> None:
     """A log line and an answer of the same id belong together."""
-    assert 100 == len({Exchange("GET", "-").id for _ in range(100)})
+    assert 100 == len({Exchange("GET", path="-").id for _ in range(100)})
 
 
 def test_what_is_kept_of_a_finished_one_holds_no_head() -> None:
     """The last ones are kept for the status page: neither keys in a head nor bodies are among that."""
-    exchange = Exchange("PUT", "/api/v1/customers/1")
+    exchange = Exchange("PUT", path="/api/v1/customers/1")
     exchange.fields = RequestFields(b"\r\nX-Proxy-Key: key-of-the-shop")
     exchange.body = RequestBody(Stream.of(), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
     exchange.let_go()

@@ -64,6 +64,17 @@ def busy(status: int = 503, **fields: str) -> Reply:
     return Reply(status, HTML[:6], HTML[6:], Server="Tomcat", **fields)
 
 
+class Watched(Response):
+    """An answer that remembers whether it was closed."""
+
+    closed = False
+
+    def close(self) -> None:
+        """Remember it."""
+        super().close()
+        self.closed = True
+
+
 Outcome = Reply | UpstreamFailure | int
 
 
@@ -79,37 +90,67 @@ class Upstream:
         self.heads: list[bytes] = []
         self.bodies: list[bytes] = []
         self.fresh: list[bool] = []
-        self.closed: list[bool] = []
-        """Of each answer, whether it was closed."""
-        self.pouring: list[asyncio.Task[None]] = []
+        self.responses: list[Watched] = []
+        self.playing: list[asyncio.Task[None]] = []
 
-    async def send(
-        self, _: str, head: bytes, body: RequestBody, *, fresh: bool = False, on_sent: Callable[[], object] = int
-    ) -> Response:
-        """Play the next outcome; what can't be reached takes its time before anything is sent."""
-        body.sent = False
+    def take(self, _: str) -> None:
+        """Have none that has idled."""
+        self.fresh.append(False)
+
+    async def open(self) -> Self:
+        """Be a new connection; where the next outcome is that there is none, that takes its time."""
+        if len(self.fresh) == len(self.times):
+            self.fresh.append(True)
         self.times.append(round(self._time.now() - 1000.0, 3))
+        if self.outcomes[0] is UNREACHABLE:
+            failure = self._next()
+            if self.lasts:
+                await self._time.sleep(self.lasts)
+            raise failure
+        return self
+
+    def send(self, _: str, head: bytes, body: RequestBody) -> Response:
+        """Play the next outcome."""
         self.heads.append(head)
-        self.fresh.append(fresh)
+        response = Watched()
+        self.responses.append(response)
+        self.playing.append(asyncio.ensure_future(self._play(self._next(), head, body, response)))
+        return response
+
+    def _next(self) -> Any:  # noqa: ANN401 - an outcome
         outcome = self.outcomes[0]
         del self.outcomes[: len(self.outcomes) > 1]
-        if outcome is not UNREACHABLE:
-            self.bodies.append(b"".join([chunk async for chunk in body.chunks()]))
-            body.sent = True
-            on_sent()
+        if isinstance(outcome, UpstreamFailure):  # a new one, which remembers nothing of other requests
+            how = {"sent": outcome.sent, "repeatable": outcome.repeatable, "stale": outcome.stale}
+            return UpstreamFailure(outcome.slug, "-", **how)
+        return outcome
+
+    async def _play(self, outcome: Any, head: bytes, body: RequestBody, response: Response) -> None:  # noqa: ANN401 - one
+        data = body.whole()
+        if data is None:
+            try:
+                data = b"".join([chunk async for chunk in body.chunks()])
+            except Exception as error:  # noqa: BLE001 - as a connection does
+                response.fail(error)
+                return
+        self.bodies.append(data)
+        response.sent = True
         if self.lasts:
             await self._time.sleep(self.lasts)
         if isinstance(outcome, UpstreamFailure):
-            how = {"sent": outcome.sent, "repeatable": outcome.repeatable, "stale": outcome.stale}
-            raise UpstreamFailure(outcome.slug, "-", **how)  # a new one, which remembers nothing of other requests
+            response.fail(outcome)
+            return
         if callable(outcome):
             outcome = outcome(head)
-        reply, number = outcome if isinstance(outcome, Reply) else Reply(outcome), len(self.closed)
-        response = Response(give_up=lambda _: self.closed.__setitem__(number, True))  # noqa: FBT003 - a value
+        reply = outcome if isinstance(outcome, Reply) else Reply(outcome)
         response.begin(reply.head)
-        self.pouring.append(asyncio.ensure_future(reply.pour(response)))
-        self.closed.append(False)
-        return response
+        response.feed(b"")
+        await reply.pour(response)
+
+    @property
+    def closed(self) -> list[bool]:
+        """Of each answer, whether it was closed."""
+        return [response.closed for response in self.responses]
 
     @property
     def bearers(self) -> list[str]:
@@ -207,7 +248,7 @@ class Rig:
         await self.tokens.close()
         for timer in self.timers:
             timer.cancel()
-        await asyncio.gather(*self.timers, *self.upstream.pouring, return_exceptions=True)
+        await asyncio.gather(*self.timers, *self.upstream.playing, return_exceptions=True)
         assert {asyncio.current_task()} == asyncio.all_tasks(), "no task outlives its request"
         assert 0 == self.line.snapshot().in_flight, "every slot is answered or given back"
 
@@ -363,8 +404,9 @@ async def test_attempts(
         assert {body} >= set(rig.upstream.bodies)
         failed = next((at for at, outcome in enumerate(outcomes) if isinstance(outcome, UpstreamFailure)), attempts)
         assert [at > failed for at in range(attempts)] == rig.upstream.fresh
-        assert min(1 + outcomes.count(401), attempts) == len({*rig.upstream.bearers}) == len({*rig.upstream.heads})
-        assert ("pass_through" in setting) is ("" in rig.upstream.bearers)
+        heads = rig.upstream.heads
+        assert min(1 + outcomes.count(401), len(heads)) == len({*rig.upstream.bearers}) == len({*heads})
+        assert ("pass_through" in setting and bool(heads)) is ("" in rig.upstream.bearers)
         assert ("pass_through" in setting) <= (not rig.line.snapshot().used)
         assert pytest.approx(rig.time.now() - 1000 - attempts * rig.lasts) == asked.exchange.waited
         assert 0 < asked.exchange.upstream
@@ -393,6 +435,7 @@ async def test_nothing_of_it_stays(rig: Rig, outcomes: list[Outcome]) -> None:
         rig.upstream.outcomes = [*outcomes]
         asked = await rig.run(rig.ask("PUT"))
         assert asked.outcome
+        asked.exchange.let_go()
         exchange = weakref.ref(asked.exchange)
         del asked
         assert exchange() is None
@@ -419,7 +462,7 @@ async def test_cancelled_between_two_attempts(rig: Rig, outcome: Outcome) -> Non
     rig.upstream.outcomes = [outcome, 200]
     asked = rig.ask("PUT", body=b"{}")
     await rig.time.settle()
-    assert (False, False) == (asked.task.done(), asked.exchange.body.sent)
+    assert (False, False) == (asked.task.done(), asked.exchange.on_its_way)
     asked.task.cancel()
     await rig.time.settle()
     assert asked.task.cancelled()
@@ -463,7 +506,7 @@ async def test_a_client_that_leaves_ends_the_wait(waits_for: str, *, breaks: boo
         asked = rig.ask("POST", body=b"x", whole=False)
         await rig.time.settle()
         attempts = len(rig.upstream.times)
-        assert (False, False) == (asked.task.done(), asked.exchange.body.sent)
+        assert (False, False) == (asked.task.done(), asked.exchange.on_its_way)
         if breaks:
             asked.client.fail(ConnectionResetError())
         else:

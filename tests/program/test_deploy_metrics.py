@@ -28,7 +28,7 @@ _BY = re.compile(r"sum by \(([^)]*)\) \((?:\w+\()?(\w+)")
 def exposed() -> dict[str, set[str]]:
     """Return the name of each sample of ``/-/metrics`` with the names of its labels."""
     telemetry = Telemetry()
-    telemetry.closed(Exchange("GET", "/api/v1/customers"))
+    telemetry.closed(Exchange("GET", path="/api/v1/customers"))
     status = {**STATUS, "redis": {"shared": True, "replicas": 2, "failures": 0}}
     status["audit"] = {"waiting": 0, "lost": 0}
     families = text_string_to_metric_families(telemetry.exposition(status)().decode())

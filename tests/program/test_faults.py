@@ -608,7 +608,7 @@ async def test_a_client_that_leaves_while_a_connection_opens() -> None:
         opened = line.link.opened
         body = RequestBody(Left(), chunked=False, limit=1000, budget=ReplayBudget(1000), timeout=1.0)
         with pytest.raises(ConnectionResetError):
-            await line.proxy.pool.send("POST", b"POST / HTTP/1.1\r\n\r\n", body, fresh=True)
+            (await line.proxy.pool.open()).send("POST", b"POST / HTTP/1.1\r\n\r\n", body)
         await until(lambda: line.link.opened > opened)
         await until(lambda: line.link.open == 2 * sum(line.proxy.pool.connections))
 

@@ -270,7 +270,8 @@ async def test_what_is_remembered_makes_no_difference(monkeypatch: pytest.Monkey
         tries.append(([asked, *chance.choices(WHOLE, k=chance.randrange(2))], whole))
     async with running(retries="0") as bench:
         remembering = [await outcomes(bench, tries) for _ in range(2)]
-    for bound in ("http1._LONGEST_REMEMBERED", "target._LONGEST_REMEMBERED", "gate._REMEMBERED"):
+    for bound in ("http1.LONGEST_REMEMBERED", "target._LONGEST_REMEMBERED", "gate._REMEMBERED"):
         monkeypatch.setattr(f"metquay_proxy.rules.{bound}", -1)
+    monkeypatch.setattr("metquay_proxy.downstream.handler.LONGEST_REMEMBERED", -1)
     async with running(retries="0") as bench:
         assert remembering == [await outcomes(bench, tries)] * 2

@@ -71,7 +71,7 @@ CODE_LINES = {
     "exchange": 760,
     "replicas": 470,
     "rules": 1900,
-    "upstream": 740,
+    "upstream": 720,
 }
 """Lines of code of each floor of the package, the simulator apart: a bound may be lowered, and is where it is met."""
 LONGEST_FILE = 400

@@ -142,12 +142,11 @@ def local(redis: RedisServer) -> RedisAddress:
 
 async def send(line: Line, caller: str = "tool", max_wait: float = 10.0) -> float:
     """Have one request's turn and its answer; return when that came."""
-    now = time.monotonic()
-    ticket = line.ask(caller, now + max_wait, now)
+    ticket = line.ask(time.monotonic(), caller, max_wait)
     if ticket.state == "waiting":
         await line.wait(ticket)
     ticket.send()
-    line.answered(ticket)
+    line.settle(ticket)
     return time.monotonic()
 
 

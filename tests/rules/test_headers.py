@@ -364,7 +364,7 @@ class TestNames:
             ("noted", {"noted_field"}),
             ("fresh", {"freshness", "noted_field"}),
             ("override", {"overrides"}),
-            ("secret", {"secret_field"}),
+            ("secret", {"secret", "noted_field"}),
         ],
     )
     def test_a_name_is_added_in_one_place(self, kind: str, places: set[str]) -> None:

@@ -71,7 +71,7 @@ def grants(quota: Quota, now: float, tickets: list[Ticket], until: float = math.
     granted: dict[int, float] = {}
     for moment in follow(quota, now, until):
         for number, ticket in enumerate(tickets):
-            if ticket.granted:
+            if ticket.state == "granted":
                 granted[number] = moment
                 ticket.send()
                 quota.answered(ticket, moment)
@@ -195,7 +195,7 @@ class TestPacing:
         quota = Quota(100, 60)
         spend(quota, 0, 70)
         spend(quota, 60.07, 70)
-        assert not quota.ask(60.07, "tool", 20).granted
+        assert quota.ask(60.07, "tool", 20).state != "granted"
 
     def test_a_slower_tool_never_waits(self) -> None:
         """Over the burst, a request that comes later than its turn by the pace goes at once."""
@@ -230,7 +230,7 @@ class TestPacing:
         waiting = quota.ask(810, "tool", 1000)
         assert [810, 870.06, 930.12] == pytest.approx(list(follow(quota, 810, 950)))
         assert 10 == quota.snapshot(950).in_flight
-        assert not waiting.granted
+        assert waiting.state != "granted"
 
     def test_slow_answers_are_reckoned_with(self) -> None:
         """Slots return one window after the answer: of late answers took 5 s, so a turn comes that much later."""
@@ -256,7 +256,7 @@ class TestPacing:
         quota.answered(slow, 120)
         ticket = quota.ask(120, "tool", 20)
         assert [120, 130.01] == pytest.approx(list(follow(quota, 120)))
-        assert ticket.granted
+        assert ticket.state == "granted"
 
     def test_rounding_releases_nothing_early(self) -> None:
         """Whatever the moment's last bits: the slot that returns is back before the next one goes."""
@@ -276,7 +276,7 @@ class TestPacing:
         due = quota.poll(0) or 0
         assert pytest.approx(1.001 / 7) == due
         assert pytest.approx(2 * 1.001 / 7) == quota.poll(due + 0.04)
-        assert [True, False, False, False, False] == [ticket.granted for ticket in tickets]
+        assert [True, False, False, False, False] == [ticket.state == "granted" for ticket in tickets]
 
     def test_a_driver_that_slept_does_not_release_all_at_once(self) -> None:
         """What was missed by more than 1/20 of the window is not made up for."""
@@ -285,7 +285,7 @@ class TestPacing:
         tickets = [quota.ask(0, "tool", 20) for _ in range(20)]
         quota.poll(0)
         quota.poll(15)
-        assert 1 == sum(ticket.granted for ticket in tickets)
+        assert 1 == sum(ticket.state == "granted" for ticket in tickets)
 
     def test_large_limits_need_little_memory(self) -> None:
         """Above 128 slots those answered within 1/128 window return together."""
@@ -344,7 +344,7 @@ class TestFairness:
         assert quota.poll(2) is not None
         again = quota.ask(2, "a", 20)
         quota.poll(4)
-        assert [True, True, False] == [first.granted, second.granted, again.granted]
+        assert [True, True, False] == [first.state == "granted", second.state == "granted", again.state == "granted"]
 
     def test_the_projection_knows_whose_turn_it_is(self) -> None:
         """With eight of a greedy caller waiting the ninth is refused, and another caller's first is not."""
@@ -404,7 +404,7 @@ class Asker:
                 self.ticket = quota.ask(now, callers.name(next(self.names), now), 20.0)
             except QuotaExceeded as refusal:
                 self._over(served=False, at=now + self.after(refusal.retry_after))
-        elif self.ticket is not None and self.ticket.granted:
+        elif self.ticket is not None and self.ticket.state == "granted":
             self.ticket.send()
             quota.answered(self.ticket, now)
             self._over(served=True, at=now + self.pause)
@@ -501,7 +501,7 @@ class TestRefusals:
             quota.ask(0, "tool", 20)
         assert pytest.approx(11 * PACE) == refusal.value.retry_after
         assert 10 == len(grants(quota, 0, tickets))
-        assert quota.ask(refusal.value.retry_after + 1e-9, "tool", 0).granted
+        assert quota.ask(refusal.value.retry_after + 1e-9, "tool", 0).state == "granted"
 
     def test_at_most_max_waiting_wait(self) -> None:
         """One more than ``max_waiting`` is refused whatever its patience."""
@@ -533,11 +533,11 @@ class TestRefusals:
         other = quota.ask(0, "other", 30)
         moments = list(follow(quota, 0))
         assert [0, PACE, 2 * PACE, 2 * PACE + 0.1] == pytest.approx(moments)
-        assert (True, True, False) == (tickets[0].granted, other.granted, tickets[1].granted)
+        assert ["granted", "granted", "over"] == [tickets[0].state, other.state, tickets[1].state]
         assert [tickets[1]] == settled
         assert tickets[1].refused is not None
         assert pytest.approx(PACE - 0.1) == tickets[1].refused.retry_after
-        assert quota.ask(moments[-1] + tickets[1].refused.retry_after + 1e-9, "greedy", 0).granted
+        assert quota.ask(moments[-1] + tickets[1].refused.retry_after + 1e-9, "greedy", 0).state == "granted"
 
     def test_deadlines_of_those_that_went_already_do_no_harm(self) -> None:
         """A poll at a deadline that is no longer anybody's refuses nobody."""
@@ -546,7 +546,7 @@ class TestRefusals:
         quota.ask(0, "a", 3)
         patient = [quota.ask(0, "b", 30), quota.ask(0, "b", 30)]
         assert [0, PACE, 3, 2 * PACE, 3 * PACE] == pytest.approx(list(follow(quota, 0)))
-        assert [True, True] == [ticket.granted for ticket in patient]
+        assert [True, True] == [ticket.state == "granted" for ticket in patient]
 
 
 class TestCancel:
@@ -566,19 +566,19 @@ class TestCancel:
         ticket = quota.ask(30, "tool", 0)
         quota.cancel(ticket, 30)
         assert (70, {"tool": 70}) == (quota.snapshot(30).used, quota.snapshot(30).used_by_caller)
-        assert quota.ask(30, "tool", 0).granted
+        assert quota.ask(30, "tool", 0).state == "granted"
         first = Quota(1, 60)
         first.cancel(first.ask(0, "tool", 0), 0)
-        assert first.ask(0, "tool", 0).granted
+        assert first.ask(0, "tool", 0).state == "granted"
 
     def test_the_pace_counts_from_the_latest_release(self) -> None:
         """An earlier slot given back leaves the pace alone."""
         quota = Quota(100, 60)
         spend(quota, 0, 70)
         early = quota.ask(10, "tool", 0)
-        assert quota.ask(20, "tool", 0).granted
+        assert quota.ask(20, "tool", 0).state == "granted"
         quota.cancel(early, 20)
-        assert not quota.ask(20, "tool", 20).granted
+        assert quota.ask(20, "tool", 20).state != "granted"
 
     def test_a_slot_given_back_goes_to_who_waits(self) -> None:
         """Seventy that could not be sent after all pass theirs on at once, one by one, and nobody waits for a pace."""
@@ -589,7 +589,7 @@ class TestCancel:
         for number, ticket in enumerate(held, 1):
             quota.cancel(ticket, 1)
             quota.poll(1)
-            assert min(number, 25) == sum(ticket.granted for ticket in waiting)
+            assert min(number, 25) == sum(ticket.state == "granted" for ticket in waiting)
         assert (25, 25, 0) == (quota.snapshot(1).used, quota.snapshot(1).in_flight, quota.snapshot(1).waiting)
 
     def test_a_closed_window_keeps_a_slot_given_back(self) -> None:
@@ -600,7 +600,7 @@ class TestCancel:
         quota.close(0, 5)
         quota.cancel(held[0], 1)
         assert 5 == quota.poll(1)
-        assert not ticket.granted
+        assert ticket.state != "granted"
 
     def test_who_comes_after_a_slot_given_back(self) -> None:
         """Whose turn comes behind the one that gets that slot is told its true time, in a closed window too."""
@@ -613,7 +613,7 @@ class TestCancel:
             quota.ask(0, "b", 0)
         assert pytest.approx(5 + 10 * SAFETY) == refusal.value.retry_after
         quota.poll(5)
-        assert first.granted
+        assert first.state == "granted"
 
     def test_what_was_sent_counts_as_answered(self) -> None:
         """An attempt given up after sending keeps its slot for a window."""
@@ -665,7 +665,7 @@ class TestClose:
         assert tickets[0].refused is not None
         retry_after = tickets[0].refused.retry_after
         assert [(1, 35), (3, pytest.approx(35.835, abs=0.001))] == list(grants(quota, 0, tickets).items())
-        assert quota.ask(retry_after + 1e-9, "tool", 0).granted
+        assert quota.ask(retry_after + 1e-9, "tool", 0).state == "granted"
 
     def test_new_ones_that_cannot_wait_are_refused(self) -> None:
         """An idle quota that is closed says for how long."""
@@ -807,7 +807,7 @@ class Server(RuleBasedStateMachine):
                 return
             self.tickets.append(ticket)
             self._note_grants()
-            if not ticket.granted:
+            if ticket.state != "granted":
                 self._play_on(self.now + max_wait + 1e-6, ticket)
 
     @rule(pick=st.randoms(use_true_random=False), number=st.sampled_from([1, 5]))
@@ -871,12 +871,12 @@ class Server(RuleBasedStateMachine):
 
     def _note_grants(self) -> None:
         for ticket in self.tickets:
-            if ticket.granted:
+            if ticket.state == "granted":
                 self.released.setdefault(ticket, self.now)
 
     def _comes_back(self, caller: str, seconds: float) -> None:
         later = self._play_on(self.now + seconds)
-        assert later.ask(self.now + seconds + 1e-6, caller, 0).granted
+        assert later.ask(self.now + seconds + 1e-6, caller, 0).state == "granted"
 
     def _play_on(self, until: float, promised: Ticket | None = None) -> Quota:
         """Return a copy in which nobody else came until then and answers were no slower than of late."""

@@ -77,7 +77,7 @@ def test_refused(raw: str) -> None:
 def test_asterisk() -> None:
     """OPTIONS * asks about the server as a whole, in both of its forms, and no other method may."""
     assert "*" == RULES.parse("OPTIONS", "*").sent
-    assert Target("*", "*", None, absolute=True) == RULES.parse("OPTIONS", "https://lab.metquay.co")
+    assert Target("*", "*", None, absolute=True, path="*") == RULES.parse("OPTIONS", "https://lab.metquay.co")
     assert "/api/v1/" == RULES.parse("OPTIONS", "https://lab.metquay.co/").sent
 
 
@@ -128,10 +128,20 @@ def test_a_path_that_is_passed_through_is_asked_for() -> None:
 
 def test_fields() -> None:
     """Local path, query and form are told apart."""
-    assert Target("/api/v1/customers?a=1", "/customers", "a=1") == RULES.parse("GET", "/api/v1/customers?a=1")
-    assert Target("/api/v1/x?", "/x", "") == RULES.parse("GET", "/x?")
-    assert Target("/FlexicalERP/x", "/FlexicalERP/x", None, pass_through=True) == RULES.parse("GET", "/FlexicalERP/x")
+    sent = "/api/v1/customers?a=1"
+    assert Target(sent, "/customers", "a=1", path=sent) == RULES.parse("GET", sent)
+    assert Target("/api/v1/x?", "/x", "", path="/api/v1/x?") == RULES.parse("GET", "/x?")
+    older = "/FlexicalERP/x"
+    assert Target(older, older, None, pass_through=True, path=older) == RULES.parse("GET", older)
     assert RULES.parse("GET", "https://lab.metquay.co/x").absolute
+
+
+@pytest.mark.parametrize("query", ["", "x" * 2000])
+def test_what_people_are_told(query: str) -> None:
+    """What was sent, or the proxy's own path; never more than 1,024 characters of it, since a client chooses it."""
+    for raw, path in (("/x?", "/api/v1/x?"), ("/-/live?", "/-/live"), ("/authenticate?", "/authenticate")):
+        told = RULES.parse("GET", raw + query).path
+        assert (path + query * ("?" in path))[:1024] == told
 
 
 def test_longer_base() -> None:

@@ -16,6 +16,8 @@ from metquay_proxy.upstream.pool import Pool
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from metquay_proxy.exchange.exchange import Response
+
 GET = b"GET /api/v1/x HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -33,6 +35,28 @@ def pool_to(url: str, tls: ssl.SSLContext | None = None, **options: Any) -> Pool
     """Return a pool of connections to a base URL."""
     times = {"connect_timeout": 5.0, "read_timeout": 5.0}
     return Pool(BaseURL.parse(url), ssl_context=tls, **(times | options))
+
+
+async def send(  # noqa: PLR0913 - a request, and what its sender knows of it
+    pool: Pool,
+    method: str,
+    body: RequestBody | None = None,
+    *,
+    fresh: bool = False,
+    own: bool = False,
+    on_sent: Callable[[], object] = int,
+) -> Response:
+    """Send a request as the forwarder does, on a new connection where it is to be ``fresh``; return its answer."""
+    connection = None if fresh else pool.take(method, own=own)
+    response = (connection or await pool.open()).send(method, GET, body or no_body())
+    on_sent()
+    try:
+        while not response.begun:
+            await response.news()
+    except BaseException:
+        response.close()
+        raise
+    return response
 
 
 @contextlib.asynccontextmanager

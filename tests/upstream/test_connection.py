@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import struct
 from typing import TYPE_CHECKING
@@ -44,7 +45,8 @@ class Bench:
         self, *answer: bytes, body: RequestBody | None = None, method: str = "GET", reused: bool = False
     ) -> Response:
         """Send a request, let the peer answer, and return the response once its head is there."""
-        response = self.connection.send(method, POST if body else GET, body or no_body(), reused=reused)
+        self.connection.idle_since = 1.0 if reused else -math.inf
+        response = self.connection.send(method, POST if body else GET, body or no_body())
         for piece in answer:
             await asyncio.get_running_loop().sock_sendall(self.peer, piece)
         return await begun(response)
@@ -53,7 +55,8 @@ class Bench:
         self, *answer: bytes, end: str = "", method: str = "GET", reused: bool = False, body: RequestBody | None = None
     ) -> UpstreamFailure:
         """Send a request that gets no answer; return why."""
-        response = self.connection.send(method, GET, body or no_body(), reused=reused)
+        self.connection.idle_since = 1.0 if reused else -math.inf
+        response = self.connection.send(method, GET, body or no_body())
         for piece in answer:
             await asyncio.get_running_loop().sock_sendall(self.peer, piece)
         if end:
@@ -172,7 +175,7 @@ class TestTheEnd:
         bench.end("close")
         await eventually(lambda: bench.lost)
         with pytest.raises(UpstreamFailure, match="before the request could be sent") as caught:
-            bench.connection.send("GET", GET, no_body(), reused=False)
+            bench.connection.send("GET", GET, no_body())
         assert ("no", True) == (caught.value.sent, caught.value.repeatable)
 
 
@@ -181,7 +184,7 @@ class TestGivenUp:
 
     async def test_in_mid_exchange(self, bench: Bench) -> None:
         """The connection closes; giving up again does nothing."""
-        response = bench.connection.send("GET", GET, no_body(), reused=False)
+        response = bench.connection.send("GET", GET, no_body())
         response.close()
         await eventually(lambda: bench.lost)
         response.close()
@@ -193,7 +196,7 @@ class TestGivenUp:
         The first answer ended while too much of it waited, so that its sender had been held up.
         """
         body = bytes(HIGH_WATER * 4)
-        response = bench.connection.send("GET", GET, no_body(), reused=False)
+        response = bench.connection.send("GET", GET, no_body())
         sending = asyncio.ensure_future(asyncio.get_running_loop().sock_sendall(bench.peer, answered(body=body)))
         await eventually(lambda: response.held_up)
         taken = b""
@@ -212,7 +215,7 @@ class TestGivenUp:
         body = body_of(Stream.of(b"abc"))
         assert b"abc" == body.whole()
         with pytest.raises(RuntimeError, match="not kept"):
-            bench.connection.send("PUT", GET, body, reused=False)
+            bench.connection.send("PUT", GET, body)
         bench.connection.give_up(None)
         await eventually(lambda: bench.lost)
 
@@ -229,9 +232,8 @@ class TestSilence:
     async def test_an_upstream_that_is_silent(self, bench: Bench) -> None:
         """It is told after the time-out; the request may have been executed, whatever became of its body since."""
         body = body_of(Stream.of(b"abc"))
-        response = bench.connection.send("PUT", GET, body, reused=False)
+        response = bench.connection.send("PUT", GET, body)
         await bench.got(len(GET) + 3)
-        body.sent = False
         looks(bench, 2)
         response.news()
         looks(bench, 2)
@@ -242,7 +244,7 @@ class TestSilence:
     async def test_bytes_that_leave(self, bench: Bench) -> None:
         """An upstream that takes a body slowly is not silent; one that takes nothing any more is."""
         data = bytes(40_000_000)  # some is left, whatever the kernel holds
-        response = bench.connection.send("PUT", b"", body_of(Stream.of(data)), reused=False)
+        response = bench.connection.send("PUT", b"", body_of(Stream.of(data)))
         for _ in range(10):
             looks(bench, 1)
             await bench.got(2_000_000 - 100)
@@ -276,14 +278,14 @@ class TestBodies:
         """It is the same whether the body is there already or comes piece by piece."""
         source = Stream.of(data) if there else Stream()
         body = body_of(source, chunked=chunked)
-        response = bench.connection.send("POST", POST, body, reused=False)
+        response = bench.connection.send("POST", POST, body)
         if not there:
-            assert not body.sent
+            assert not response.sent
             if data:
                 source.feed(data)
             source.end()
         assert POST + framed == await bench.got(len(POST) + len(framed))
-        await eventually(lambda: body.sent)
+        await eventually(lambda: response.sent)
         bench.peer.send(OK)
         await begun(response)
         assert [None] == bench.kept
@@ -295,7 +297,7 @@ class TestBodies:
     async def test_a_client_that_breaks_off(self, bench: Bench, error: Exception, slug: str) -> None:
         """Its fault is told as its own, and the upstream sees no complete request."""
         source = Stream()
-        response = bench.connection.send("POST", POST, body_of(source, chunked=True), reused=False)
+        response = bench.connection.send("POST", POST, body_of(source, chunked=True))
         source.feed(b"abc")
         await bench.got(len(POST) + 8)
         source.fail(error)

@@ -16,7 +16,7 @@ from metquay_proxy.exchange.body import Stream
 from metquay_proxy.rules.errors import UpstreamFailure
 from metquay_proxy.rules.target import BaseURL
 from metquay_proxy.upstream.dial import Dialer, OutboundProxy, tls_context
-from tests.upstream.peers import GET, body_of, certified, no_body, pool_to, speaking
+from tests.upstream.peers import body_of, certified, pool_to, send, speaking
 from tests.wire import OK, answered
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ async def test_over_tls_a_server_that_speaks_first_is_left() -> None:
     async with speaking(play, server) as port:
         pool = pool_to(f"https://127.0.0.1:{port}", client)
         with pytest.raises(UpstreamFailure) as caught:
-            await pool.send("GET", GET, no_body(), fresh=True)
+            await send(pool, "GET", fresh=True)
         pool.close()
     assert ("no", True) == (caught.value.sent, caught.value.repeatable)
 
@@ -244,7 +244,7 @@ async def test_final_dot(monkeypatch: pytest.MonkeyPatch, through: str) -> None:
     async with speaking(play, server_tls if through == "nothing" else None) as port:
         proxy = None if through == "nothing" else OutboundProxy("127.0.0.1", port)
         pool = pool_to(f"https://lab.metquay.example.:{port}", client_tls, outbound_proxy=proxy)
-        assert 200 == (await pool.send("GET", GET, no_body())).head.status
+        assert 200 == (await send(pool, "GET")).head.status
         pool.close()
     first = "lab.metquay.example." if proxy is None else f"Host: lab.metquay.example:{port}".encode()
     assert [first, "lab.metquay.example"] == asked
@@ -296,7 +296,7 @@ async def test_an_answer_before_the_end_of_an_upload(*, tls: bool, chunked: bool
         pool = pool_to(url, client_tls if tls else None)
         await pool.warm()
         await accepting
-        response = await pool.send("POST", GET, body_of(Upload(refuse), chunked=chunked))
+        response = await send(pool, "POST", body_of(Upload(refuse), chunked=chunked))
         assert (413, b"too big", b"") == (response.head.status, await response.read(), await response.read())
         pool.close()
 
@@ -317,7 +317,7 @@ async def test_tunnel() -> None:
 
     async with speaking(play) as port:
         pool = pool_to("https://localhost:9", trusting, outbound_proxy=OutboundProxy("127.0.0.1", port))
-        response = await pool.send("GET", GET, no_body())
+        response = await send(pool, "GET")
         assert b"abc" == await response.read()
         with pytest.raises(UpstreamFailure) as caught:
             await response.read()

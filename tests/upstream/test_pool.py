@@ -13,7 +13,7 @@ from metquay_proxy.exchange.body import Stream
 from metquay_proxy.rules.errors import UpstreamFailure
 from metquay_proxy.upstream.dial import OutboundProxy
 from metquay_proxy.upstream.pool import Pool
-from tests.upstream.peers import GET, body_of, no_body, pool_to, speaking
+from tests.upstream.peers import body_of, no_body, pool_to, send, speaking
 from tests.wire import OK, answered, eventually
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ async def test_warm(far: Upstream, pool: Pool) -> None:
     """A connection that was opened ahead serves the next request, and not one that must have a new one."""
     await pool.warm()
     assert (0, 1) == pool.connections
-    await pool.send("GET", GET, no_body())
+    await send(pool, "GET")
     assert 1 == len(far.peers)
-    await pool.send("GET", GET, no_body(), fresh=True)
+    await send(pool, "GET", fresh=True)
     assert 2 == len(far.peers)
 
 
@@ -47,14 +47,14 @@ async def test_a_sender_that_leaves_as_its_answer_comes(far: Upstream, pool: Poo
     far.plays(answered(body=b"first"), OK)
     await pool.warm()
     for body in (b"first", b"ok"):
-        leaving = asyncio.ensure_future(pool.send("GET", GET, no_body()))
+        leaving = asyncio.ensure_future(send(pool, "GET"))
         await asyncio.sleep(0)
         while (0, 1) != pool.connections:
             await asyncio.sleep(0)
         left = leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
         assert leaving.cancelled() if left else body == await leaving.result().read()
-    response = await pool.send("GET", GET, no_body())
+    response = await send(pool, "GET")
     assert b"ok" == await response.read()
     assert 1 == len(far.peers)
 
@@ -63,7 +63,7 @@ async def test_a_sender_that_leaves_as_its_answer_comes(far: Upstream, pool: Poo
 @pytest.mark.parametrize("left_over", [b"x", b""])
 async def test_who_looks_before(far: Upstream, pool: Pool, method: str, left_over: bytes) -> None:
     """What must not be repeated goes out on no connection to which something has come; other requests may be told."""
-    await pool.send("GET", GET, no_body())
+    await send(pool, "GET")
     await asyncio.sleep(0.001)
     writer = far.peers[0].writer
     with contextlib.suppress(BlockingIOError):
@@ -72,11 +72,11 @@ async def test_who_looks_before(far: Upstream, pool: Pool, method: str, left_ove
             handle.send(left_over) if left_over else handle.shutdown(1)
     if method == "GET":
         with pytest.raises(UpstreamFailure) as caught:
-            await pool.send(method, GET, no_body())
+            await send(pool, method)
         assert (True, True) == (caught.value.stale, caught.value.repeatable)
-        response = await pool.send(method, GET, no_body(), fresh=True)
+        response = await send(pool, method, fresh=True)
     else:
-        response = await pool.send(method, GET, no_body())
+        response = await send(pool, method)
     assert b"ok" == await response.read()
     assert 2 == len(far.peers)
 
@@ -123,7 +123,7 @@ class TestHowLongAConnectionIsUsed:
         async with warmth.pool() as pool:
             accepted = []
             for _ in range(400):
-                await (await pool.send("GET", GET, no_body())).read()
+                await (await send(pool, "GET")).read()
                 accepted.append(len(warmth.accepted))
                 warmth.now += 2.0
         assert [1] * 150 + [2] * 150 + [3] * 100 == accepted
@@ -146,9 +146,9 @@ class TestHowLongAConnectionIsUsed:
         """Keep-Alive is believed where it says less than our own bounds, a second or half the time before its end."""
         warmth = Warmth(answer=answered(b"Keep-Alive: " + said, body=b"ok"))
         async with warmth.pool() as pool:
-            await (await pool.send(method, GET, no_body())).read()
+            await (await send(pool, method)).read()
             warmth.now += idle
-            await (await pool.send(method, GET, no_body())).read()
+            await (await send(pool, method)).read()
         assert accepted == len(warmth.accepted)
 
     @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
@@ -157,16 +157,16 @@ class TestHowLongAConnectionIsUsed:
         warmth = Warmth(answer=answered(status=status))
         async with warmth.pool() as pool:
             for _ in range(20):
-                await (await pool.send("GET", GET, no_body())).read()
-                await (await pool.send("GET", GET, no_body())).read()
-                await (await pool.send("POST", GET, no_body())).read()
+                await (await send(pool, "GET")).read()
+                await (await send(pool, "GET")).read()
+                await (await send(pool, "POST")).read()
             assert (21, (0, 1)) == (len(warmth.accepted), pool.connections)
 
     async def test_what_is_no_longer_kept_is_closed(self) -> None:
         """It does not wait for a request that could not use it."""
         warmth = Warmth(answer=answered("Keep-Alive: timeout=1", body=b"ok"))
         async with warmth.pool() as pool:
-            await (await pool.send("GET", GET, no_body(), own=True)).read()
+            await (await send(pool, "GET", own=True)).read()
             assert (1, (0, 1)) == (await warmth.passes(0.4), pool.connections)
             assert (1, (0, 0)) == (await warmth.passes(0.2), pool.connections)
 
@@ -184,10 +184,10 @@ class TestKeptWarm:
                 pool.keep_warm()
                 await eventually(lambda: (0, 1) == pool.connections)
             else:
-                await (await pool.send("GET", GET, no_body())).read()
+                await (await send(pool, "GET")).read()
             for opened in range(2, 18):
                 if opened == 16:
-                    await (await pool.send("GET", GET, no_body())).read()
+                    await (await send(pool, "GET")).read()
                 warmth.now += 3.995
                 await eventually(lambda opened=opened: (opened, (0, 2)) == (len(warmth.accepted), pool.connections))
             assert [17, 17] == [await warmth.passes(60.0), await warmth.passes(60.0)]
@@ -197,7 +197,7 @@ class TestKeptWarm:
         """A login keeps nothing warm."""
         warmth = Warmth()
         async with warmth.pool() as pool:
-            await (await pool.send("POST", GET, no_body(), own=True)).read()
+            await (await send(pool, "POST", own=True)).read()
             assert [1, 1] == [await warmth.passes(3.995), await warmth.passes(3.995)]
             assert (0, 0) == pool.connections
 
@@ -217,7 +217,7 @@ class TestKeptWarm:
             await eventually(lambda: warmth.accepted)
             assert [1, 1, 1] == [await warmth.passes(seconds) for seconds in (0.0, 4.0, 8.0)]
             with pytest.raises(UpstreamFailure):
-                await pool.send("GET", GET, no_body())
+                await send(pool, "GET")
             assert [2, 2] == [await warmth.passes(0.0), await warmth.passes(4.0)]
 
     @pytest.mark.parametrize("end", [Pool.let_cool, Pool.close])
@@ -225,7 +225,7 @@ class TestKeptWarm:
         """From a drain on, and after the end, none is opened, whatever is still sent."""
         warmth = Warmth()
         async with warmth.pool() as pool:
-            await (await pool.send("GET", GET, no_body())).read()
+            await (await send(pool, "GET")).read()
             end(pool)
             pool.keep_warm()
             assert [1, 1] == [await warmth.passes(3.995), await warmth.passes(3.995)]
@@ -238,7 +238,7 @@ class TestKeptWarm:
             await pool.warm()
             await eventually(lambda: warmth.accepted)
             with pytest.raises(UpstreamFailure) as caught:
-                await pool.send("GET", GET, no_body(), on_sent=warmth.accepted[0].transport.abort)
+                await send(pool, "GET", on_sent=warmth.accepted[0].transport.abort)
             assert caught.value.stale
 
 
@@ -259,7 +259,7 @@ async def test_the_moment_of_sending(far: Upstream, failing: str | None) -> None
             far.refuse()
         told: list[int] = []
         body = spent() if failing == "body" else no_body()
-        sending = pool.send("GET", GET, body, on_sent=lambda: told.append(len(far.requests)))
+        sending = send(pool, "GET", body, on_sent=lambda: told.append(len(far.requests)))
         if failing is None:
             assert b"ok" == await (await sending).read()
         else:
@@ -279,7 +279,7 @@ def spent() -> RequestBody:
 
 async def test_cancelled_while_connecting(far: Upstream, pool: Pool) -> None:
     """A connection whose request is given up while it opens is finished, and serves the next one."""
-    task = asyncio.ensure_future(pool.send("GET", GET, no_body()))
+    task = asyncio.ensure_future(send(pool, "GET"))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -289,7 +289,7 @@ async def test_cancelled_while_connecting(far: Upstream, pool: Pool) -> None:
 
 async def test_closed_while_connecting(pool: Pool) -> None:
     """The end of the program ends what is being opened."""
-    task = asyncio.ensure_future(pool.send("GET", GET, no_body()))
+    task = asyncio.ensure_future(send(pool, "GET"))
     await asyncio.sleep(0)
     pool.close()
     await asyncio.gather(task, return_exceptions=True)
