@@ -23,7 +23,7 @@ from metquay_proxy.downstream.answers import OwnAnswers, preflight, write_error
 from metquay_proxy.exchange.body import NO_BODY, ReplayBudget, RequestBody
 from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.headers import RequestFields, inbound
+from metquay_proxy.rules.headers import RequestFields, adapted, inbound
 from metquay_proxy.rules.http1 import LONGEST_REMEMBERED, REMEMBERED
 from metquay_proxy.rules.quota import Callers
 from metquay_proxy.rules.retries import READING
@@ -109,6 +109,7 @@ class Handler:
         self._telemetry.opened()
         large = head.size if head.size > _LARGE_HEAD else 0
         self._heads += large
+        response = None
         try:
             if large and self._heads > _HEADS_TOTAL:
                 exchange.keep = False
@@ -116,7 +117,9 @@ class Handler:
                     "The heads of all requests under way are too large together. Nothing was sent. Send a shorter one."
                 )
                 raise ProxyError("head-too-large", msg)
-            await self._judge(client, exchange, head)
+            response = await self._judge(client, exchange, head)
+            if response is not None and not self._begin(client, exchange, response):
+                await self._pass_on(client, exchange, response)
         except asyncio.CancelledError:
             self._cancelled(client, exchange)
         except Exception as failure:  # noqa: BLE001 - whatever it is, the client gets an answer or sees it break
@@ -124,7 +127,13 @@ class Handler:
         finally:
             self._heads -= large
             try:
-                self._close(exchange)
+                if response is not None:
+                    response.close()
+                exchange.body.close()
+                exchange.let_go()
+                self._telemetry.closed(exchange)
+                if self._audit is not None and exchange.audited:
+                    self._audit.write(entry(exchange))
             finally:
                 client.served(keep=exchange.keep and exchange.head_sent and not self.draining)
 
@@ -168,8 +177,10 @@ class Handler:
             text += f", after {exchange.waited:.1f} s in which the request waited"
         return {"ok": True, "text": f"{text}."}
 
-    def _judge(self, client: ClientConnection, exchange: Exchange, head: RequestHead) -> Coroutine[Any, Any, None]:
-        """Judge the request; return what answers it."""
+    def _judge(
+        self, client: ClientConnection, exchange: Exchange, head: RequestHead
+    ) -> Coroutine[Any, Any, Response | None]:
+        """Judge the request; return what answers it here, or brings Metquay's answer, which is to be passed on."""
         fields, (target, admission) = head.fields, self._admitted.get(head) or self._admit(exchange, head)
         if self.draining:
             raise _shutting_down()
@@ -185,7 +196,8 @@ class Handler:
             exchange.keep_authorization = not self._gate.is_ours(fields.text(b"authorization"), time.time())
         if b"expect" in fields.judged:
             client.proceed()
-        return self._forward(client, exchange)
+        forwarding = self._forwarder.forward(exchange)
+        return forwarding if exchange.method in READING else self._write(exchange, forwarding)
 
     def _admit(self, exchange: Exchange, head: RequestHead) -> tuple[Target, Admission]:
         """Return what is asked for, and who asks; raise ``ProxyError`` where nobody may.
@@ -205,39 +217,34 @@ class Handler:
             self._admitted[head] = admitted
         return admitted
 
-    async def _forward(self, client: ClientConnection, exchange: Exchange) -> None:
-        """Pass the answer on: head and what is there of the body in one write, then piece by piece."""
-        forwarding = self._forwarder.forward(exchange)
-        response = await (forwarding if exchange.method in READING else self._write(exchange, forwarding))
+    def _begin(self, client: ClientConnection, exchange: Exchange, response: Response) -> bool:
+        """Pass on the head of an answer and what is there of its body, in one write; return whether that was all."""
         head = response.head
         exchange.status = head.status
         exchange.answered_by = "proxy" if exchange.replayed else "metquay"
-        try:
-            if exchange.client_left:
-                exchange.error = "client-left"
-                return
-            chunked = head.length is None and exchange.fields.minor == 1
-            if (head.length is None and not chunked) or self.draining or not exchange.body.arrived:
-                exchange.keep = False
-            data = self._answer_head(exchange, head, chunked=chunked)
-            piece = response.read_nowait()
-            while True:
-                if piece:
-                    data += b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
-                ended = response.ended
-                if ended and chunked:
-                    data += b"0\r\n\r\n"
-                if data:
-                    exchange.head_sent = True
-                    client.write(data)
-                if ended:
-                    return
-                if client.full:
-                    await client.drained()
-                data = b""
-                piece = await response.read()
-        finally:
-            response.close()
+        if exchange.client_left:
+            exchange.error = "client-left"
+            return True
+        chunked = head.length is None and exchange.fields.minor == 1
+        if (head.length is None and not chunked) or self.draining or not exchange.body.arrived:
+            exchange.keep = False
+        data = self._answer_head(exchange, head, chunked=chunked)
+        piece = response.read_nowait()
+        exchange.head_sent = True
+        client.write(data + (_framed(piece, last=response.arrived) if chunked else piece))
+        return response.arrived
+
+    async def _pass_on(self, client: ClientConnection, exchange: Exchange, response: Response) -> None:
+        """Pass on the rest of a body, piece by piece."""
+        chunked = response.head.length is None and exchange.fields.minor == 1
+        ended = False
+        while not ended:
+            if client.full:
+                await client.drained()
+            piece = await response.read()
+            ended = response.arrived
+            if data := _framed(piece, last=ended) if chunked else piece:
+                client.write(data)
 
     async def _write(self, exchange: Exchange, forwarding: Coroutine[Any, Any, Response]) -> Response:
         """Forward a write; once its body was sent whole it runs on without its client, so that its outcome is known."""
@@ -278,19 +285,12 @@ class Handler:
             added += b"Idempotency-Replayed: true\r\n"
         if exchange.note is not None:
             added += b"X-Metquay-Proxy-Note: %b\r\n" % exchange.note.encode()
-        origin = None
-        if b"location" in head.passed and not exchange.target.absolute:
-            host = exchange.fields.judged.get(b"host")
+        if exchange.cors or exchange.hide_challenge or b"location" in head.passed:
+            host = None if exchange.target.absolute else exchange.fields.judged.get(b"host")
             origin = host and self._origin + host
-        return inbound(
-            head,
-            base=self._base,
-            origin=origin,
-            request_id=exchange.id.encode(),
-            added=added,
-            hide_challenge=exchange.hide_challenge,
-            cors=bool(exchange.cors),
-        )
+            cors = bool(exchange.cors)
+            head = adapted(head, self._base, origin, hide_challenge=exchange.hide_challenge, cors=cors)
+        return inbound(head, exchange.id.encode(), added)
 
     def _cancelled(self, client: ClientConnection, exchange: Exchange) -> None:
         """End a request whose client has left, or that is cut short by the end of a drain."""
@@ -330,13 +330,11 @@ class Handler:
         with contextlib.suppress(ConnectionResetError):  # the client left: the exchange is told all the same
             write_error(client, exchange, error)
 
-    def _close(self, exchange: Exchange) -> None:
-        """End an exchange: one log line, one update of the figures, and one line of the audit log if it was a write."""
-        exchange.body.close()
-        exchange.let_go()
-        self._telemetry.closed(exchange)
-        if self._audit is not None and exchange.audited:
-            self._audit.write(entry(exchange))
+
+def _framed(piece: bytes, *, last: bool) -> bytes:
+    """Return a piece of a body as a chunk (RFC 9112 section 7.1), and behind the last one the end."""
+    chunk = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+    return chunk + b"0\r\n\r\n" if last else chunk
 
 
 def _shutting_down(*, doubtful: bool = False) -> ProxyError:

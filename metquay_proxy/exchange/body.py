@@ -10,7 +10,7 @@ section 15.5.9: 408 is the answer to a client that falls silent.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from metquay_proxy.rules.errors import ProxyError
 
@@ -29,9 +29,13 @@ class Stream:
     ``arrived``: its last byte has come, read or not. ``held_up``: the sender was told to wait for the reader.
     """
 
-    def __init__(self, hold_up: Callable[[bool], object] = bool) -> None:
-        """``hold_up`` is called with True where the sender is to stop sending, and with False where it may go on."""
+    def __init__(self, hold_up: Callable[[bool], object] = bool, give_up: Callable[[Any], object] = bool) -> None:
+        """``hold_up`` is called with True where the sender is to stop sending, and with False where it may go on.
+
+        ``give_up`` is called where what has not arrived is wanted no more.
+        """
         self._hold_up = hold_up
+        self._give_up = give_up
         self._pieces: list[bytes] = []
         self._size = 0
         self.arrived = self.held_up = False
@@ -86,6 +90,12 @@ class Stream:
         if self._error is None and not self.arrived:
             self._error = error
         self.feed(b"")
+
+    def close(self) -> None:
+        """Give up what has not arrived; it may be called again, but nothing may be read any more."""
+        if not self.arrived:
+            self._give_up(self)
+            self._error = None  # it holds the frames that were told of it, and they this
 
     def read_nowait(self) -> bytes:
         """Return what has come, maybe nothing."""

@@ -17,8 +17,6 @@ from metquay_proxy.rules.gate import Admission
 from metquay_proxy.rules.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from metquay_proxy.exchange.body import RequestBody
     from metquay_proxy.rules.credentials import AccessToken
     from metquay_proxy.rules.errors import ProxyError, Sent
@@ -143,23 +141,12 @@ class Response(Stream):
     """
 
     head: ResponseHead
-
-    def __init__(self, hold_up: Callable[[bool], object] = bool, give_up: Callable[[Response], object] = bool) -> None:
-        """``hold_up`` is as in ``Stream``; ``give_up`` ends the sending of what has not arrived, if there is any."""
-        super().__init__(hold_up)
-        self._give_up = give_up
-        self.begun = self.sent = False
+    begun = sent = False
 
     def begin(self, head: ResponseHead) -> None:
         """Take the head; whoever waits for it hears of it with what is fed next."""
         self.head = head
         self.begun = True
-
-    def close(self) -> None:
-        """Give up what has not arrived; it may be called again, but nothing may be read any more."""
-        if not self.arrived:
-            self._give_up(self)
-            self._error = None  # it holds the frames that were told of it, and they this
 
     async def beginning(self, limit: int) -> bytes:
         """Return the whole body, or a beginning that is longer than ``limit`` bytes; close what breaks off."""

@@ -46,7 +46,7 @@ class Receiver(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take the bytes out of it."""
-        self.data_received(bytes(self._place[:nbytes]))
+        self.data_received(self._place[:nbytes].tobytes())
 
     def data_received(self, data: bytes) -> None:
         """Take what came."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.rules.target import rewrite_location
@@ -234,35 +234,28 @@ def _without(dropped: Collection[bytes], lines: bytes) -> bytes:
     return _LINE.sub(lambda line: b"" if line[1].lower() in dropped else line[0], lines)
 
 
-def inbound(  # noqa: PLR0913 - what the client's side of the connection adds to a head
-    head: ResponseHead,
-    *,
-    base: BaseURL,
-    origin: bytes | None,
-    request_id: bytes,
-    added: bytes,
-    hide_challenge: bool = False,
-    cors: bool = False,
-) -> bytes:
-    """Return the head that goes to the client, ending in the empty line.
+def adapted(
+    head: ResponseHead, base: BaseURL, origin: bytes | None, *, hide_challenge: bool = False, cors: bool = False
+) -> ResponseHead:
+    """Return a head as it must be for one client, and not for all.
 
     ``origin`` is the scheme and authority that the client used (``http://localhost:6387``), None where Location must
-    stay (absolute-form). ``added`` holds whole lines for framing, connection and CORS. ``hide_challenge``: a second 401
-    in a row must not make the tool ask a person for a password that nobody has. ``cors``: the gate, not the upstream,
-    says which pages may read.
+    stay (absolute-form). ``hide_challenge``: a second 401 in a row must not make the tool ask a person for a password
+    that nobody has. ``cors``: the gate, not the upstream, says which pages may read.
     """
-    start = head.start
-    if origin is not None or hide_challenge or cors:
-        lines, dropped = head.kept, set[bytes]()
-        if hide_challenge:
-            dropped.add(b"www-authenticate")
-        if cors:
-            dropped |= {name for name in head.passed if name.startswith(b"access-control-")}
-        if origin is not None:
-            lines = _LOCATION_LINE.sub(
-                lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines
-            )
-        start = _start(head.status, head.reason, _without(dropped, lines) if dropped else lines, head.passed)
+    lines, dropped = head.lines, {b"www-authenticate"} if hide_challenge else set[bytes]()
+    if cors:
+        dropped |= {name for name in head.passed if name.startswith(b"access-control-")}
+    if origin is not None:
+        lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines)
+    return replace(head, lines=_without(dropped, lines))
+
+
+def inbound(head: ResponseHead, request_id: bytes, added: bytes) -> bytes:
+    """Return the head that goes to the client, ending in the empty line.
+
+    ``added`` holds whole lines for framing, connection and CORS.
+    """
     if b"x-request-id" in head.passed:
-        return b"%b%b\r\n" % (start, added)
-    return b"%b%b\r\n%b\r\n" % (start, request_id, added)
+        return b"%b%b\r\n" % (head.start, added)
+    return b"%b%b\r\n%b\r\n" % (head.start, request_id, added)

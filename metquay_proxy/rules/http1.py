@@ -54,12 +54,11 @@ MAX_FIELDS: Final = 128
 # groups are not, since CPython before 3.11.5 gets such wrong: no part of theirs can match in two ways, so that time
 # stays linear.
 _TEXT: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
-_ASKED: Final = re.compile(rb"(%b) ([\x21-\x7e]++)" % "|".join(faults.METHODS).encode())
+_ASKED: Final = re.compile(rb"(%b) ([\x21-\x7e]++) HTTP/1\." % "|".join(faults.METHODS).encode())
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (" + _TEXT + rb"))?(?=\r\n|\Z)")
 _FIELD_LINES: Final = re.compile(rb"(?:\r\n" + faults.TOKEN + rb":" + _TEXT + rb")*")
 _KEPT_FOR: Final = re.compile(rb"(?:\A|[,; \t])timeout[ \t]*+=[ \t]*+\"?([0-9]{1,9})(?![0-9])")
 _START: Final = b"HTTP/1."
-_BEFORE_VERSION: Final = b" " + _START
 _MINOR: Final = {b"1": 1, b"0": 0}
 _MAX_CHUNK_LINE: Final = 4096
 _MAX_LENGTH_DIGITS: Final = 18
@@ -378,10 +377,12 @@ class RequestsMemory:
 
     def _parse(self, text: bytes) -> RequestHead | None:
         """Judge a head, which ends with its blank line; None where it is refused."""
-        line, _, block = text.removesuffix(BLANK_LINE).partition(_BEFORE_VERSION)
-        asked = _ASKED.fullmatch(line) if len(line) < MAX_LINE - len(_START) - 1 else None
+        asked = _ASKED.match(text)
+        if asked is None or asked.end() >= MAX_LINE:
+            return None
+        block = text[asked.end() : -len(BLANK_LINE)]
         fields = self.fields.get(block) or self.fields.judge(block)
-        if asked is None or fields is None:
+        if fields is None:
             return None
         return RequestHead(asked[1].decode(), asked[2].decode(), fields, len(text) - len(BLANK_LINE), fields.secret)
 
@@ -467,11 +468,8 @@ class RequestReader(_Reader):
 
     def _gather(self, data: bytes, start: int) -> tuple[RequestHead | None, int]:
         """Read on in a head, maybe after empty lines; return it, None while it is not whole, and where it ends."""
-        while not self._buffer and start < len(data) and data[start] in CRLF:  # RFC 9112 section 2.2
-            start += 1
-            self._empty += 1
-            if self._empty > _MAX_EMPTY:
-                raise self._fault("too many empty lines")
+        if not self._buffer and data[start : start + 1] in CRLF:
+            start = self._skip(data, start)
         text, start = self._take(data, start, BLANK_LINE, MAX_HEAD, "head")
         head = (self._memory.heads.get(text) or self._memory.heads.judge(text)) if text else None
         if head is None and (text or not faults.BEGUN.match(self._buffer or b"")):
@@ -479,6 +477,15 @@ class RequestReader(_Reader):
         if text:
             self._empty = 0
         return head, start
+
+    def _skip(self, data: bytes, start: int) -> int:
+        """Return where the empty lines before a request end (RFC 9112 section 2.2)."""
+        while start < len(data) and data[start] in CRLF:
+            start += 1
+            self._empty += 1
+            if self._empty > _MAX_EMPTY:
+                raise self._fault("too many empty lines")
+        return start
 
     def _fault(self, _why: str, head: bytes = b"") -> Exception:
         head = head or bytes(self._buffer or b"")

@@ -31,7 +31,7 @@ LOGIN_PATH: Final = "/authenticate"
 OLDER_INTERFACE: Final = "/FlexicalERP/"
 
 _PREFIX: Final = re.compile(r"(/(?!\.{1,2}(/|\Z))[A-Za-z0-9._~!$&'()*+,;=:@-]+)+")
-_FORBIDDEN: Final = re.compile(r"[^\x21-\x7e]|[\\#]")
+_FORBIDDEN: Final = re.compile(r"[^\x21\x22\x24-\x5b\x5d-\x7e]")
 _ABSOLUTE: Final = re.compile(r"(https?)://([^/?]*)(.*)", re.IGNORECASE)
 _NAMES: Final = {"\\": "a backslash", "#": "a number sign (#)", " ": "a space", "\t": "a tab"}
 _BY_ITSELF: Final = re.compile(r"/-?|/favicon\.ico|/robots\.txt|/apple-touch-icon.*|/\.well-known/.*")

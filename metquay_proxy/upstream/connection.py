@@ -48,7 +48,7 @@ _BEFORE_A_REPEAT: Final = "A read can simply be repeated; before you repeat a ch
 class Connection(Receiver):
     """One connection to the upstream, over TLS or not."""
 
-    _transport: asyncio.Transport
+    transport: asyncio.Transport
     idle_since = -math.inf
     """What its owner notes of it: when it became free, if ever,"""
     good_until = 0.0
@@ -87,7 +87,7 @@ class Connection(Receiver):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: the connection is open, over TLS where that is asked for."""
-        self._transport = cast("asyncio.Transport", transport)
+        self.transport = cast("asyncio.Transport", transport)
         self._tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         self._cut = self._tls is not None  # until the peer has said otherwise
 
@@ -129,7 +129,7 @@ class Connection(Receiver):
     def connection_lost(self, exc: Exception | None) -> None:
         """End: an answer that lasts until the connection closes is whole now, any other is broken."""
         if exc is not None and self._tls is None:
-            for data in left_behind(self._transport):
+            for data in left_behind(self.transport):
                 self.data_received(data)
         self._on_lost(self)
         response = self._response
@@ -155,15 +155,10 @@ class Connection(Receiver):
         """Note that it takes bytes again."""
         self._writable.set()
 
-    @property
-    def open(self) -> bool:
-        """Whether it can carry an exchange."""
-        return not self._transport.is_closing()
-
     def has_unread(self) -> bool:
         """Ask the system whether bytes, or the peer's end, have come to it that the loop has not read yet."""
         with _Selector() as selector:
-            selector.register(self._transport.get_extra_info("socket"), selectors.EVENT_READ)
+            selector.register(self.transport.get_extra_info("socket"), selectors.EVENT_READ)
             return bool(selector.select(0))
 
     def watch(self, timeout: float, interval: float) -> None:
@@ -172,7 +167,7 @@ class Connection(Receiver):
         Bytes that come move, and bytes of the request that leave. Where the client is waited for, no time counts.
         """
         response = self._response
-        unsent = 0 if self._transport.is_closing() else _unsent(self._transport)
+        unsent = 0 if self.transport.is_closing() else _unsent(self.transport)
         waits_for_client = self._upload is not None and self._writable.is_set()
         if response is None or response.held_up or waits_for_client or unsent != self._unsent:
             self._silent = 0.0
@@ -189,7 +184,7 @@ class Connection(Receiver):
         A body that is not there yet follows by a task of its own. Raises ``UpstreamFailure`` where the connection has
         closed, and what ``body`` raises.
         """
-        transport = self._transport
+        transport = self.transport
         if transport.is_closing():
             message = "Metquay closed the connection before the request could be sent. Try again."
             raise UpstreamFailure("upstream-closed", message, repeatable=True)
@@ -221,7 +216,7 @@ class Connection(Receiver):
     def abort(self) -> None:
         """Close at once."""
         self._cut = True
-        self._transport.abort()
+        self.transport.abort()
 
     def _finish(self, response: Response) -> None:
         """End the exchange, whose answer has come whole; what of it is still unread is its reader's."""
@@ -254,8 +249,8 @@ class Connection(Receiver):
             self._upload = None
 
     def _hold_up(self, stop: bool) -> None:  # noqa: FBT001 - a stream's one question
-        if not self._transport.is_closing():
-            (self._transport.pause_reading if stop else self._transport.resume_reading)()
+        if not self.transport.is_closing():
+            (self.transport.pause_reading if stop else self.transport.resume_reading)()
 
     async def _send_rest(self, transport: asyncio.Transport, body: RequestBody, response: Response) -> None:
         """Send a body as it comes; cancelled where the exchange ends before."""

@@ -105,7 +105,7 @@ class Pool:
                 return None
             idle.pop()
             doubtful = careful and (connection.bodiless or connection.has_unread())
-            if not doubtful and now < connection.good_until and connection.open:
+            if not doubtful and now < connection.good_until and not connection.transport.is_closing():
                 return connection
             connection.abort()
         return None
@@ -153,7 +153,7 @@ class Pool:
 
     def _keep(self, connection: Connection, kept_for: float | None = None) -> None:
         """Take a connection that is free, for the next request."""
-        if len(self._idle) >= self._room:
+        if len(self._idle) >= self._room or connection not in self._connections:
             connection.abort()
             return
         connection.idle_since = now = self._clock()

@@ -13,6 +13,7 @@ from metquay_proxy.rules.headers import (
     FieldNames,
     RequestFields,
     ResponseHead,
+    adapted,
     connection_options,
     inbound,
     noted_fields,
@@ -407,7 +408,7 @@ def answer(stream: bytes, method: str = "GET") -> ResponseHead:
     return reader.head
 
 
-def received(  # noqa: PLR0913 - what inbound takes
+def received(  # noqa: PLR0913 - what adapted and inbound take
     fields: bytes,
     *,
     status: bytes = b"200 OK",
@@ -418,15 +419,7 @@ def received(  # noqa: PLR0913 - what inbound takes
 ) -> list[bytes]:
     """Return the lines that the client gets for an answer, without the status line."""
     lines = b"HTTP/1.1 " + status + (b"\r\n" + fields if fields else b"")
-    head = inbound(
-        answer(lines),
-        base=BASE,
-        origin=origin,
-        request_id=b"id-1",
-        added=added,
-        hide_challenge=hide_challenge,
-        cors=cors,
-    )
+    head = inbound(adapted(answer(lines), BASE, origin, hide_challenge=hide_challenge, cors=cors), b"id-1", added)
     first, *rest = head.split(b"\r\n")
     assert b"HTTP/1.1 " + status == first
     assert [b"", b""] == rest[-2:]
@@ -453,12 +446,12 @@ class TestInbound:
             b"HTTP/1.1 299 Odd  r\xe9ason\r\nb: 2\r\nset-cookie: a\r\nA: \xff\r\nSet-Cookie: b, c\r\n"
             + BROWSERS
             + b"\r\nCache-Control: no-store\r\nX-Request-Id: id-1\r\nConnection: close\r\n\r\n"
-        ) == inbound(head, base=BASE, origin=None, request_id=b"id-1", added=b"Connection: close\r\n")
+        ) == inbound(head, b"id-1", b"Connection: close\r\n")
 
     def test_an_empty_reason(self) -> None:
         """An answer without a reason keeps the space that HTTP asks for."""
         head = answer(b"HTTP/1.1 200")
-        assert inbound(head, base=BASE, origin=None, request_id=b"i", added=b"").startswith(b"HTTP/1.1 200 \r\n")
+        assert inbound(head, b"i", b"").startswith(b"HTTP/1.1 200 \r\n")
 
     @pytest.mark.parametrize(
         ("fields", "expected", "options"),
@@ -522,7 +515,7 @@ class TestInbound:
     def test_the_answer_to_head_keeps_the_length(self) -> None:
         """It is the one that a GET would have had."""
         head = answer(b"HTTP/1.1 200 OK\r\nContent-Length: 5", "HEAD")
-        assert b"Content-Length: 5\r\n" in inbound(head, base=BASE, origin=None, request_id=b"i", added=b"")
+        assert b"Content-Length: 5\r\n" in inbound(head, b"i", b"")
 
     def test_location_takes_linear_time(self) -> None:
         """However many spaces a Location holds, it is read once."""

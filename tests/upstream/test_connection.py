@@ -258,7 +258,7 @@ class TestSilence:
         """Nothing is expected of it."""
         await whole(await bench.ask(OK))
         looks(bench, 9)
-        assert bench.connection.open
+        assert not bench.connection.transport.is_closing()
 
 
 class TestBodies:
