@@ -27,6 +27,9 @@ from metquay_proxy.rules.address import Address, every
 from metquay_proxy.rules.errors import shortage
 from metquay_proxy.rules.target import is_loopback
 
+if sys.platform != "win32":
+    import resource
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
     from pathlib import Path
@@ -38,8 +41,6 @@ if TYPE_CHECKING:
 
 _BACKLOG: Final = 1024
 _NO_FAMILY: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT, errno.EINVAL})
-_AT_ONCE: Final = 16
-"""Clients that are let in before others get their turn."""
 _RETRY: Final = 1.0
 """Seconds from one look for a free descriptor to the next."""
 _CALM: Final = 3
@@ -252,17 +253,15 @@ class Door:
             self._loop.remove_reader(sock)
 
     def _accept(self, sock: socket.socket) -> None:
-        for _ in range(_AT_ONCE):
-            try:
-                client, _from = sock.accept()
-            except OSError as error:  # nobody waits any more, or who did has just left
-                self._wait(error)
-                return
-            arriving = self._loop.create_task(self._connect(client))
-            arriving.add_done_callback(partial(_arrived, client))
-            if client.fileno() >= _descriptors(self._reserve):
-                self._wait(OSError(errno.EMFILE, ""))
-                return
+        try:
+            client, _from = sock.accept()
+        except OSError as error:  # who waited may have left again
+            self._wait(error)
+            return
+        arriving = self._loop.create_task(self._connect(client))
+        arriving.add_done_callback(partial(_arrived, client))
+        if client.fileno() >= _descriptors(self._reserve):
+            self._wait(OSError(errno.EMFILE, ""))
 
     def _wait(self, error: OSError) -> None:
         if (short := shortage(error)) is None:
@@ -297,7 +296,5 @@ def _arrived(client: socket.socket, arriving: asyncio.Task[object]) -> None:
 
 def _descriptors(reserve: int) -> int:
     """Return how many descriptors clients may take up, where ``reserve`` are for others."""
-    import resource  # noqa: PLC0415 - not on Windows
-
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit - min(reserve, limit // 4)

@@ -22,7 +22,7 @@ import socket
 import struct
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from metquay_proxy.exchange.body import Stream
@@ -373,8 +373,11 @@ def reset(transport: asyncio.WriteTransport) -> None:
 
 def remote(peer: object) -> str | None:
     """Return the address of a peer's name, if that is another machine's; an IPv4 address is one in IPv6 too."""
-    if not isinstance(peer, tuple):
-        return None  # a unix socket's
-    address = ipaddress.ip_address(peer[0])
+    return _remote(peer[0]) if isinstance(peer, tuple) else None  # a unix socket's
+
+
+@lru_cache(maxsize=64)
+def _remote(host: str) -> str | None:
+    address = ipaddress.ip_address(host)
     address = getattr(address, "ipv4_mapped", None) or address
     return None if address.is_loopback else str(address)

@@ -107,8 +107,9 @@ class Handler:
         exchange.fields = fields
         exchange.body = NO_BODY if fields.length == 0 else self._body(stream, chunked=fields.length is None)
         self._telemetry.opened()
-        large = head.size if head.size > _LARGE_HEAD else 0
-        self._heads += large
+        large = head.size > _LARGE_HEAD
+        if large:
+            self._heads += head.size
         response = None
         try:
             if large and self._heads > _HEADS_TOTAL:
@@ -125,7 +126,8 @@ class Handler:
         except Exception as failure:  # noqa: BLE001 - whatever it is, the client gets an answer or sees it break
             self._failed(client, exchange, failure)
         finally:
-            self._heads -= large
+            if large:
+                self._heads -= head.size
             try:
                 if response is not None:
                     response.close()

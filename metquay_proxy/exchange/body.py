@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from metquay_proxy.rules.errors import ProxyError
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import AsyncGenerator, Callable
+
+    Tell = Callable[[Any], object]
 
 HIGH_WATER: Final = 32 * 1024
 """Bytes that may wait for their reader before the sender is held up."""
@@ -29,11 +32,13 @@ class Stream:
     ``arrived``: its last byte has come, read or not. ``held_up``: the sender was told to wait for the reader.
     """
 
-    def __init__(self, hold_up: Callable[[bool], object] = bool, give_up: Callable[[Any], object] = bool) -> None:
+    def __init__(self, hold_up: Tell = bool, give_up: Tell = bool, loop: AbstractEventLoop | None = None) -> None:
         """``hold_up`` is called with True where the sender is to stop sending, and with False where it may go on.
 
-        ``give_up`` is called where what has not arrived is wanted no more.
+        ``give_up`` is called where what has not arrived is wanted no more. ``loop`` is the running one, which costs a
+        system call to find out before Python 3.12.
         """
+        self._loop = loop
         self._hold_up = hold_up
         self._give_up = give_up
         self._pieces: list[bytes] = []
@@ -46,9 +51,7 @@ class Stream:
     def of(cls, data: bytes = b"") -> Self:
         """Make one that has arrived whole; without ``data`` it is no body at all."""
         stream = cls()
-        if data:
-            stream.feed(data)
-        stream.arrived = True
+        stream.feed(data, last=True)
         return stream
 
     @property
@@ -60,13 +63,14 @@ class Stream:
         """Take a piece, maybe an empty one; with the ``last`` one all has come."""
         if piece:
             _add(self._pieces, piece)
-            self._size += len(piece)
         if last:
             self.arrived = True
             if self.held_up:
                 self._hold(up=False)
-        elif self._size > HIGH_WATER and not self.held_up:
-            self._hold(up=True)
+        else:
+            self._size += len(piece)
+            if self._size > HIGH_WATER and not self.held_up:
+                self._hold(up=True)
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -119,7 +123,7 @@ class Stream:
         """Return what is to be awaited for the next news; raise what ``fail`` was given."""
         if self._error is not None:
             raise self._error
-        waiter = self._waiter = asyncio.Future()
+        waiter = self._waiter = asyncio.Future(loop=self._loop)
         return waiter
 
     def _hold(self, *, up: bool) -> None:

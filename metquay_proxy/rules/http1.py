@@ -194,12 +194,13 @@ class ResponseReader(_Reader):
         """Take the memory that the connections to one upstream share."""
         super().__init__()
         self._memories = (AnswersMemory() if memory is None else memory).of
+        self._usual = self._memories[""]
         self.surplus = False
         self.next(method)
 
     def next(self, method: str) -> None:
         """Read another answer, that to a request of ``method``; the one before must have ended without ``surplus``."""
-        self._memory = self._memories.get(method, self._memories[""])
+        self._memory = self._memories.get(method, self._usual)
         self.head: ResponseHead | None = None
         self.complete = False
         self._interim = _MAX_INTERIM

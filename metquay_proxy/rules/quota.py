@@ -331,8 +331,11 @@ class Callers:
 
     def name(self, product: str, now: float) -> str:
         """Return the name under which a tool waits; ``product`` is what it calls itself."""
-        again = product in self._until or self._mark(product)
-        if product not in self._until and len(self._until) >= TOLD_APART:
+        if product in self._until:
+            self._until[product] = now + LATELY
+            return product
+        again = self._mark(product)
+        if len(self._until) >= TOLD_APART:
             if not again or self._until[first := min(self._until, key=self._until.__getitem__)] > now:
                 return OTHERS
             del self._until[first]

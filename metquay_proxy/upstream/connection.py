@@ -194,7 +194,7 @@ class Connection(Receiver):
             self.abort()
             raise
         self._reader.next(method)
-        self._response = response = Response(self._hold_up, self.give_up)
+        self._response = response = Response(self._hold_up, self.give_up, self._loop)
         self._silent = 0.0
         if data is None:
             transport.write(head)

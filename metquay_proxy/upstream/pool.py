@@ -124,7 +124,7 @@ class Pool:
 
     async def warm(self) -> None:
         """Open a connection for the next request; raise ``UpstreamFailure``."""
-        self._keep(await self.open())
+        self._put_by(await self.open())
 
     def keep_warm(self) -> None:
         """Keep a connection ready from now on as though a tool had just asked for something."""
@@ -153,7 +153,7 @@ class Pool:
 
     def _keep(self, connection: Connection, kept_for: float | None = None) -> None:
         """Take a connection that is free, for the next request."""
-        if len(self._idle) >= self._room or connection not in self._connections:
+        if len(self._idle) >= self._room:
             connection.abort()
             return
         connection.idle_since = now = self._clock()
@@ -163,6 +163,11 @@ class Pool:
         until = now + good_for
         connection.good_until = until if until < connection.too_old else connection.too_old  # noqa: FURB136 - see ``quota``
         self._idle.append(connection)
+
+    def _put_by(self, connection: Connection) -> None:
+        """Keep one that nobody has used yet, unless it has closed meanwhile."""
+        if connection in self._connections:
+            self._keep(connection)
 
     def _lost(self, connection: Connection) -> None:
         self._connections.discard(connection)
@@ -201,4 +206,4 @@ class Pool:
         if task.cancelled() or task.exception() is not None:
             self._warm_until = -math.inf
         else:
-            self._keep(task.result())
+            self._put_by(task.result())
