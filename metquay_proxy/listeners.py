@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _BACKLOG: Final = 1024
 _NO_FAMILY: Final = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT, errno.EINVAL})
+_AT_ONCE: Final = 16
+"""Clients that are let in before others get their turn."""
 _RETRY: Final = 1.0
 """Seconds from one look for a free descriptor to the next."""
 _CALM: Final = 3
@@ -227,8 +229,7 @@ class Door:
 
     def __init__(self, connect: Connect, sockets: Sequence[socket.socket], report: Report, reserve: int) -> None:
         """Take what ``let_in`` takes; ``connect`` serves one client, and raises ``OSError`` where it can't."""
-        self._reserve = reserve
-        self._connect, self._sockets, self._report = connect, sockets, report
+        self._connect, self._sockets, self._report, self._reserve = connect, sockets, report, reserve
         self._loop = asyncio.get_running_loop()
         self._looking: asyncio.TimerHandle | None = None
         self._calm = 0
@@ -253,15 +254,18 @@ class Door:
             self._loop.remove_reader(sock)
 
     def _accept(self, sock: socket.socket) -> None:
-        try:
-            client, _from = sock.accept()
-        except OSError as error:  # who waited may have left again
-            self._wait(error)
-            return
-        arriving = self._loop.create_task(self._connect(client))
-        arriving.add_done_callback(partial(_arrived, client))
-        if client.fileno() >= _descriptors(self._reserve):
-            self._wait(OSError(errno.EMFILE, ""))
+        for _ in range(_AT_ONCE):
+            try:
+                client, _from = sock.accept()
+            except OSError as error:  # nobody waits any more, or who did has just left
+                if not isinstance(error, BlockingIOError):
+                    self._wait(error)
+                return
+            arriving = self._loop.create_task(self._connect(client))
+            arriving.add_done_callback(partial(_arrived, client))
+            if client.fileno() >= _descriptors(self._reserve):
+                self._wait(OSError(errno.EMFILE, ""))
+                return
 
     def _wait(self, error: OSError) -> None:
         if (short := shortage(error)) is None:
