@@ -125,7 +125,7 @@ class Exchange:
     def let_go(self) -> None:
         """Forget what served the way alone: finished exchanges are kept for people, and heads may hold secrets."""
         self.target = _NOWHERE
-        self.response = self.writes = None
+        self.response = self.writes = self.fallback = self.rejected = None
         del self.fields, self.body
 
     def note_sent(self, sent: Sent) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import pytest
 
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
-from metquay_proxy.exchange.exchange import Exchange
+from metquay_proxy.exchange.exchange import Exchange, Response, Writes
+from metquay_proxy.rules.credentials import AccessToken
+from metquay_proxy.rules.gate import Admission
 from metquay_proxy.rules.headers import RequestFields
 from metquay_proxy.rules.target import Target
 
@@ -46,6 +49,12 @@ def test_what_is_kept_of_a_finished_one_holds_no_head() -> None:
     exchange = Exchange("PUT", path="/api/v1/customers/1")
     exchange.fields = RequestFields(b"\r\nX-Proxy-Key: key-of-the-shop")
     exchange.body = RequestBody(Stream.of(), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
+    exchange.target = Target("/api/v1/customers/1", "/customers/1", None)
+    exchange.writes, exchange.rejected = Writes(), AccessToken("s3cr3t", 0.0, 900.0)
+    exchange.response = exchange.fallback = Response.of(b"{}")
     exchange.let_go()
     assert not hasattr(exchange, "fields")
     assert "/api/v1/customers/1" == exchange.path
+    left = [getattr(exchange, each.name) for each in fields(exchange) if hasattr(exchange, each.name)]
+    assert {str, int, float, bool, tuple, type(None), Admission, Target} >= {type(value) for value in left}
+    assert Exchange("GET").target is exchange.target
