@@ -949,7 +949,7 @@ class TestRequestBody:
 
 class TestRequestsMemory:
     def test_the_same_lines_are_judged_once(self) -> None:
-        """All readers of a server share what they found out; the version is a part of it, method and target are not."""
+        """All readers of a server share what they found out, of whole heads, and of all but method and target."""
         memory = RequestsMemory()
         first, second = RequestReader(memory), RequestReader(memory)
         first.feed(GET)
@@ -958,6 +958,10 @@ class TestRequestsMemory:
         assert first.head is not None
         assert second.head is not None
         assert first.head.fields is second.head.fields
+        third = RequestReader(memory)
+        assert (b"", 0) == (third.feed(GET), third.held)
+        assert first.head is third.head
+        assert third.complete
         second.next()
         second.feed(GET.replace(b"HTTP/1.1", b"HTTP/1.0"))
         assert (0, False) == (second.head.fields.minor, second.head.fields.keep_alive)
