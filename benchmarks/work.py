@@ -54,7 +54,7 @@ REQUESTS: Final = {
 """Each kind: the bytes of a request, and whether client keys are on."""
 
 
-class _Upstream(threading.Thread):
+class Upstream(threading.Thread):
     """Answers a login, and everything else with two kilobytes; one connection at a time and thread."""
 
     def __init__(self) -> None:
@@ -63,6 +63,7 @@ class _Upstream(threading.Thread):
         self.port: int = self._listener.getsockname()[1]
 
     def run(self) -> None:
+        """Serve for ever."""
         while True:
             connection, _ = self._listener.accept()
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
@@ -118,7 +119,7 @@ def instructions(kind: str) -> dict[str, int]:
 
 async def _count(kind: str) -> dict[str, int]:
     request, keys = REQUESTS[kind]
-    upstream = _Upstream()
+    upstream = Upstream()
     upstream.start()
     base = BaseURL.parse(f"http://127.0.0.1:{upstream.port}")
     values: dict[str, Any] = {"host": base, "listen": "127.0.0.1:0", "rate_limit": "9999999/minute"}
@@ -132,17 +133,18 @@ async def _count(kind: str) -> dict[str, int]:
     try:
         port = int(proxy.addresses[0].rpartition(":")[2])
         with contextlib.closing(await asyncio.to_thread(socket.create_connection, ("127.0.0.1", port))) as client:
-            await asyncio.to_thread(_ask, client, request)
+            await asyncio.to_thread(ask, client, request)
             counter.on()
             for _ in range(REPEATS):
-                await asyncio.to_thread(_ask, client, request)
+                await asyncio.to_thread(ask, client, request)
             counter.off()
     finally:
         await proxy.stop(1.0)
     return {module: round(count / REPEATS) for module, count in counter.by_module.most_common()}
 
 
-def _ask(client: socket.socket, request: str) -> None:
+def ask(client: socket.socket, request: str) -> None:
+    """Send a request and read its answer, which must be the good one."""
     client.sendall(request.encode())
     answer = b""
     while not answer.endswith(_ANSWER[-2048:]):
