@@ -160,7 +160,6 @@ class Handler:
         self._telemetry.opened()
         try:
             response = await self._forwarder.forward(exchange)
-            exchange.head_at = time.perf_counter()
             exchange.status = response.head.status
             exchange.answered_by = "metquay"
             response.close()
@@ -234,7 +233,10 @@ class Handler:
         piece = response.read_nowait()
         exchange.head_sent = True
         client.write(data + (_framed(piece, last=response.arrived) if chunked else piece))
-        return response.arrived
+        if response.arrived:
+            return True
+        exchange.head_at = time.perf_counter()
+        return False
 
     async def _pass_on(self, client: ClientConnection, exchange: Exchange, response: Response) -> None:
         """Pass on the rest of a body, piece by piece."""
@@ -274,8 +276,7 @@ class Handler:
             self._alone.discard(me)
 
     def _answer_head(self, exchange: Exchange, head: ResponseHead, *, chunked: bool) -> bytes:
-        """Return the head of Metquay's answer as the client gets it, and note that it is there."""
-        exchange.head_at = time.perf_counter()
+        """Return the head of Metquay's answer as the client gets it."""
         added = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         if not exchange.keep:
             added += b"Connection: close\r\n"

@@ -106,7 +106,7 @@ class Exchange:
     head_sent: bool = False
     """A byte of the answer was written: nothing else may take its place."""
     head_at: float = 0.0
-    """A reading of ``time.perf_counter`` when Metquay's answer was there to be passed on; 0 if never."""
+    """A reading of ``time.perf_counter`` when the rest of an answer was yet to come; 0 if none was."""
     seconds: float = field(init=False)
     """In all."""
     ended: float = field(init=False)

@@ -246,10 +246,10 @@ class Window:
         self.latency += (now - ticket.since - self.latency) / 8
         cell = self._newest
         if now > cell.until:
-            cell = self._newest = _Cell(now + self._hold, now + self._grain, defaultdict(int))
+            cell = self._newest = _Cell(now + self._hold, now + self._grain, {})
             self._cells.append(cell)
         cell.slots += 1
-        cell.callers[ticket.caller] += 1
+        cell.callers[ticket.caller] = cell.callers.get(ticket.caller, 0) + 1
 
     def give_back(self, ticket: Ticket) -> None:
         """Take back the slot of a ticket that was not sent, as though it never had one."""
