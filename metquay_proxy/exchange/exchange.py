@@ -30,13 +30,6 @@ _NOBODY: Final = Admission()
 _NOWHERE: Final = Target("-", "-", None)
 
 
-class Writes:
-    """The writes under way on one target; it lives as long as any of them."""
-
-    last: Exchange
-    """The one that was forwarded last."""
-
-
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class Exchange:
     """One request and its answer, from the judged head to the last byte. Durations are in seconds."""
@@ -80,7 +73,6 @@ class Exchange:
 
     deadline: float = field(init=False)
     """How long it may wait in all, in seconds of the forwarder's clock."""
-    writes: Writes | None = None
     failed: int = 0
     """How many of its attempts had an unclear end, after which another one was planned."""
     fallback: Response | ProxyError | None = None
@@ -125,7 +117,7 @@ class Exchange:
     def let_go(self) -> None:
         """Forget what served the way alone: finished exchanges are kept for people, and heads may hold secrets."""
         self.target = _NOWHERE
-        self.response = self.writes = self.fallback = self.rejected = None
+        self.response = self.fallback = self.rejected = None
         del self.fields, self.body
 
     def note_sent(self, sent: Sent) -> None:

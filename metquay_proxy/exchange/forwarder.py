@@ -15,9 +15,8 @@ import math
 import random
 import time
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
-from weakref import WeakValueDictionary
 
-from metquay_proxy.exchange.exchange import Response, Writes
+from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules import retries
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Answer, Records, proves_nothing_was_executed, record_name
@@ -40,6 +39,8 @@ T = TypeVar("T")
 _UNAUTHORIZED: Final = 401
 _TOO_MANY: Final = 429
 _TEXT_LIMIT: Final = 4096
+_MOST_WRITES: Final = 1024
+"""Targets of which the last write is known; to others a PUT or DELETE counts as overtaken, to be on the safe side."""
 
 
 class Connection(Protocol):
@@ -91,15 +92,14 @@ class Forwarder:
         self._clock = clock
         self._sleep = sleep
         self._jitter = jitter
-        self._writes: WeakValueDictionary[str, Writes] = WeakValueDictionary()
+        self._latest: dict[str, str] = {}
+        """The id of the write that was forwarded last, to each of some targets."""
         self._refusals = Refusals()
 
     def forward(self, exchange: Exchange) -> Coroutine[Any, Any, Response]:
         """Return Metquay's answer; raise ``ProxyError`` where there is none to pass on."""
         if exchange.target.pass_through:
             return self._send(exchange, None, None)
-        if exchange.method not in retries.READING:
-            exchange.writes = self._writes.setdefault(exchange.target.sent, Writes())
         if exchange.method == "POST" and b"idempotency-key" in exchange.fields.judged:
             return self._once(exchange)
         return self._repeatedly(exchange)
@@ -195,8 +195,8 @@ class Forwarder:
         response, line = None, self._line
         began = time.perf_counter()
         try:
-            if exchange.writes is not None or exchange.failed:
-                _begin(exchange)
+            if exchange.failed or exchange.method not in retries.READING:
+                self._begin(exchange)
             exchange.attempts += 1
             method, body = exchange.method, exchange.body
             head = exchange.fields.outbound(
@@ -225,6 +225,25 @@ class Forwarder:
             if line is not None and ticket is not None:
                 line.settle(ticket)
         return response
+
+    def _begin(self, exchange: Exchange) -> None:
+        """Note that a write or a repeat is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
+        if exchange.method not in retries.READING:
+            if exchange.failed and self._is_overtaken(exchange):
+                raise ProxyError(
+                    "outcome-unknown",
+                    "This request is not sent again, since another one that changes the same record was sent after it: "
+                    "look in Metquay whether it was executed, and send it again if it was not.",
+                    sent=exchange.sent,
+                )
+            if len(self._latest) >= _MOST_WRITES:
+                self._latest.clear()
+            self._latest[exchange.path] = exchange.id
+        _drop(exchange)
+
+    def _is_overtaken(self, exchange: Exchange) -> bool:
+        """Whether another write to the same target was forwarded after this PUT or DELETE, as far as that is known."""
+        return exchange.method in retries.OVERWRITING and self._latest.get(exchange.path) != exchange.id
 
     def _pause_after_failure(self, exchange: Exchange, failure: UpstreamFailure) -> float | None:
         """Return the seconds after which a request that got no answer is sent again; None where it is not."""
@@ -305,7 +324,7 @@ class Forwarder:
         if (
             pause is None
             or exchange.failed == self._retries
-            or _is_overtaken(exchange)
+            or self._is_overtaken(exchange)
             or (self._shared and exchange.method in retries.OVERWRITING and getattr(ended, "sent", "unknown") != "no")
             or not _is_repeatable(exchange)
             or self._clock() + pause > exchange.deadline
@@ -337,27 +356,6 @@ class Forwarder:
 def _is_repeatable(exchange: Exchange) -> bool:
     """Whether there is still somebody to repeat it for, and a body to send."""
     return exchange.body.replayable and not exchange.client_left
-
-
-def _is_overtaken(exchange: Exchange) -> bool:
-    """Whether another write to the same target was forwarded after this PUT or DELETE."""
-    return (
-        exchange.writes is not None and exchange.method in retries.OVERWRITING and exchange.writes.last is not exchange
-    )
-
-
-def _begin(exchange: Exchange) -> None:
-    """Note that a write or a repeat is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
-    if exchange.writes is not None:
-        if exchange.failed and _is_overtaken(exchange):
-            raise ProxyError(
-                "outcome-unknown",
-                "This request is not sent again, since another one that changes the same record was sent after it: "
-                "look in Metquay whether it was executed, and send it again if it was not.",
-                sent=exchange.sent,
-            )
-        exchange.writes.last = exchange
-    _drop(exchange)
 
 
 def _end(exchange: Exchange, error: BaseException) -> Response:

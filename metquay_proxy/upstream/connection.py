@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import selectors
+import select
 import ssl
 import sys
 from typing import TYPE_CHECKING, Final, cast
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _NO_MORE: Final = 300
 """An answer with this status or a higher one says that the rest of the request's body is not wanted."""
-_Selector: Final = getattr(selectors, "PollSelector", selectors.SelectSelector)
 _BEFORE_A_REPEAT: Final = "A read can simply be repeated; before you repeat a change, look whether it was made."
 
 
@@ -157,9 +156,12 @@ class Connection(Receiver):
 
     def has_unread(self) -> bool:
         """Ask the system whether bytes, or the peer's end, have come to it that the loop has not read yet."""
-        with _Selector() as selector:
-            selector.register(self.transport.get_extra_info("socket"), selectors.EVENT_READ)
-            return bool(selector.select(0))
+        sock = self.transport.get_extra_info("socket")
+        if sys.platform == "win32":
+            return bool(select.select([sock], [], [], 0)[0])
+        poll = select.poll()  # which takes descriptors of any number
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def watch(self, timeout: float, interval: float) -> None:
         """Look, each ``interval`` seconds, whether anything moves; end an exchange where for ``timeout`` nothing did.

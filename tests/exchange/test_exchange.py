@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
-from metquay_proxy.exchange.exchange import Exchange, Response, Writes
+from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.credentials import AccessToken
 from metquay_proxy.rules.gate import Admission
 from metquay_proxy.rules.headers import RequestFields
@@ -50,7 +50,7 @@ def test_what_is_kept_of_a_finished_one_holds_no_head() -> None:
     exchange.fields = RequestFields(b"\r\nX-Proxy-Key: key-of-the-shop")
     exchange.body = RequestBody(Stream.of(), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
     exchange.target = Target("/api/v1/customers/1", "/customers/1", None)
-    exchange.writes, exchange.rejected = Writes(), AccessToken("s3cr3t", 0.0, 900.0)
+    exchange.rejected = AccessToken("s3cr3t", 0.0, 900.0)
     exchange.response = exchange.fallback = Response.of(b"{}")
     exchange.let_go()
     assert not hasattr(exchange, "fields")

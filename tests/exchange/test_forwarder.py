@@ -276,6 +276,7 @@ class Rig:
         stream.arrived = whole
         exchange = Exchange(method, path)
         exchange.target = Target("/api/v1" + path, path.partition("?")[0], None, pass_through=pass_through)
+        exchange.path = exchange.target.sent
         exchange.fields = RequestFields(b"" if key is None else b"\r\nIdempotency-Key: " + key.encode())
         exchange.body = RequestBody(stream, chunked=False, limit=LIMIT, budget=ReplayBudget(1 << 20), timeout=60.0)
         exchange.caller, exchange.admission = caller, Admission(scope=caller)
@@ -755,6 +756,19 @@ async def test_the_later_one_is_repeated(rig: Rig) -> None:
     assert [(503, 1), (200, 2), (200, 2), (200, 2)] == [(await rig.run(one)).outcome[:2] for one in asked]
     rig.upstream.outcomes = [RESET, 200]
     assert (200, 2, "unknown") == await rig.answer("PUT", "/1"), "what has ended overtakes nothing"
+
+
+async def test_more_writes_than_are_known(rig: Rig) -> None:
+    """Where other targets have taken the place of its own, a PUT is not repeated: another one may have come between."""
+    rig.upstream.outcomes, rig.upstream.lasts = [busy(), 200], 1.0
+    first = rig.ask("PUT", "/customers/1")
+    await rig.time.settle()
+    rig.upstream.lasts = 0.0
+    for number in range(1024):
+        assert (200, 1, "no") == await rig.answer("POST", f"/{number}")
+    assert (503, 1, "no") == (await rig.run(first)).outcome
+    rig.upstream.outcomes = [busy(), 200]
+    assert (200, 2) == (await rig.answer("PUT", "/customers/1"))[:2]
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])
