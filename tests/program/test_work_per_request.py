@@ -18,7 +18,7 @@ from benchmarks.instructions import instructions
 SAME_PYTHON = sys.version_info[:2] == (3, 11)
 BYTE_CODE = {"GET": 1795, "GET with a client key": 2635, "PUT": 2280}
 """Instructions of byte code for each kind, on Python 3.11; ``python -m benchmarks.work`` prints them by module."""
-MACHINE_CODE = {"uvloop": 125_000, "asyncio": 196_000}
+MACHINE_CODE = {"uvloop": 123_000, "asyncio": 194_000}
 """Instructions of the processor for a GET on each loop, with Debian's Python 3.11.
 
 ``python -m benchmarks.instructions`` prints them.
