@@ -39,7 +39,7 @@ T = TypeVar("T")
 _UNAUTHORIZED: Final = 401
 _TOO_MANY: Final = 429
 _TEXT_LIMIT: Final = 4096
-_MOST_WRITES: Final = 1024
+_MOST_WRITES: Final = 256
 """Targets of which the last write is known; to others a PUT or DELETE counts as overtaken, to be on the safe side."""
 
 
