@@ -187,7 +187,8 @@ class Wire:
     def reset(self) -> None:
         """Reset the connection."""
         handle = self.writer.get_extra_info("socket")
-        handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if handle is not None:  # else the other end was faster
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
     async def some(self, size: int = 1 << 16) -> bytes:

@@ -110,7 +110,6 @@ class Handler:
         large = head.size > _LARGE_HEAD
         if large:
             self._heads += head.size
-        response = None
         try:
             if large and self._heads > _HEADS_TOTAL:
                 exchange.keep = False
@@ -129,8 +128,6 @@ class Handler:
             if large:
                 self._heads -= head.size
             try:
-                if response is not None:
-                    response.close()
                 exchange.body.close()
                 exchange.let_go()
                 self._telemetry.closed(exchange)
@@ -162,7 +159,6 @@ class Handler:
             response = await self._forwarder.forward(exchange)
             exchange.status = response.head.status
             exchange.answered_by = "metquay"
-            response.close()
         except ProxyError as error:
             exchange.status = error.status
             exchange.error = error.slug
@@ -182,9 +178,10 @@ class Handler:
         self, client: ClientConnection, exchange: Exchange, head: RequestHead
     ) -> Coroutine[Any, Any, Response | None]:
         """Judge the request; return what answers it here, or brings Metquay's answer, which is to be passed on."""
-        fields, (target, admission) = head.fields, self._admitted.get(head) or self._admit(exchange, head)
         if self.draining:
+            exchange.cors = self._gate.cors(head.fields)
             raise _shutting_down()
+        fields, (target, admission) = head.fields, self._admitted.get(head) or self._admit(exchange, head)
         exchange.target, exchange.path, exchange.admission = target, target.path, admission
         exchange.caller = admission.client or self._callers.name(fields.product, exchange.began)
         if admission.preflight:
@@ -251,27 +248,27 @@ class Handler:
         task = asyncio.ensure_future(forwarding)
         ended = task.get_loop().create_future()  # what asyncio.shield does, at a third of its cost
         task.add_done_callback(lambda _: None if ended.done() else ended.set_result(None))
-        try:
-            await ended
-            return task.result()
-        except asyncio.CancelledError:
-            if self._stopping or not exchange.on_its_way:
-                task.cancel()
-                [result] = await asyncio.gather(task, return_exceptions=True)
-                if isinstance(result, Response):
-                    result.close()
-                raise
-            exchange.client_left = True
         me = asyncio.current_task()
-        self._alone.add(me)
         try:
-            async with asyncio.timeout(self._read_timeout):
-                return await task
-        except (TimeoutError, asyncio.CancelledError):
-            exchange.note_sent("unknown")
-            raise asyncio.CancelledError from None
+            try:
+                await ended
+                return task.result()
+            except asyncio.CancelledError:
+                if self._stopping or not exchange.on_its_way:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+                    raise
+                exchange.client_left = True
+            self._alone.add(me)
+            try:
+                async with asyncio.timeout(self._read_timeout):
+                    return await task
+            except (TimeoutError, asyncio.CancelledError):
+                exchange.note_sent("unknown")
+                raise asyncio.CancelledError from None
         finally:
             self._alone.discard(me)
+            del task  # what it failed with holds this frame
 
     def _answer_head(self, exchange: Exchange, head: ResponseHead, *, chunked: bool) -> bytes:
         """Return the head of Metquay's answer as the client gets it."""

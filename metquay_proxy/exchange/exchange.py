@@ -80,7 +80,7 @@ class Exchange:
     rejected: AccessToken | None = None
     """The token of the last one, if it was answered with 401: another one is waited for."""
     response: Response | None = None
-    """What the attempt that is under way will be answered."""
+    """What the latest attempt is answered, unless another one is waited for."""
 
     status: int = 0
     answered_by: Literal["metquay", "proxy"] = "proxy"
@@ -115,7 +115,11 @@ class Exchange:
         return self.response is not None and self.response.sent
 
     def let_go(self) -> None:
-        """Forget what served the way alone: finished exchanges are kept for people, and heads may hold secrets."""
+        """End and forget what served the way alone: finished exchanges are kept for people, and heads hold secrets."""
+        if self.response is not None:
+            self.response.close()
+        if isinstance(self.fallback, Response):
+            self.fallback.close()
         self.target = _NOWHERE
         self.response = self.fallback = self.rejected = None
         del self.fields, self.body

@@ -228,16 +228,17 @@ class Forwarder:
 
     def _begin(self, exchange: Exchange) -> None:
         """Note that a write or a repeat is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
-        if exchange.method not in retries.READING:
+        if not (exchange.method in retries.READING or exchange.target.pass_through):
             if exchange.failed and self._is_overtaken(exchange):
                 raise ProxyError(
                     "outcome-unknown",
-                    "This request is not sent again, since another one that changes the same record was sent after it: "
-                    "look in Metquay whether it was executed, and send it again if it was not.",
+                    "This request is not sent again, since another one that changes the same record may have been sent "
+                    "after it: look in Metquay whether it was executed, and send it again if it was not.",
                     sent=exchange.sent,
                 )
+            self._latest.pop(exchange.path, None)
             if len(self._latest) >= _MOST_WRITES:
-                self._latest.clear()
+                del self._latest[next(iter(self._latest))]
             self._latest[exchange.path] = exchange.id
         _drop(exchange)
 

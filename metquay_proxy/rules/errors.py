@@ -108,8 +108,8 @@ class ProxyError(Exception):
 class UpstreamFailure(ProxyError):
     """An exchange that broke. ``repeatable``: a request whose method allows it may be sent again.
 
-    ``connected``: a connection was there, so that the request may have been executed. ``stale``: it broke on a
-    reused connection before any byte of an answer, as happens when the server closes an idle one.
+    ``stale``: it broke on a connection that had idled, before any byte of an answer, as happens when the server closes
+    an idle one.
     """
 
     def __init__(

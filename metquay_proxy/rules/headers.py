@@ -12,7 +12,6 @@ a Transfer-Encoding overrides it); RFC 9111 section 4.2.2 (a cache may keep an a
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -89,6 +88,7 @@ _LONGEST_AGENT: Final = 200
 _PRODUCT: Final = re.compile(rb"(?:mozilla/\S+ \([^)]*\) )?[^a-z/(]*([a-z]*(?:[ ._-]+[a-z]++(?!\d))*)")
 """The words without digits that a User-Agent begins with; of one that says it is like a browser, those after that."""
 _NO_CONTENT: Final = 204
+_ENDLESS: Final = 1 << 62
 
 
 class RequestFields:
@@ -169,9 +169,9 @@ class ResponseHead:
 
     ``lines`` holds its field lines as they came, each after its CRLF; ``kept`` those of them that any client gets, and
     ``start`` what any client gets of the head, up to the value of X-Request-Id if Metquay gave none.
-    ``noted`` are the fields of those names that somebody reads, names and values in lower case, in order; ``passed``
-    the names of those among them that are kept; ``options`` are those of Connection. ``secret``: it holds what nobody
-    may remember.
+    ``noted`` are the fields that somebody reads, or that nobody may remember, names and values in lower case, in order;
+    ``passed`` the names of those among them that any client gets; ``options`` are those of Connection. ``secret``: it
+    holds what nobody may remember.
 
     ``length`` is that of the body in bytes: None when chunked or until close, 0 without a body, which some have by rule
     (``bodiless``); ``left`` is how many bytes follow, as far as the head says: 0 when chunked, more than can ever come
@@ -206,7 +206,7 @@ class ResponseHead:
         self.kept = _without(dropped, kept) if dropped else kept
         self.passed = names - NAMES.inbound - dropped
         self.start = _start(self.status, self.reason, self.kept, self.passed)
-        self.left = sys.maxsize if self.until_close else self.length or 0
+        self.left = _ENDLESS if self.until_close else self.length or 0
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -215,7 +215,7 @@ class ResponseHead:
 
 
 def noted_fields(lines: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the fields of valid lines that somebody reads in an answer, names and values in lower case, in order."""
+    """Return the fields of valid lines that ``ResponseHead.noted`` holds."""
     return NAMES.noted_field.findall(lines.lower())
 
 

@@ -455,7 +455,7 @@ class RequestReader(_Reader):
                 head, start = self._gather(data, start)
                 if head is None:
                     return b""
-            self.head = head
+            self.head, self._empty = head, 0
             length = head.fields.length
             if length:
                 self._left = length
@@ -475,8 +475,6 @@ class RequestReader(_Reader):
         head = (self._memory.heads.get(text) or self._memory.heads.judge(text)) if text else None
         if head is None and (text or not faults.BEGUN.match(self._buffer or b"")):
             raise self._fault("no request looks like this", text)
-        if text:
-            self._empty = 0
         return head, start
 
     def _skip(self, data: bytes, start: int) -> int:

@@ -104,8 +104,8 @@ class Pool:
             if careful and connection.idle_since < now - self._max_idle_unsafe:
                 return None
             idle.pop()
-            doubtful = careful and (connection.bodiless or connection.has_unread())
-            if not doubtful and now < connection.good_until and not connection.transport.is_closing():
+            good = now < connection.good_until and not connection.transport.is_closing()
+            if good and not (careful and (connection.bodiless or connection.has_unread())):
                 return connection
             connection.abort()
         return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
+import weakref
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -38,7 +40,9 @@ Forward = Callable[["Exchange"], Awaitable[Response]]
 
 
 @contextlib.asynccontextmanager
-async def handled(forward: Forward, gate: Gate | None = None) -> AsyncIterator[tuple[Client, Telemetry]]:
+async def handled(
+    forward: Forward, gate: Gate | None = None, *, draining: bool = False
+) -> AsyncIterator[tuple[Client, Telemetry]]:
     """Serve a client whose requests are forwarded by ``forward``, with nothing else made up."""
     base, telemetry = BaseURL.parse("lab.metquay.co"), Telemetry()
     pages = Pages(ready=lambda: True, status=dict, allow_quit=False, telemetry=telemetry)
@@ -54,6 +58,7 @@ async def handled(forward: Forward, gate: Gate | None = None) -> AsyncIterator[t
         replay_limit=1 << 20,
         read_timeout=60.0,
     )
+    handler.draining = draining
     server = Server(handler, pages.respond, Bounds())
     listener = await asyncio.get_running_loop().create_server(server.accept, "127.0.0.1", 0)
     client = Client(*await asyncio.open_connection(*listener.sockets[0].getsockname()))
@@ -130,6 +135,29 @@ class TestMistakes:
             monkeypatch.setattr(telemetry, "closed", lambda _: 1 / 0)
             await client.send(get(), get())
             assert [400] * 2 == [(await client.answer()).status for _ in range(2)]
+
+
+async def test_a_write_that_failed_leaves_nothing() -> None:
+    """What it failed with is gone with it, and does not wait for the garbage collector."""
+    left: list[weakref.ref[ProxyError]] = []
+
+    def made() -> ProxyError:
+        error = ProxyError("bad-request", "x")
+        left.append(weakref.ref(error))
+        return error
+
+    async def fail(_: Exchange) -> Response:
+        raise made()
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with handled(fail) as (client, _telemetry):
+            await client.send(post(b"{}"))
+            assert 400 == (await client.answer()).status
+            await eventually(lambda: left[0]() is None)
+    finally:
+        gc.enable()
 
 
 class Counted(Gate):
@@ -228,6 +256,16 @@ class TestDrain:
         assert not stopping.done()
         await peer.send(OK)
         await stopping
+
+    async def test_nothing_else_is_judged(self) -> None:
+        """Whatever a request is, while the proxy drains it is told to come again: also one that would be refused."""
+
+        async def forward(_: Exchange) -> Response:
+            raise AssertionError
+
+        async with handled(forward, draining=True) as (client, _telemetry):
+            await client.send(get("/a/../b", host=b"evil.example"))
+            assert "shutting-down" == (await client.answer()).slug
 
     @rule("contract 9")
     async def test_late_requests(self, bench: Bench) -> None:

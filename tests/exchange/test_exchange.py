@@ -51,8 +51,11 @@ def test_what_is_kept_of_a_finished_one_holds_no_head() -> None:
     exchange.body = RequestBody(Stream.of(), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
     exchange.target = Target("/api/v1/customers/1", "/customers/1", None)
     exchange.rejected = AccessToken("s3cr3t", 0.0, 900.0)
-    exchange.response = exchange.fallback = Response.of(b"{}")
+    given_up: list[Response] = []
+    exchange.response, exchange.fallback = Response(give_up=given_up.append), Response(give_up=given_up.append)
+    answers = [exchange.response, exchange.fallback]
     exchange.let_go()
+    assert answers == given_up
     assert not hasattr(exchange, "fields")
     assert "/api/v1/customers/1" == exchange.path
     left = [getattr(exchange, each.name) for each in fields(exchange) if hasattr(exchange, each.name)]

@@ -767,8 +767,14 @@ async def test_more_writes_than_are_known(rig: Rig) -> None:
     for number in range(256):
         assert (200, 1, "no") == await rig.answer("POST", f"/{number}")
     assert (503, 1, "no") == (await rig.run(first)).outcome
-    rig.upstream.outcomes = [busy(), 200]
-    assert (200, 2) == (await rig.answer("PUT", "/customers/1"))[:2]
+    rig.upstream.outcomes, rig.upstream.lasts = [busy(), 200], 1.0
+    second = rig.ask("PUT", "/customers/1")
+    await rig.time.settle()
+    rig.upstream.lasts = 0.0
+    for number in range(254):
+        assert (200, 1, "no") == await rig.answer("POST", f"/{number}")
+        assert (200, 1, "no") == await rig.answer("POST", "/255")
+    assert (200, 2) == (await rig.run(second)).outcome[:2]
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE"])

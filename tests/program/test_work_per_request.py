@@ -16,7 +16,7 @@ if sys.platform == "win32":
 from benchmarks.instructions import instructions
 
 SAME_PYTHON = sys.version_info[:2] == (3, 11)
-BYTE_CODE = {"GET": 1795, "GET with a client key": 2635, "PUT": 2280}
+BYTE_CODE = {"GET": 1805, "GET with a client key": 2640, "PUT": 2330}
 """Instructions of byte code for each kind, on Python 3.11; ``python -m benchmarks.work`` prints them by module."""
 MACHINE_CODE = {"uvloop": 123_000, "asyncio": 194_000}
 """Instructions of the processor for a GET on each loop, with Debian's Python 3.11.

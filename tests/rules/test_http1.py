@@ -936,6 +936,17 @@ class TestRequestBody:
         assert (True, None, False) == (reader.rest(), reader.head, reader.complete)
         assert (b"abc", True) == (reader.feed(posted(b"abc")), reader.complete)
 
+    @pytest.mark.parametrize("stream", [GET, posted(b"abc")])
+    def test_empty_lines_do_not_add_up(self, stream: bytes) -> None:
+        """A tool that sends one behind each request may do so for ever, whether its heads are remembered or not."""
+        reader = RequestReader(RequestsMemory())
+        for _ in range(20):
+            head, mark, body = stream.partition(b"\r\n\r\n")
+            reader.feed(head + mark)
+            assert (body, True) == (reader.feed(body), reader.complete)
+            reader.next()
+            assert (b"", False) == (reader.feed(b"\r\n"), reader.complete)
+
     def test_a_body_that_waited(self) -> None:
         """What waits of a body is returned when its request begins, and goes on where it ended."""
         reader = RequestReader()

@@ -13,7 +13,7 @@ from metquay_proxy.exchange.body import Stream
 from metquay_proxy.rules.errors import UpstreamFailure
 from metquay_proxy.upstream.dial import OutboundProxy
 from metquay_proxy.upstream.pool import Pool
-from tests.upstream.peers import body_of, no_body, pool_to, send, speaking
+from tests.upstream.peers import GET, body_of, no_body, pool_to, send, speaking
 from tests.wire import OK, answered, eventually
 
 if TYPE_CHECKING:
@@ -79,6 +79,19 @@ async def test_who_looks_before(far: Upstream, pool: Pool, method: str, left_ove
         response = await send(pool, method)
     assert b"ok" == await response.read()
     assert 2 == len(far.peers)
+
+
+async def test_one_that_closes(far: Upstream, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It carries nothing, and its socket, which may be gone, is not asked."""
+    await (await send(pool, "GET")).read()
+    connection = pool.take("GET")
+    assert connection is not None
+    assert b"ok" == await connection.send("GET", GET, no_body()).read()
+    assert (0, 1) == pool.connections
+    monkeypatch.setattr(connection, "has_unread", lambda: 1 / 0)
+    connection.abort()
+    assert pool.take("POST") is None
+    assert far.peers
 
 
 class Warmth:
