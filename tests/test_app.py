@@ -181,7 +181,7 @@ async def test_a_download_that_does_not_end(version: str) -> None:
         peer = await bench.upstream.peer()
         await peer.request()
         await peer.send(CHUNKS)
-        assert await client.until(b"abc")
+        assert await client.until(b"\nabc")
         ending = Ending(bench, 0.2)
         with pytest.raises(Broken):
             await client.to_the_end()
@@ -436,7 +436,7 @@ async def test_a_process_that_is_told_to_stop(tmp_path: Path, number: int) -> No
         upload = await running.upstream.peer()
         await downloading.send(get("/download"))
         await (await running.upstream.peer()).send(CHUNKS)
-        await downloading.until(b"abc")
+        await downloading.until(b"\nabc")
         ending = asyncio.ensure_future(ended(running.command, number))
         await idle.ended()
         assert not path.exists()
