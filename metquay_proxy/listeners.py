@@ -258,8 +258,7 @@ class Door:
             try:
                 client, _from = sock.accept()
             except OSError as error:  # nobody waits any more, or who did has just left
-                if not isinstance(error, BlockingIOError):
-                    self._wait(error)
+                self._wait(error)
                 return
             arriving = self._loop.create_task(self._connect(client))
             arriving.add_done_callback(partial(_arrived, client))

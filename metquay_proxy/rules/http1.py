@@ -341,16 +341,17 @@ class AnswersMemory:
 
 
 class RequestHead(NamedTuple):
-    """One request's head; ``target`` is as in the request line, ``size`` in bytes.
-
-    ``secret``: it holds what nobody may remember.
-    """
+    """One request's head; ``target`` is as in the request line, ``size`` in bytes."""
 
     method: str
     target: str
     fields: RequestFields
     size: int
-    secret: bool
+
+    @property
+    def secret(self) -> bool:
+        """Whether it holds what nobody may remember."""
+        return self.fields.secret
 
 
 def _parse_fields(block: bytes) -> RequestFields | None:
@@ -385,7 +386,7 @@ class RequestsMemory:
         fields = self.fields.get(block) or self.fields.judge(block)
         if fields is None:
             return None
-        return RequestHead(asked[1].decode(), asked[2].decode(), fields, len(text) - len(BLANK_LINE), fields.secret)
+        return RequestHead(asked[1].decode(), asked[2].decode(), fields, len(text) - len(BLANK_LINE))
 
 
 class RequestReader(_Reader):

@@ -90,8 +90,6 @@ async def ask(pool: Pool, base: BaseURL, what: str, fields: str = "", data: byte
     answer = b""
     connection = pool.take(method, own=True) or await pool.open()
     with contextlib.closing(connection.send(method, f"{head}{fields}\r\n".encode(), body)) as response:
-        while not response.begun:
-            await response.news()
         while piece := await response.read():
             answer += piece
             if len(answer) > _ANSWER_LIMIT:
