@@ -124,7 +124,6 @@ class Proxy:
                 self.pool,
                 self.tokens,
                 self._line,
-                base,
                 max_wait=settings.max_wait,
                 retries=settings.retries,
                 clock=clock,

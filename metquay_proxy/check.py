@@ -236,7 +236,7 @@ class _Check:
 
     async def login(self) -> tuple[str, ...]:
         token = await Login(self.transport, self._base, self._credentials, time.monotonic).token()
-        self._authorization = f"Authorization: {token.authorization.decode()}\r\n"
+        self._authorization = token.authorization.decode()
         return "ok", f"a token for {token.lifetime:.0f} s"
 
     async def read(self) -> tuple[str, ...]:

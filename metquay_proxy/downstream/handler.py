@@ -77,6 +77,7 @@ class Handler:
         self._own = OwnAnswers(gate, pages)
         self._telemetry = telemetry
         self._base = base
+        self._host = base.authority.encode()
         self._origin = f"{scheme}://".encode()
         self._audit = audit
         self._read_timeout = read_timeout
@@ -84,7 +85,7 @@ class Handler:
         self._callers = Callers()
         self._alone: set[asyncio.Task[Any] | None] = set()
         """The tasks of writes that run on without their clients."""
-        self._admitted: dict[RequestHead, tuple[Target, Admission]] = {}
+        self._admitted: dict[RequestHead, tuple[Target, Admission, bytes]] = {}
         self.draining = False
         self._stopping = False
         self._heads = 0
@@ -151,6 +152,7 @@ class Handler:
         exchange = Exchange("GET")
         exchange.fields = RequestFields(b"\r\nAccept: application/json")
         exchange.target = self._rules.parse("GET", "/customers?limit=1")
+        exchange.outgoing = exchange.fields.outbound("GET", exchange.target.sent, host=self._host, chunked=False)
         exchange.path = exchange.target.path
         exchange.body = NO_BODY
         exchange.caller = "test of the connection"
@@ -181,34 +183,42 @@ class Handler:
         if self.draining:
             exchange.cors = self._gate.cors(head.fields)
             raise _shutting_down()
-        fields, (target, admission) = head.fields, self._admitted.get(head) or self._admit(exchange, head)
-        exchange.target, exchange.path, exchange.admission = target, target.path, admission
-        exchange.caller = admission.client or self._callers.name(fields.product, exchange.began)
+        target, admission, outgoing = self._admitted.get(head) or self._admit(exchange, head)
+        exchange.target, exchange.path, exchange.admission, exchange.outgoing = target, target.path, admission, outgoing
+        exchange.caller = admission.client or self._callers.name(head.fields.product, exchange.began)
         if admission.preflight:
             return preflight(client, exchange)
-        if b"upgrade" in fields.options and (fields.text(b"upgrade") or "").lower() == "websocket":
-            raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
         if target.own:
             return self._own.answer(client, exchange, time.time())
-        if target.pass_through:
-            exchange.keep_authorization = not self._gate.is_ours(fields.text(b"authorization"), time.time())
-        if b"expect" in fields.judged:
+        if b"expect" in head.fields.judged:
             client.proceed()
         forwarding = self._forwarder.forward(exchange)
         return forwarding if exchange.method in READING else self._write(exchange, forwarding)
 
-    def _admit(self, exchange: Exchange, head: RequestHead) -> tuple[Target, Admission]:
-        """Return what is asked for, and who asks; raise ``ProxyError`` where nobody may.
+    def _admit(self, exchange: Exchange, head: RequestHead) -> tuple[Target, Admission, bytes]:
+        """Return what is asked for, who asks, and the head that goes on; raise ``ProxyError`` where nobody may.
 
         Remembered is what was found out about a few short heads without a secret, where no key and no page plays a
         part: about those the same will be found for ever.
         """
-        if b"origin" in head.fields.judged:
-            exchange.cors = self._gate.cors(head.fields)
-        target = exchange.target = self._rules.parse(head.method, head.target)
+        method, fields, gate, now = head.method, head.fields, self._gate, time.time()
+        if b"origin" in fields.judged:
+            exchange.cors = gate.cors(fields)
+        target = exchange.target = self._rules.parse(method, head.target)
         exchange.path = target.path
-        admitted = target, self._gate.check(head.method, target, head.fields, time.time())
-        if not (self._gate.keys or head.fields.of_page or head.secret or head.size > LONGEST_REMEMBERED):
+        admission = exchange.admission = gate.check(method, target, fields, now)
+        if b"upgrade" in fields.options and (fields.text(b"upgrade") or "").lower() == "websocket":
+            raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
+        outgoing = fields.outbound(
+            method,
+            target.sent,
+            host=self._host,
+            chunked=fields.length is None,
+            read_only=admission.read_only,
+            keep_authorization=target.pass_through and not gate.is_ours(fields.text(b"authorization"), now),
+        )
+        admitted = target, admission, outgoing
+        if not (gate.keys or fields.of_page or fields.secret or head.size > LONGEST_REMEMBERED):
             if len(self._admitted) >= REMEMBERED:
                 self._admitted.clear()
             self._admitted[head] = admitted

@@ -54,8 +54,8 @@ class Exchange:
     """What the gate found out: who asks, and whether that one may only read."""
     caller: str = ""
     """Whom it waits in line with: the name of the key, else what the tool calls itself."""
-    keep_authorization: bool = False
-    """Whether the client's own Authorization is passed on, in place of a token."""
+    outgoing: bytes = b""
+    """The head that goes upstream, but for a token's line and the empty one."""
     cors: tuple[tuple[str, str], ...] = ()
     """The fields that let a listed web page read the answer."""
     quiet: bool = False
@@ -120,7 +120,7 @@ class Exchange:
             self.response.close()
         if isinstance(self.fallback, Response):
             self.fallback.close()
-        self.target = _NOWHERE
+        self.target, self.outgoing = _NOWHERE, b""
         self.response = self.fallback = self.rejected = None
         del self.fields, self.body
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from metquay_proxy.exchange.exchange import Response
 from metquay_proxy.rules import retries
 from metquay_proxy.rules.errors import ProxyError, Sent, UpstreamFailure
+from metquay_proxy.rules.faults import CRLF
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Answer, Records, proves_nothing_was_executed, record_name
 from metquay_proxy.rules.quota import QuotaExceeded, retry_after_seconds
 from metquay_proxy.rules.renewal import Refusals
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from metquay_proxy.exchange.tokens import TokenCache
     from metquay_proxy.rules.credentials import AccessToken
     from metquay_proxy.rules.quota import Ticket
-    from metquay_proxy.rules.target import BaseURL
 
 T = TypeVar("T")
 
@@ -68,7 +68,6 @@ class Forwarder:
         transport: Transport,
         tokens: TokenCache,
         line: Line | None,
-        base: BaseURL,
         *,
         max_wait: float,
         retries: int,
@@ -84,7 +83,6 @@ class Forwarder:
         self._transport = transport
         self._tokens = tokens
         self._line = line
-        self._host = base.authority.encode()
         self._max_wait = max_wait
         self._retries = retries
         self._records = Records() if records is None else records
@@ -98,9 +96,8 @@ class Forwarder:
 
     def forward(self, exchange: Exchange) -> Coroutine[Any, Any, Response]:
         """Return Metquay's answer; raise ``ProxyError`` where there is none to pass on."""
-        if exchange.target.pass_through:
-            return self._send(exchange, None, None)
-        if exchange.method == "POST" and b"idempotency-key" in exchange.fields.judged:
+        once = exchange.method == "POST" and b"idempotency-key" in exchange.fields.judged
+        if once and not exchange.target.pass_through:
             return self._once(exchange)
         return self._repeatedly(exchange)
 
@@ -135,32 +132,53 @@ class Forwarder:
             await self._records.complete(claim, answer, self._clock(), executed=executed)
         return response
 
-    async def _repeatedly(self, exchange: Exchange) -> Response:  # noqa: C901 - each step of an attempt, in order
-        """Send a request until it has an answer to pass on; raise ``ProxyError`` where there is none."""
+    async def _repeatedly(self, exchange: Exchange) -> Response:  # noqa: C901, PLR0912 - the steps of an attempt, in order
+        """Send a request until it has an answer to pass on; raise ``ProxyError`` where there is none.
+
+        A slot of the quota counts from the request's first byte until one window after the answer's head, or failure.
+        Where no byte was sent (there was no connection, or the client left before), it comes back at once.
+        """
+        method, line, token, ticket = exchange.method, self._line, None, None
         fresh, now = False, self._clock()
         exchange.deadline = now + self._max_wait
         try:
             while True:
-                token = self._tokens.current(now)
-                if token is None or token is exchange.rejected:
-                    token = await self._token(exchange)
-                    now = self._clock()
-                ticket = None
-                if self._line is not None:
-                    ticket = self._line.ask(now, exchange.caller, exchange.deadline - now)
-                    if ticket.state == "waiting":
-                        token = await self._turn(self._line, ticket, exchange)
+                if not exchange.target.pass_through:
+                    token = self._tokens.current(now)
+                    if token is None or token is exchange.rejected:
+                        token = await self._token(exchange)
+                        now = self._clock()
+                    if line is not None:
+                        ticket = line.ask(now, exchange.caller, exchange.deadline - now)
+                        if ticket.state == "waiting":
+                            token = await self._turn(line, ticket, exchange)
+                            now = self._clock()
+                began = now
                 try:
-                    response = await self._send(exchange, token, ticket, fresh=fresh)
+                    try:
+                        if exchange.failed or method not in retries.READING:
+                            self._begin(exchange)
+                        exchange.attempts += 1
+                        connection = None if fresh else self._transport.take(method)
+                        if connection is None:
+                            connection = await self._transport.open()
+                        head = exchange.outgoing + (CRLF if token is None else token.authorization + CRLF)
+                        response = exchange.response = connection.send(method, head, exchange.body)
+                        if ticket is not None:
+                            ticket.send()
+                        while not response.begun:
+                            await response.news()
+                    finally:
+                        now = self._clock()
+                        exchange.upstream += now - began
+                        if line is not None and ticket is not None:
+                            line.settle(ticket, now)
                 except UpstreamFailure as failure:
                     fresh, pause = True, self._pause_after_failure(exchange, failure)
                     if pause is None:
                         raise
                 else:
-                    status = response.head.status
-                    if self._refusals.marks and status != _UNAUTHORIZED:
-                        self._refusals.taken(exchange.resource, token, self._clock())
-                    if status < _UNAUTHORIZED:
+                    if token is None or (response.head.status < _UNAUTHORIZED and not self._refusals.marks):
                         return response
                     pause = await self._pause_after_answer(exchange, response, token)
                     if pause is None:
@@ -178,53 +196,12 @@ class Forwarder:
             await self._waiting(exchange, line.wait(ticket))
             return await self._token(exchange)
         except BaseException:
-            line.settle(ticket)
+            line.settle(ticket, self._clock())
             raise
 
     async def _token(self, exchange: Exchange) -> AccessToken:
         wanted = self._tokens.get(exchange.deadline - self._clock(), exchange.rejected)
         return await self._waiting(exchange, wanted)
-
-    async def _send(
-        self, exchange: Exchange, token: AccessToken | None, ticket: Ticket | None, *, fresh: bool = False
-    ) -> Response:
-        """Make one attempt; its slot counts from its first byte until one window after the answer's head, or failure.
-
-        Where no byte was sent (there was no connection, or the client left before), the slot comes back at once.
-        """
-        response, line = None, self._line
-        began = time.perf_counter()
-        try:
-            if exchange.failed or exchange.method not in retries.READING:
-                self._begin(exchange)
-            exchange.attempts += 1
-            method, body = exchange.method, exchange.body
-            head = exchange.fields.outbound(
-                method,
-                exchange.target.sent,
-                host=self._host,
-                authorization=None if token is None else token.authorization,
-                chunked=body.chunked,
-                read_only=exchange.admission.read_only,
-                keep_authorization=exchange.keep_authorization,
-            )
-            connection = None if fresh else self._transport.take(method)
-            if connection is None:
-                connection = await self._transport.open()
-            response = exchange.response = connection.send(method, head, body)
-            if ticket is not None:
-                ticket.send()
-            while not response.begun:
-                await response.news()
-        except BaseException:
-            if response is not None:
-                response.close()
-            raise
-        finally:
-            exchange.upstream += time.perf_counter() - began
-            if line is not None and ticket is not None:
-                line.settle(ticket)
-        return response
 
     def _begin(self, exchange: Exchange) -> None:
         """Note that a write or a repeat is about to be sent; raise ``ProxyError`` where it would undo a newer write."""
@@ -248,6 +225,8 @@ class Forwarder:
 
     def _pause_after_failure(self, exchange: Exchange, failure: UpstreamFailure) -> float | None:
         """Return the seconds after which a request that got no answer is sent again; None where it is not."""
+        if exchange.response is not None:
+            exchange.response.close()
         exchange.note_sent(failure.sent)
         pause = retries.after_failure(exchange.method, failure, exchange.failed, self._jitter())
         return self._back_off(exchange, failure, pause)
@@ -257,6 +236,8 @@ class Forwarder:
         status = response.head.status
         if status == _UNAUTHORIZED:
             return self._renew(exchange, response, token)
+        if self._refusals.marks:
+            self._refusals.taken(exchange.resource, token, self._clock())
         exchange.rejected = None
         if status == _TOO_MANY:
             return await self._close_window(exchange, response)
@@ -355,8 +336,8 @@ class Forwarder:
 
 
 def _is_repeatable(exchange: Exchange) -> bool:
-    """Whether there is still somebody to repeat it for, and a body to send."""
-    return exchange.body.replayable and not exchange.client_left
+    """Whether it may be sent again, there is somebody to do it for, and a body to send."""
+    return exchange.body.replayable and not (exchange.client_left or exchange.target.pass_through)
 
 
 def _end(exchange: Exchange, error: BaseException) -> Response:

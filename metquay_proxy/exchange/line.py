@@ -39,14 +39,14 @@ class Line:
         if ticket.refused is not None:
             raise ticket.refused
 
-    def settle(self, ticket: Ticket) -> None:
+    def settle(self, ticket: Ticket, now: float) -> None:
         """Say that the answer's head has come, or that the attempt failed; what was not sent comes back."""
         if ticket.state == "sent":
-            self._quota.answered(ticket, self._clock())
+            self._quota.answered(ticket, now)
             if self._timer is None:
                 return
         else:
-            self._quota.cancel(ticket, self._clock())
+            self._quota.cancel(ticket, now)
         self.poll()
 
     def close(self, seconds: float | None) -> None:

@@ -93,11 +93,11 @@ class AccessToken:
     obtained_at: float
     lifetime: float
     authorization: bytes = field(init=False, compare=False, repr=False)
-    """The value of the Authorization header, made once."""
+    """The last field line of a request that it pays for, made once."""
 
     def __post_init__(self) -> None:
         """Derive what every request sends."""
-        object.__setattr__(self, "authorization", b"Bearer " + self.value.encode("ascii"))
+        object.__setattr__(self, "authorization", b"Authorization: Bearer %b\r\n" % self.value.encode("ascii"))
 
     def usable(self, now: float) -> bool:
         """Whether it lives at ``now``; before its own beginning (a clock that was set back) its age is unknown: no."""

@@ -132,18 +132,17 @@ class RequestFields:
         value = self.judged.get(name)
         return None if value is None else value.decode("latin-1")
 
-    def outbound(  # noqa: PLR0913 - one request line and what is attached to it
+    def outbound(  # noqa: PLR0913 - one request line and what changes its fields
         self,
         method: str,
         target: str,
         *,
         host: bytes,
-        authorization: bytes | None,
         chunked: bool,
         read_only: bool = False,
         keep_authorization: bool = False,
     ) -> bytes:
-        """Return the head that goes upstream, ending in the empty line.
+        """Return the head that goes upstream, without its end: a token's line and the empty one.
 
         First strip, then attach: a client's ``Connection: authorization`` must not delete the bearer.
         ``keep_authorization`` is for pass-through targets, which get no token; of two Authorization fields the gate
@@ -158,9 +157,7 @@ class RequestFields:
             kept = _without(dropped, kept)
         if chunked:
             kept = _without({b"content-length"}, kept) + b"\r\nTransfer-Encoding: chunked"
-        if authorization is not None:
-            kept += b"\r\nAuthorization: %b" % authorization
-        return b"%b HTTP/1.1\r\nHost: %b%b\r\n\r\n" % (f"{method} {target}".encode("ascii"), host, kept)
+        return b"%b HTTP/1.1\r\nHost: %b%b\r\n" % (f"{method} {target}".encode("ascii"), host, kept)
 
 
 @dataclass(slots=True, repr=False)  # no repr, since field values can be secrets

@@ -177,7 +177,8 @@ class _Cell:
     """
 
     def __init__(self, end: float, until: float, callers: dict[str, int]) -> None:
-        self.end, self.until, self.callers, self.slots = end, until, callers, len(callers)
+        self.end, self.until, self.slots = end, until, len(callers)
+        self.callers = defaultdict(int, callers)
 
 
 class Window:
@@ -225,6 +226,21 @@ class Window:
             used[caller] += slots
         return used
 
+    def take(self, ticket: Ticket, now: float) -> bool:
+        """Let a ticket have a slot if one may go at once while none waits; return whether it has one.
+
+        Slots whose time is over are taken back only where that could make a difference.
+        """
+        if self.used >= self._burst or now < self._now:
+            now = self.advance(now)
+            if self.next_free(now) > now:
+                return False
+        elif now < self.closed_until:
+            return False
+        self._now = now
+        self.grant(ticket, now, now)
+        return True
+
     def grant(self, ticket: Ticket, now: float, due: float) -> None:
         """Let a ticket have a slot, as of ``due`` on the path."""
         ticket.state = "granted"
@@ -246,10 +262,11 @@ class Window:
         self.latency += (now - ticket.since - self.latency) / 8
         cell = self._newest
         if now > cell.until:
+            self.advance(now)
             cell = self._newest = _Cell(now + self._hold, now + self._grain, {})
             self._cells.append(cell)
         cell.slots += 1
-        cell.callers[ticket.caller] = cell.callers.get(ticket.caller, 0) + 1
+        cell.callers[ticket.caller] += 1
 
     def give_back(self, ticket: Ticket) -> None:
         """Take back the slot of a ticket that was not sent, as though it never had one."""
@@ -460,12 +477,11 @@ class Quota:
         taken to be answered as quickly as the answers of late. Where it turns out later (slower answers, newcomers
         whose turn comes first), ``poll`` refuses the ticket at its deadline.
         """
-        now = self.window.advance(now)
         ticket = Ticket(caller)
-        if not self.queue.callers and self.window.next_free(now) <= now:
-            self.window.grant(ticket, now, now)
-        elif not self.queue.join(ticket, now + max_wait, self.window.turns(now)):
-            raise QuotaExceeded(self.next_free_in(now))
+        if self.queue.callers or not self.window.take(ticket, now):
+            now = self.window.advance(now)
+            if not self.queue.join(ticket, now + max_wait, self.window.turns(now)):
+                raise QuotaExceeded(self.next_free_in(now))
         return ticket
 
     def poll(self, now: float) -> float | None:

@@ -21,7 +21,7 @@ from metquay_proxy.rules.gate import Admission
 from metquay_proxy.rules.headers import RequestFields
 from metquay_proxy.rules.idempotency import MAX_ANSWER, Records
 from metquay_proxy.rules.quota import Quota
-from metquay_proxy.rules.target import BaseURL, Target
+from metquay_proxy.rules.target import Target
 from tests.fake_time import FakeTime
 from tests.heads import response_head
 
@@ -231,7 +231,6 @@ class Rig:
             self.upstream,
             self.tokens,
             self.line if self.rate else None,
-            BaseURL.parse("lab.metquay.co"),
             max_wait=self.max_wait,
             retries=self.retries,
             clock=self.time.now,
@@ -277,7 +276,8 @@ class Rig:
         exchange = Exchange(method, path)
         exchange.target = Target("/api/v1" + path, path.partition("?")[0], None, pass_through=pass_through)
         exchange.path = exchange.target.sent
-        exchange.fields = RequestFields(b"" if key is None else b"\r\nIdempotency-Key: " + key.encode())
+        fields = exchange.fields = RequestFields(b"" if key is None else b"\r\nIdempotency-Key: " + key.encode())
+        exchange.outgoing = fields.outbound(method, exchange.target.sent, host=b"lab.metquay.co", chunked=False)
         exchange.body = RequestBody(stream, chunked=False, limit=LIMIT, budget=ReplayBudget(1 << 20), timeout=60.0)
         exchange.caller, exchange.admission = caller, Admission(scope=caller)
         return Asked(asyncio.ensure_future(self.forwarder.forward(exchange)), exchange, stream)
@@ -410,7 +410,7 @@ async def test_attempts(
         assert ("pass_through" in setting and bool(heads)) is ("" in rig.upstream.bearers)
         assert ("pass_through" in setting) <= (not rig.line.snapshot().used)
         assert pytest.approx(rig.time.now() - 1000 - attempts * rig.lasts) == asked.exchange.waited
-        assert 0 < asked.exchange.upstream
+        assert pytest.approx(attempts * rig.lasts) == asked.exchange.upstream
         assert asked.exchange.hide_challenge is (status == 401 and "pass_through" not in setting)
         maybe = (method, status) == ("DELETE", 404) and sent == "unknown"
         assert ("repeated-after-unknown" if maybe else None) == asked.exchange.note

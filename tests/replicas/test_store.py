@@ -146,8 +146,9 @@ async def send(line: Line, caller: str = "tool", max_wait: float = 10.0) -> floa
     if ticket.state == "waiting":
         await line.wait(ticket)
     ticket.send()
-    line.settle(ticket)
-    return time.monotonic()
+    now = time.monotonic()
+    line.settle(ticket, now)
+    return now
 
 
 async def claimed(one: Replica) -> Claim:

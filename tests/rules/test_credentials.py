@@ -30,7 +30,7 @@ def test_a_good_answer() -> None:
     """The vendor's answer becomes a token that begins when it was asked for."""
     token = parse_login(200, answer(), 50.0)
     assert AccessToken("abc.def-_~+/==", 50.0, 600.0) == token
-    assert b"Bearer abc.def-_~+/==" == token.authorization
+    assert b"Authorization: Bearer abc.def-_~+/==\r\n" == token.authorization
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_any_answer(body: bytes) -> None:
     except LoginFailed:
         return
     assert 1 <= token.lifetime <= 86_400
-    assert len(token.authorization.split()) == 2
+    assert len(token.authorization.split()) == 3
 
 
 def test_nothing_prints_secrets() -> None:

@@ -724,7 +724,7 @@ def posted(body: bytes, target: bytes = b"/x") -> bytes:
 def asked(head: RequestHead | None, body: bytes = b"") -> Asked:
     """Return what can be compared of a request."""
     assert head is not None
-    sent = head.fields.outbound("M", "/", host=b"h", authorization=None, chunked=False)
+    sent = head.fields.outbound("M", "/", host=b"h", chunked=False)
     return head.method, head.target, head.fields.minor, sent, head.fields.length, head.fields.keep_alive, body
 
 
@@ -777,8 +777,8 @@ class TestRequestHead:
         lines = b"hOST:\tx \r\nA:\r\nX-Caf\xe9: 1\r\n".replace(b"\xe9", b"e") + b"B: caf\xe9\xff\t z\r\na: 2"
         head = request(b"GET / HTTP/1.1\r\n" + lines + b"\r\n\r\n")
         assert {b"host": b"x"} == head.fields.judged
-        sent = head.fields.outbound("GET", "/", host=b"h", authorization=None, chunked=False)
-        assert b"GET / HTTP/1.1\r\nHost: h\r\n" + lines.partition(b"\r\n")[2] + b"\r\n\r\n" == sent
+        sent = head.fields.outbound("GET", "/", host=b"h", chunked=False)
+        assert b"GET / HTTP/1.1\r\nHost: h\r\n" + lines.partition(b"\r\n")[2] + b"\r\n" == sent
 
     @pytest.mark.parametrize(
         ("lines", "length"),

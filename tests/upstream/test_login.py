@@ -70,7 +70,7 @@ async def test_a_login() -> None:
     """The keys are sent once, as JSON with a length; the connection is kept for others."""
     far = Far(answered(body=TOKEN))
     token = await far.token(lambda: KEYS)
-    assert (b"Bearer t", 900.0) == (token.authorization, token.lifetime)
+    assert (b"Authorization: Bearer t\r\n", 900.0) == (token.authorization, token.lifetime)
     (request,) = far.seen
     head, _, body = request.partition(b"\r\n\r\n")
     assert head.startswith(b"POST /api/v1/authenticate HTTP/1.1\r\nHost: localhost:")
@@ -83,7 +83,7 @@ async def test_keys_that_cannot_be_read() -> None:
     far = Far(answered(body=TOKEN))
     with pytest.raises(LoginFailed, match="no such file"):
         await far.token(missing)
-    assert b"Bearer t" == (await far.token(lambda: KEYS, missing)).authorization
+    assert b"Authorization: Bearer t\r\n" == (await far.token(lambda: KEYS, missing)).authorization
     assert far.seen[0].split(b"\r\n\r\n")[1] == far.seen[1].split(b"\r\n\r\n")[1]
 
 
