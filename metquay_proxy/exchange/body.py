@@ -62,7 +62,10 @@ class Stream:
     def feed(self, piece: bytes, *, last: bool = False) -> None:
         """Take a piece, maybe an empty one; with the ``last`` one all has come."""
         if piece:
-            _add(self._pieces, piece)
+            if self._pieces:
+                _add(self._pieces, piece)
+            else:
+                self._pieces.append(piece)
         if last:
             self.arrived = True
             if self.held_up:

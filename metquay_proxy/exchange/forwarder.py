@@ -47,11 +47,11 @@ class Connection(Protocol):
     """A connection to Metquay, for one request."""
 
     def send(self, method: str, head: bytes, body: RequestBody) -> Response:
-        """Send it; return its answer to come, which raises ``UpstreamFailure``, as this does where it has closed."""
+        """Send it; return its answer to come, which raises ``UpstreamFailure``."""
 
 
 class Transport(Protocol):
-    """The seam to the network: hands over connections that are finished (TCP, CONNECT and TLS)."""
+    """The seam to the network: hands over connections that are open (TCP, CONNECT and TLS), to be used at once."""
 
     def take(self, method: str) -> Connection | None:
         """Return one that has idled and may carry such a request, if there is one."""

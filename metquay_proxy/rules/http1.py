@@ -203,7 +203,7 @@ class ResponseReader(_Reader):
         self._memory = self._memories.get(method, self._usual)
         self.head: ResponseHead | None = None
         self.complete = False
-        self._interim = _MAX_INTERIM
+        self._interim = 0
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece, and return the bytes of the decoded body that it holds, maybe none.
@@ -213,9 +213,14 @@ class ResponseReader(_Reader):
         """
         head = self.head
         if head is None:
-            head, data = self._read_heads(data)
+            block, mark, rest = data.partition(BLANK_LINE)
+            if mark and not self._buffer and self._refusal is None:
+                head = self._memory.get(block)
             if head is None:
-                return b""
+                head, rest = self._read_heads(data)
+                if head is None:
+                    return b""
+            self.head, self._left, data = head, head.left, rest
         if head.length is None and not head.until_close:
             if self._refusal is not None:
                 raise self._refusal
@@ -234,7 +239,7 @@ class ResponseReader(_Reader):
     @property
     def started(self) -> bool:
         """Whether some byte of an answer arrived."""
-        return self.head is not None or bool(self._buffer) or self._interim < _MAX_INTERIM
+        return self.head is not None or bool(self._buffer) or self._interim > 0
 
     def eof(self) -> None:
         """Note that the upstream closed, which completes a body that lasts until then, and nothing else."""
@@ -246,28 +251,23 @@ class ResponseReader(_Reader):
         if self._refusal is not None:
             raise self._refusal
         while True:
-            block, mark, rest = data.partition(BLANK_LINE)
-            if self._buffer or not mark or len(block) + len(mark) > MAX_HEAD:
-                text, at = self._take(data, 0, BLANK_LINE, MAX_HEAD, "head")
-                if not text:
-                    begun = bytes((self._buffer or b"")[:16])
-                    if not begun.startswith(_START[: len(begun)]):
-                        raise self._fault(f"it is not HTTP/1: it begins with {begun!r}")
-                    return None, b""
-                block, rest = text.removesuffix(BLANK_LINE), data[at:]
+            text, at = self._take(data, 0, BLANK_LINE, MAX_HEAD, "head")
+            if not text:
+                begun = bytes((self._buffer or b"")[:16])
+                if not begun.startswith(_START[: len(begun)]):
+                    raise self._fault(f"it is not HTTP/1: it begins with {begun!r}")
+                return None, b""
+            block, data = text.removesuffix(BLANK_LINE), data[at:]
             try:
                 head = self._memory.get(block) or self._memory.judge(block)
             except ProtocolError as error:
                 self._refusal = error
                 raise
             if head is not None:
-                self.head = head
-                self._left = head.left
-                return head, rest
-            if not self._interim:
+                return head, data
+            self._interim += 1
+            if self._interim > _MAX_INTERIM:
                 raise self._fault("too many interim answers came before it")
-            self._interim -= 1
-            data = rest
 
 
 def _parse_answer(method: str, block: bytes) -> ResponseHead | None:

@@ -102,7 +102,7 @@ class Connection(Receiver):
             piece = reader.feed(data)
         except ProtocolError as error:
             if not response.begun and reader.head is not None:
-                response.begin(reader.head)
+                response.head, response.begun = reader.head, True
             message = f"Metquay's answer was not valid HTTP ({error}). Try again; if it stays, tell your administrator."
             left_over = self.bodiless is not None and reader.head is None  # of the exchange before, a moment late
             self._fail(response, "upstream-protocol", message, repeatable=left_over, stale=left_over)
@@ -111,11 +111,12 @@ class Connection(Receiver):
             head = reader.head
             if head is None:
                 return
-            response.begin(head)
+            response.head, response.begun = head, True
             if self._upload is not None and head.status >= _NO_MORE:
                 self._stop_sending()
-        response.feed(piece, last=reader.complete)
-        if reader.complete:
+        last = reader.complete
+        response.feed(piece, last=last)
+        if last:
             self._finish(response)
 
     def eof_received(self) -> bool:
@@ -183,13 +184,10 @@ class Connection(Receiver):
     def send(self, method: str, head: bytes, body: RequestBody) -> Response:
         """Send one request; return its answer to come, which raises ``ProxyError``.
 
-        A body that is not there yet follows by a task of its own. Raises ``UpstreamFailure`` where the connection has
-        closed, and what ``body`` raises.
+        The connection must not be closing. A body that is not there yet follows by a task of its own. Raises what
+        ``body`` raises.
         """
         transport = self.transport
-        if transport.is_closing():
-            message = "Metquay closed the connection before the request could be sent. Try again."
-            raise UpstreamFailure("upstream-closed", message, repeatable=True)
         try:
             data = body.whole()
         except BaseException:

@@ -15,6 +15,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Final
 
+from metquay_proxy.rules.errors import UpstreamFailure
 from metquay_proxy.rules.http1 import AnswersMemory
 from metquay_proxy.upstream.connection import Connection
 from metquay_proxy.upstream.dial import Dialer, OutboundProxy
@@ -117,10 +118,14 @@ class Pool:
         """
         task = self._start_opening()
         try:
-            return await asyncio.shield(task)
+            connection = await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(self._opened)
             raise
+        if connection.transport.is_closing():
+            message = "Metquay closed the connection before the request could be sent. Try again."
+            raise UpstreamFailure("upstream-closed", message, repeatable=True)
+        return connection
 
     async def warm(self) -> None:
         """Open a connection for the next request; raise ``UpstreamFailure``."""

@@ -170,14 +170,6 @@ class TestTheEnd:
             assert ("upstream-closed", "yes", False) == (caught.value.slug, caught.value.sent, caught.value.repeatable)
         assert [] == bench.kept
 
-    async def test_before_the_request(self, bench: Bench) -> None:
-        """Nothing is sent on a connection that has closed, and that is said."""
-        bench.end("close")
-        await eventually(lambda: bench.lost)
-        with pytest.raises(UpstreamFailure, match="before the request could be sent") as caught:
-            bench.connection.send("GET", GET, no_body())
-        assert ("no", True) == (caught.value.sent, caught.value.repeatable)
-
 
 class TestGivenUp:
     """A sender that leaves ends what is still under way, and nothing else."""

@@ -11,7 +11,7 @@ import pytest
 
 from metquay_proxy.exchange.body import Stream
 from metquay_proxy.rules.errors import UpstreamFailure
-from metquay_proxy.upstream.dial import OutboundProxy
+from metquay_proxy.upstream.dial import Dialer, OutboundProxy
 from metquay_proxy.upstream.pool import Pool
 from tests.upstream.peers import GET, body_of, no_body, pool_to, send, speaking
 from tests.wire import OK, answered, eventually
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from metquay_proxy.exchange.body import RequestBody
+    from metquay_proxy.upstream.connection import Connection
     from tests.wire import Upstream
 
 
@@ -92,6 +93,22 @@ async def test_one_that_closes(far: Upstream, pool: Pool, monkeypatch: pytest.Mo
     connection.abort()
     assert pool.take("POST") is None
     assert far.peers
+
+
+async def test_one_that_closes_as_it_is_opened(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody gets it, so that nothing is sent on it, and that is said."""
+    connect = Dialer.open
+
+    async def and_close(dialer: Dialer, make: Callable[[], Connection]) -> Connection:
+        connection = await connect(dialer, make)
+        connection.abort()
+        return connection
+
+    monkeypatch.setattr(Dialer, "open", and_close)
+    with pytest.raises(UpstreamFailure, match="before the request could be sent") as caught:
+        await pool.open()
+    assert ("no", True) == (caught.value.sent, caught.value.repeatable)
+    await eventually(lambda: (0, 0) == pool.connections)
 
 
 class Warmth:
