@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _LONGEST_RESOURCE: Final = 1024
 _RUN: Final = os.urandom(4).hex()
-_NUMBERS: Final = count(1)
+_NUMBERS: Final = count(1 << 28)  # whose hexadecimal digits are eight
 _NOBODY: Final = Admission()
 _NOWHERE: Final = Target("-", "-", None)
 
@@ -43,8 +43,8 @@ class Exchange:
     """Whether the client's connection may stay after the answer."""
     fields: RequestFields = field(init=False)
     body: RequestBody = field(init=False)
-    id: str = field(default_factory=lambda: f"{_RUN}{next(_NUMBERS):08x}")
-    began: float = field(default_factory=time.perf_counter)
+    id: str = field(init=False, default_factory=lambda: _RUN + hex(next(_NUMBERS))[2:])
+    began: float = field(init=False, default_factory=time.perf_counter)
 
     target: Target = _NOWHERE
     """What is asked for, once that is known to be allowed;"""

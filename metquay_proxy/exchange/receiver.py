@@ -26,7 +26,7 @@ class _Shared(threading.local):
     """The place; another loop, which runs in another thread, has another."""
 
     def __init__(self) -> None:
-        self.place = memoryview(mmap.mmap(-1, AT_ONCE))
+        self.memory = mmap.mmap(-1, AT_ONCE)
 
 
 _SHARED: Final = _Shared()
@@ -38,7 +38,8 @@ class Receiver(asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         _LIVING.add(self)
-        self._place = _SHARED.place[: IN_ALL // len(_LIVING)]
+        self._memory = _SHARED.memory
+        self._place = memoryview(self._memory)[: IN_ALL // len(_LIVING)]
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         """Name the place."""
@@ -46,7 +47,7 @@ class Receiver(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take the bytes out of it."""
-        self.data_received(self._place[:nbytes].tobytes())
+        self.data_received(self._memory[:nbytes])
 
     def data_received(self, data: bytes) -> None:
         """Take what came."""

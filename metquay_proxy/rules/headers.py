@@ -253,6 +253,5 @@ def inbound(head: ResponseHead, request_id: bytes, added: bytes) -> bytes:
 
     ``added`` holds whole lines for framing, connection and CORS.
     """
-    if b"x-request-id" in head.passed:
-        return b"%b%b\r\n" % (head.start, added)
-    return b"%b%b\r\n%b\r\n" % (head.start, request_id, added)
+    own = b"" if b"x-request-id" in head.passed else request_id + b"\r\n"
+    return head.start + own + added + b"\r\n"

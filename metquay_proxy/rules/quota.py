@@ -142,9 +142,7 @@ class Ticket:
     refused: QuotaExceeded | None = None
     since = math.inf
     slot = 0
-
-    def __init__(self, caller: str) -> None:
-        self.caller: Final = caller
+    caller: str
 
     def send(self) -> None:
         """Say that a granted request is on its way: from here on Metquay may count it. ValueError if not granted."""
@@ -477,7 +475,8 @@ class Quota:
         taken to be answered as quickly as the answers of late. Where it turns out later (slower answers, newcomers
         whose turn comes first), ``poll`` refuses the ticket at its deadline.
         """
-        ticket = Ticket(caller)
+        ticket = Ticket()
+        ticket.caller = caller
         if self.queue.callers or not self.window.take(ticket, now):
             now = self.window.advance(now)
             if not self.queue.join(ticket, now + max_wait, self.window.turns(now)):
