@@ -144,25 +144,28 @@ class Telemetry:
         self._retries += sum([each.attempts for each in forwarded]) - len(forwarded)
         self._waited = self._waited.plus([each.waited for each in forwarded])
         self._upstream = self._upstream.plus([each.upstream for each in forwarded])
-        ends = [each.head_at - each.began if each.head_at else each.seconds for each in forwarded]
-        self._own = self._own.plus([end - it.waited - it.upstream for it, end in zip(forwarded, ends, strict=True)])
+        own = [(it.head_at - it.began if it.head_at else it.seconds) - it.waited - it.upstream for it in forwarded]
+        self._own = self._own.plus(own)
         told = [each for each in pending if each.attempts or not (each.quiet or each.path.startswith("/-/"))]
         if not told:
             return
-        for each in told:
-            if each.answered_by == "metquay":
-                self._trouble = each if each.status in _OUTAGE else None
-            elif each.error is not None and each.error.startswith("upstream-"):
-                self._trouble = each
-            elif each.error == "quota-exceeded":
-                self._refusals.append(each.ended)
-        for minute, group in groupby(told, key=lambda each: int(each.ended // 60)):
-            self._enter(minute, list(group))
+        self._refusals.extend([each.ended for each in told if each.error == "quota-exceeded"])
+        for each in reversed(told):
+            answered = each.answered_by == "metquay"
+            if answered or (each.error is not None and each.error.startswith("upstream-")):
+                self._trouble = each if not answered or each.status in _OUTAGE else None
+                break
+        if told[0].ended // 60 == told[-1].ended // 60:
+            self._enter(told)
+        else:
+            for _, group in groupby(told, key=lambda each: each.ended // 60):
+                self._enter(list(group))
         self._recent.extend(told)
         self._remembered += len(told)
 
-    def _enter(self, minute: int, told: list[Exchange]) -> None:
-        row, seconds = self._minutes[-1], [each.seconds for each in told]
+    def _enter(self, told: list[Exchange]) -> None:
+        """Enter exchanges of one minute into its row."""
+        row, minute, seconds = self._minutes[-1], int(told[0].ended // 60), [each.seconds for each in told]
         if row[0] != minute:
             row = [minute, 0, 0, 0, 0, 0]
             self._minutes.append(row)

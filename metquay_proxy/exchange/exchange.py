@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _CERTAINTY: Final[dict[Sent, int]] = {"no": 0, "unknown": 1, "yes": 2}
 _LONGEST_RESOURCE: Final = 1024
-_RUN: Final = os.urandom(4).hex()
-_NUMBERS: Final = count(1 << 28)  # whose hexadecimal digits are eight
+_NUMBERS: Final = count(1 << 63 | int.from_bytes(os.urandom(7), "big"))
+"""Of sixteen hexadecimal digits, and others in each run."""
 _NOBODY: Final = Admission()
 _NOWHERE: Final = Target("-", "-", None)
 
@@ -43,7 +43,7 @@ class Exchange:
     """Whether the client's connection may stay after the answer."""
     fields: RequestFields = field(init=False)
     body: RequestBody = field(init=False)
-    id: str = field(init=False, default_factory=lambda: _RUN + hex(next(_NUMBERS))[2:])
+    id: str = field(init=False, default_factory=lambda: "%x" % next(_NUMBERS))  # noqa: UP031 - half the cost of others
     began: float = field(init=False, default_factory=time.perf_counter)
 
     target: Target = _NOWHERE

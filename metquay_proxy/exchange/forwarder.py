@@ -53,8 +53,8 @@ class Connection(Protocol):
 class Transport(Protocol):
     """The seam to the network: hands over connections that are open (TCP, CONNECT and TLS), to be used at once."""
 
-    def take(self, method: str) -> Connection | None:
-        """Return one that has idled and may carry such a request, if there is one."""
+    def take(self, method: str, now: float) -> Connection | None:
+        """Return one that has idled and may carry such a request ``now``, if there is one."""
 
     async def open(self) -> Connection:
         """Return a new one; raise ``UpstreamFailure``."""
@@ -159,7 +159,7 @@ class Forwarder:
                         if exchange.failed or method not in retries.READING:
                             self._begin(exchange)
                         exchange.attempts += 1
-                        connection = None if fresh else self._transport.take(method)
+                        connection = None if fresh else self._transport.take(method, now)
                         if connection is None:
                             connection = await self._transport.open()
                         head = exchange.outgoing + (CRLF if token is None else token.authorization + CRLF)

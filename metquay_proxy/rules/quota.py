@@ -175,8 +175,7 @@ class _Cell:
     """
 
     def __init__(self, end: float, until: float, callers: dict[str, int]) -> None:
-        self.end, self.until, self.slots = end, until, len(callers)
-        self.callers = defaultdict(int, callers)
+        self.end, self.until, self.callers, self.slots = end, until, callers, len(callers)
 
 
 class Window:
@@ -264,7 +263,7 @@ class Window:
             cell = self._newest = _Cell(now + self._hold, now + self._grain, {})
             self._cells.append(cell)
         cell.slots += 1
-        cell.callers[ticket.caller] += 1
+        cell.callers[ticket.caller] = cell.callers.get(ticket.caller, 0) + 1
 
     def give_back(self, ticket: Ticket) -> None:
         """Take back the slot of a ticket that was not sent, as though it never had one."""

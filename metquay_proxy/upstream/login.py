@@ -88,7 +88,7 @@ async def ask(pool: Pool, base: BaseURL, what: str, fields: str = "", data: byte
     # a limit of 0: the keys' own bytes are never kept for a replay
     body = RequestBody(Stream.of(data), chunked=False, limit=0, budget=ReplayBudget(0), timeout=1.0)
     answer = b""
-    connection = pool.take(method, own=True) or await pool.open()
+    connection = pool.take(method) or await pool.open()
     with contextlib.closing(connection.send(method, f"{head}{fields}\r\n".encode(), body)) as response:
         while piece := await response.read():
             answer += piece

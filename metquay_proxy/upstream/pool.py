@@ -64,7 +64,7 @@ class Pool:
         others.
         """
         self._loop = asyncio.get_running_loop()
-        self._clock = clock or self._loop.time
+        self.clock = clock or self._loop.time
         self._dialer = Dialer(base, outbound_proxy, connect_timeout, ssl_context)
         self._read_timeout = read_timeout
         self._memory = AnswersMemory()
@@ -91,13 +91,15 @@ class Pool:
         """Verify new connections by ``context``."""
         self._dialer.ssl_context = context
 
-    def take(self, method: str, *, own: bool = False) -> Connection | None:
+    def take(self, method: str, now: float | None = None) -> Connection | None:
         """Return a connection that has idled and on which such a request may be sent, if there is one.
 
-        ``own``: a request of the program's own, after which no connection is kept ready.
+        ``now`` is when a tool asks, on the pool's clock. Without it the program asks for itself, which is no reason to
+        keep a connection ready.
         """
-        now = self._clock()
-        if not own:
+        if now is None:
+            now = self.clock()
+        else:
             self._warm_until = now + self._warm_for
         idle, careful = self._idle, method not in _REPEATABLE_METHODS
         while idle:
@@ -133,7 +135,7 @@ class Pool:
 
     def keep_warm(self) -> None:
         """Keep a connection ready from now on as though a tool had just asked for something."""
-        self._warm_until = self._clock() + self._warm_for
+        self._warm_until = self.clock() + self._warm_for
         self._sweep_later()
 
     def let_cool(self) -> None:
@@ -151,7 +153,7 @@ class Pool:
 
     def _make(self) -> Connection:
         connection = Connection(self._memory, self._keep, self._lost)
-        connection.too_old = self._clock() + _MAX_AGE
+        connection.too_old = self.clock() + _MAX_AGE
         self._connections.add(connection)
         self._sweep_later()
         return connection
@@ -161,7 +163,7 @@ class Pool:
         if len(self._idle) >= self._room:
             connection.abort()
             return
-        connection.idle_since = now = self._clock()
+        connection.idle_since = now = self.clock()
         good_for = self._max_idle
         if kept_for is not None:
             good_for = min(good_for, kept_for - min(_MARGIN, kept_for / 2))
@@ -188,7 +190,7 @@ class Pool:
         self._sweeping = None
         for connection in tuple(self._connections):
             connection.watch(self._read_timeout, self._tick)
-        now = self._clock()
+        now = self.clock()
         for connection in tuple(self._idle):
             if connection.good_until <= now:
                 connection.abort()

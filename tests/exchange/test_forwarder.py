@@ -93,7 +93,7 @@ class Upstream:
         self.responses: list[Watched] = []
         self.playing: list[asyncio.Task[None]] = []
 
-    def take(self, _: str) -> None:
+    def take(self, _method: str, _now: float) -> None:
         """Have none that has idled."""
         self.fresh.append(False)
 

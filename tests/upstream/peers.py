@@ -47,7 +47,7 @@ async def send(  # noqa: PLR0913 - a request, and what its sender knows of it
     on_sent: Callable[[], object] = int,
 ) -> Response:
     """Send a request as the forwarder does, on a new connection where it is to be ``fresh``; return its answer."""
-    connection = None if fresh else pool.take(method, own=own)
+    connection = None if fresh else pool.take(method, None if own else pool.clock())
     response = (connection or await pool.open()).send(method, GET, body or no_body())
     on_sent()
     try:
