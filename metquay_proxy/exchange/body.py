@@ -41,8 +41,7 @@ class Stream:
         self._loop = loop
         self._hold_up = hold_up
         self._give_up = give_up
-        self._pieces: list[bytes] = []
-        self._size = 0
+        self._data = b""
         self.arrived = self.held_up = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -57,23 +56,17 @@ class Stream:
     @property
     def ended(self) -> bool:
         """Whether the last byte was read."""
-        return self.arrived and not self._pieces
+        return self.arrived and not self._data
 
     def feed(self, piece: bytes, *, last: bool = False) -> None:
         """Take a piece, maybe an empty one; with the ``last`` one all has come."""
-        if piece:
-            if self._pieces:
-                _add(self._pieces, piece)
-            else:
-                self._pieces.append(piece)
+        self._data += piece
         if last:
             self.arrived = True
             if self.held_up:
                 self._hold(up=False)
-        else:
-            self._size += len(piece)
-            if self._size > HIGH_WATER and not self.held_up:
-                self._hold(up=True)
+        elif len(self._data) > HIGH_WATER and not self.held_up:
+            self._hold(up=True)
         waiter = self._waiter
         if waiter is not None:
             self._waiter = None
@@ -82,11 +75,9 @@ class Stream:
 
     def unread(self, data: bytes) -> None:
         """Put back what was read, in front of all else."""
-        if data:
-            self._pieces.insert(0, data)
-            self._size += len(data)
-            if self._size > HIGH_WATER and not (self.held_up or self.arrived):
-                self._hold(up=True)
+        self._data = data + self._data
+        if len(self._data) > HIGH_WATER and not (self.held_up or self.arrived):
+            self._hold(up=True)
 
     def end(self) -> None:
         """Note that all of it has come."""
@@ -106,19 +97,14 @@ class Stream:
 
     def read_nowait(self) -> bytes:
         """Return what has come, maybe nothing."""
-        pieces = self._pieces
-        if not pieces:
-            return b""
-        data = b"".join(pieces)
-        pieces.clear()
-        self._size = 0
+        data, self._data = self._data, b""
         if self.held_up:
             self._hold(up=False)
         return data
 
     async def read(self) -> bytes:
         """Wait for what comes, and return it; empty at the end. Raises what ``fail`` was given."""
-        while not self._pieces and not self.arrived:
+        while not self._data and not self.arrived:
             await self.news()
         return self.read_nowait()
 
@@ -132,13 +118,6 @@ class Stream:
     def _hold(self, *, up: bool) -> None:
         self.held_up = up
         self._hold_up(up)
-
-
-def _add(pieces: list[bytes], piece: bytes) -> None:
-    if pieces and len(pieces[-1]) < _SMALL:
-        pieces[-1] += piece
-    else:
-        pieces.append(piece)
 
 
 class ReplayBudget:
@@ -271,7 +250,10 @@ class RequestBody:
     def _keep(self, chunk: bytes) -> None:
         """Keep what goes out now; from the first piece on for which there is no room, nothing is kept any more."""
         if chunk and self.replayable:
-            _add(self._kept, chunk)
+            if self._kept and len(self._kept[-1]) < _SMALL:
+                self._kept[-1] += chunk
+            else:
+                self._kept.append(chunk)
             self._size += len(chunk)
             self._budget.left -= len(chunk)
             if self._room < 0:
