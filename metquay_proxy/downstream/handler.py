@@ -232,7 +232,7 @@ class Handler:
         if exchange.client_left:
             exchange.error = "client-left"
             return True
-        chunked = _is_chunked(exchange, head)
+        chunked = head.length is None and exchange.fields.minor == 1
         if (head.length is None and not chunked) or self.draining or not exchange.body.arrived:
             exchange.keep = False
         data = self._answer_head(exchange, head, chunked=chunked)
@@ -244,7 +244,7 @@ class Handler:
 
     async def _pass_on(self, client: ClientConnection, exchange: Exchange, response: Response) -> None:
         """Pass on the rest of a body, piece by piece."""
-        chunked = _is_chunked(exchange, response.head)
+        chunked = response.head.length is None and exchange.fields.minor == 1
         while not response.ended:
             if client.full:
                 await client.drained()
@@ -337,11 +337,6 @@ class Handler:
             exchange.keep = False
         with contextlib.suppress(ConnectionResetError):  # the client left: the exchange is told all the same
             write_error(client, exchange, error)
-
-
-def _is_chunked(exchange: Exchange, head: ResponseHead) -> bool:
-    """Whether the client gets a body in chunks: its length is not known, and HTTP/1.0 knows none."""
-    return head.length is None and exchange.fields.minor == 1
 
 
 def _framed(piece: bytes, *, last: bool) -> bytes:

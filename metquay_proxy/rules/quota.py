@@ -175,7 +175,12 @@ class _Cell:
     """
 
     def __init__(self, end: float, until: float, callers: dict[str, int]) -> None:
-        self.end, self.until, self.callers, self.slots = end, until, callers, len(callers)
+        self.end, self.until, self.callers = end, until, callers
+
+    @property
+    def slots(self) -> int:
+        """How many there are."""
+        return sum(self.callers.values())
 
 
 class Window:
@@ -262,7 +267,6 @@ class Window:
             self.advance(now)
             cell = self._newest = _Cell(now + self._hold, now + self._grain, {})
             self._cells.append(cell)
-        cell.slots += 1
         cell.callers[ticket.caller] = cell.callers.get(ticket.caller, 0) + 1
 
     def give_back(self, ticket: Ticket) -> None:
