@@ -50,10 +50,7 @@ is never remembered.
 
 
 class FieldNames:
-    """The sets of names, and the expressions that find fields in lines, that follow from a table of names.
-
-    Each expression finds (name, value), the value with the blanks after it.
-    """
+    """The sets of names, and the expressions that find fields in lines, that follow from a table of names."""
 
     def __init__(self, table: Mapping[bytes, str]) -> None:
         def named(kinds: str) -> frozenset[bytes]:
@@ -64,17 +61,31 @@ class FieldNames:
         self.freshness = named("fresh")
         self.overrides = named("override")
         self.inbound = named("hop inbound")
-        self.inbound_field = _field(self.inbound)
-        self.outbound_field = _field(named("hop outbound"))
-        self.outbound_but_authorization = _field(named("hop outbound") - {b"authorization"})
-        self.judged_field = _field(named("judged once"))
-        self.noted_field = _field(named("noted hop inbound fresh secret"))
+        self.of_answers = _expression(self.inbound, named("noted fresh secret"))
+        self.of_requests = _expression(named("hop outbound"), named("judged once secret"))
+        self.of_passed_through = _expression(named("hop outbound") - {b"authorization"}, frozenset())
         self.secret = named("secret")
 
 
-def _field(names: frozenset[bytes]) -> re.Pattern[bytes]:
-    patterns = [re.escape(name).replace(rb"\*", rb"[^:]*+") for name in sorted(names)]
-    return re.compile(rb"\r\n((?i:%b)):[ \t]*+([^\r]*+)" % b"|".join(patterns))
+def _expression(dropped: frozenset[bytes], read: frozenset[bytes]) -> re.Pattern[bytes]:
+    """Return what finds, in lines in lower case, the value of each field that is dropped (1) or only read (2)."""
+    one, other = (b"|".join(sorted(map(re.escape, names))).replace(rb"\*", rb"[^:]*+") for names in (dropped, read))
+    return re.compile(rb"\r\n(?:(%b)|(%b)):[ \t]*+([^\r]*+)" % (one, other or b"[^\\s\\S]"))
+
+
+def read_fields(lines: bytes, expression: re.Pattern[bytes]) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Return the fields that an expression finds in valid lines, and the lines without those that it drops.
+
+    Names are in lower case, values as they came but for the blanks around them.
+    """
+    found, kept, at = [], b"", 0
+    for each in expression.finditer(lines.lower()):
+        start, end = each.span(3)
+        dropped = each[1]
+        found.append((dropped or each[2], lines[start:end].rstrip(b" \t")))
+        if dropped:
+            kept, at = kept + lines[at : each.start()], end
+    return found, kept + lines[at:]
 
 
 NAMES: Final = FieldNames(FIELDS)
@@ -84,6 +95,7 @@ _LOCATION_LINE: Final = re.compile(rb"(\r\n(?i:location):[ \t]*+)([^\r]*+)")
 _OPTION: Final = re.compile(rb"[^ \t,](?:[^,]*[^ \t,])?")
 _NO_HOP: Final = frozenset({b"close", b"keep-alive", b"content-length"})
 """Options of Connection that name no field, or one that no option may take away: the message's own length."""
+_USUAL_OPTIONS: Final = {option: frozenset({option}) for option in (b"close", b"keep-alive")}
 _LONGEST_AGENT: Final = 200
 _PRODUCT: Final = re.compile(rb"(?:mozilla/\S+ \([^)]*\) )?[^a-z/(]*([a-z]*(?:[ ._-]+[a-z]++(?!\d))*)")
 """The words without digits that a User-Agent begins with; of one that says it is like a browser, those after that."""
@@ -94,7 +106,8 @@ _ENDLESS: Final = 1 << 62
 class RequestFields:
     """The fields of one request, read once: those that somebody judges, and those that are only passed on.
 
-    ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two).
+    ``judged`` maps lower-case names to values, None where a name came more than once (nobody may choose between two);
+    what goes no further is among them too.
     ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept, and
     ``product`` the name that it begins with, in lower case, without versions and numbers. ``of_page``: a browser says
     which page it is for; ``secret``: it holds what nobody may remember. They came in HTTP/1.``minor``; ``length`` is
@@ -111,21 +124,20 @@ class RequestFields:
 
     def __init__(self, lines: bytes) -> None:
         r"""Take valid field lines, each after its CRLF, such as ``\r\nHost: localhost\r\nAccept: */*``."""
+        found, kept = read_fields(lines, NAMES.of_requests)
         judged: dict[bytes, bytes | None] = {}
-        for name, value in NAMES.judged_field.findall(lines):
-            lower = name.lower()
-            judged[lower] = None if lower in judged else value.rstrip(b" \t")
+        for name, value in found:
+            judged[name] = None if name in judged else value
         self.judged: Mapping[bytes, bytes | None] = judged
         self.of_page = b"origin" in judged or b"sec-fetch-site" in judged or judged.get(b"referer", b"") != b""
         agent = (judged.get(b"user-agent") or b"")[:_LONGEST_AGENT]
         self.agent = agent.decode("latin-1")
         self.product = _PRODUCT.findall(agent.lower())[0].decode()
-        noted = noted_fields(lines)
-        self.options = connection_options(noted)
+        self.options = connection_options(found)
         self._hop = self.options - _NO_HOP
-        self.secret = any(name in NAMES.secret for name, _ in noted)
+        self.secret = not NAMES.secret.isdisjoint(judged)
         self._lines = lines
-        self._kept = NAMES.outbound_field.sub(b"", lines)
+        self._kept = _without(self._hop, kept) if self._hop else kept
 
     def text(self, name: bytes) -> str | None:
         """Return a judged field's value as text (latin-1); None where it is absent or came more than once."""
@@ -148,13 +160,11 @@ class RequestFields:
         ``keep_authorization`` is for pass-through targets, which get no token; of two Authorization fields the gate
         could judge neither, so that none is kept.
         """
-        kept, dropped = self._kept, self._hop
+        kept = self._kept
         if keep_authorization and self.judged.get(b"authorization") is not None:
-            kept = NAMES.outbound_but_authorization.sub(b"", self._lines)
+            kept = _without(self._hop, read_fields(self._lines, NAMES.of_passed_through)[1])
         if read_only:
-            dropped |= NAMES.overrides
-        if dropped:
-            kept = _without(dropped, kept)
+            kept = _without(NAMES.overrides, kept)
         if chunked:
             kept = _without({b"content-length"}, kept) + b"\r\nTransfer-Encoding: chunked"
         return b"%b HTTP/1.1\r\nHost: %b%b\r\n" % (f"{method} {target}".encode("ascii"), host, kept)
@@ -166,7 +176,7 @@ class ResponseHead:
 
     ``lines`` holds its field lines as they came, each after its CRLF; ``kept`` those of them that any client gets, and
     ``start`` what any client gets of the head, up to the value of X-Request-Id if Metquay gave none.
-    ``noted`` are the fields that somebody reads, or that nobody may remember, names and values in lower case, in order;
+    ``noted`` are the fields that somebody reads, or that nobody may remember, names in lower case, in order;
     ``passed`` the names of those among them that any client gets; ``options`` are those of Connection. ``secret``: it
     holds what nobody may remember.
 
@@ -179,6 +189,7 @@ class ResponseHead:
     status: int
     reason: bytes
     lines: bytes
+    kept: bytes
     noted: list[tuple[bytes, bytes]]
     options: frozenset[bytes]
     length: int | None
@@ -187,7 +198,6 @@ class ResponseHead:
     keep_alive: bool
     kept_for: float | None
     secret: bool = field(init=False)
-    kept: bytes = field(init=False)
     passed: frozenset[bytes] = field(init=False)
     start: bytes = field(init=False)
     left: int = field(init=False)
@@ -199,8 +209,8 @@ class ResponseHead:
         dropped = self.options - _NO_HOP
         if self.status == _NO_CONTENT:
             dropped |= {b"content-length"}
-        kept = NAMES.inbound_field.sub(b"", self.lines)
-        self.kept = _without(dropped, kept) if dropped else kept
+        if dropped:
+            self.kept = _without(dropped, self.kept)
         self.passed = names - NAMES.inbound - dropped
         self.start = _start(self.status, self.reason, self.kept, self.passed)
         self.left = _ENDLESS if self.until_close else self.length or 0
@@ -211,14 +221,10 @@ class ResponseHead:
         return [(name, value.rstrip(b" \t")) for name, value in _LINE.findall(self.lines)]
 
 
-def noted_fields(lines: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the fields of valid lines that ``ResponseHead.noted`` holds."""
-    return NAMES.noted_field.findall(lines.lower())
-
-
-def connection_options(noted: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
+def connection_options(fields: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
     """Return what every Connection field lists, in lower case: fields of these names go no further than this hop."""
-    return frozenset(_OPTION.findall(b",".join([value for name, value in noted if name == b"connection"])))
+    listed = b",".join([value for name, value in fields if name == b"connection"]).lower()
+    return _USUAL_OPTIONS.get(listed) or frozenset(_OPTION.findall(listed))
 
 
 def _start(status: int, reason: bytes, lines: bytes, passed: frozenset[bytes]) -> bytes:
@@ -240,12 +246,12 @@ def adapted(
     stay (absolute-form). ``hide_challenge``: a second 401 in a row must not make the tool ask a person for a password
     that nobody has. ``cors``: the gate, not the upstream, says which pages may read.
     """
-    lines, dropped = head.lines, {b"www-authenticate"} if hide_challenge else set[bytes]()
+    kept, dropped = head.kept, {b"www-authenticate"} if hide_challenge else set[bytes]()
     if cors:
         dropped |= {name for name in head.passed if name.startswith(b"access-control-")}
     if origin is not None:
-        lines = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), lines)
-    return replace(head, lines=_without(dropped, lines))
+        kept = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), kept)
+    return replace(head, kept=_without(dropped, kept))
 
 
 def inbound(head: ResponseHead, request_id: bytes, added: bytes) -> bytes:

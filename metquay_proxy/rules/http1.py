@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, TypeVar
 
 from metquay_proxy.rules import faults
 from metquay_proxy.rules.faults import BLANK_LINE, CRLF
-from metquay_proxy.rules.headers import RequestFields, ResponseHead, connection_options, noted_fields
+from metquay_proxy.rules.headers import NAMES, RequestFields, ResponseHead, connection_options, read_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -285,27 +285,29 @@ def _parse_answer(method: str, block: bytes) -> ResponseHead | None:
             raise ProtocolError("the upstream sent an interim answer, which HTTP/1.0 does not know")
         return None
     lines = block[line.end() :]
-    noted = noted_fields(lines)
+    noted, kept = read_fields(lines, NAMES.of_answers)
     length, until_close = (0, False) if method == "CONNECT" and status in _SUCCESS else _framing(noted, minor)
     bodiless = method == "HEAD" or status in _BODILESS
     if bodiless:
         length, until_close = 0, False
     options = connection_options(noted)
     keep_alive = _persists(minor, options) and not until_close
-    kept_for = _KEPT_FOR.search(b",".join([value for name, value in noted if name == b"keep-alive"]))
+    said = b",".join([value for name, value in noted if name == b"keep-alive"]).lower()
+    kept_for = _KEPT_FOR.search(said) if said else None
     seconds = None if kept_for is None else float(kept_for[1])
-    return ResponseHead(status, reason, lines, noted, options, length, until_close, bodiless, keep_alive, seconds)
+    return ResponseHead(status, reason, lines, kept, noted, options, length, until_close, bodiless, keep_alive, seconds)
 
 
 def _framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:
     """Return the body's length in bytes, None where no field says it, and whether it lasts until the close."""
-    match [(name, value.rstrip(b" \t")) for name, value in noted if name in _FRAMING]:
-        case []:
-            return None, True
-        case [(b"content-length", value)] if value.isdigit() and len(value) <= _MAX_LENGTH_DIGITS:
-            return int(value), False
-        case [(b"transfer-encoding", b"chunked")] if minor:
-            return None, False
+    framing = [field for field in noted if field[0] in _FRAMING]
+    if not framing:
+        return None, True
+    name, value = framing[0]
+    if len(framing) == 1 and name == b"content-length" and value.isdigit() and len(value) <= _MAX_LENGTH_DIGITS:
+        return int(value), False
+    if len(framing) == 1 and name == b"transfer-encoding" and value.lower() == b"chunked" and minor:
+        return None, False
     raise ProtocolError("its Content-Length and Transfer-Encoding do not say for certain how long its body is")
 
 

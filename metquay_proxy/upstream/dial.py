@@ -238,7 +238,7 @@ class _LastWords(asyncio.BufferedProtocol):
 
 def _what_it_wants(answer: ResponseHead) -> str:
     """Return what to do about a corporate proxy's 407."""
-    asked = b",".join(value for name, value in answer.noted if name == b"proxy-authenticate")
+    asked = b",".join(value.lower() for name, value in answer.noted if name == b"proxy-authenticate")
     schemes = dict.fromkeys(scheme.decode() for scheme in _SCHEME.findall(asked))
     if schemes and "basic" not in schemes:
         wanted = " or ".join("NTLM" if scheme == "ntlm" else scheme.title() for scheme in schemes)
