@@ -205,8 +205,8 @@ class TargetRules:
         ``pass_through`` holds path prefixes, each beginning and ending in a slash.
         """
         self._prefix = prefix
-        prefixes = "|".join(re.escape(each) for each in sorted({prefix, API_PREFIX}, key=len, reverse=True))
-        self._above = re.compile(rf"\A(?:/*(?:{prefixes})(?=/|\Z))*(?:/+(?=/))?")
+        self._prefixes = tuple(sorted({prefix, API_PREFIX}, key=len, reverse=True))
+        self._above = re.compile(rf"\A(?:/*(?:{'|'.join(map(re.escape, self._prefixes))})(?=/|\Z))*(?:/+(?=/))?")
         self._authorities = authorities
         self._pass_through = pass_through
         self._remembered = lru_cache(_REMEMBERED)(self._parse)
@@ -219,10 +219,6 @@ class TargetRules:
         return (self._remembered if len(raw) <= _LONGEST_REMEMBERED else self._parse)(method, raw)
 
     def _parse(self, method: str, raw: str) -> Target:
-        target = self._read(method, raw)
-        return target._replace(path=(target.local if target.own else target.sent)[:_LONGEST_PATH])
-
-    def _read(self, method: str, raw: str) -> Target:
         if (fault := forbidden(raw)) is not None:
             raise fault
         match = _ABSOLUTE.fullmatch(raw)
@@ -233,7 +229,7 @@ class TargetRules:
                 raise bad_target("it names another server; this proxy forwards to Metquay only")
             raw = rest if rest.startswith("/") else f"/{rest}" if rest or method != "OPTIONS" else "*"
         if raw == "*" and method == "OPTIONS":
-            return Target(raw, raw, None, absolute)
+            return Target(raw, raw, None, absolute, path=raw)
         if not raw.startswith("/"):
             raise bad_target("it must begin with a slash")
         path, mark, query = raw.partition("?")
@@ -244,17 +240,20 @@ class TargetRules:
             path = "/" + path.lstrip("/")
         for prefix in self._pass_through:
             if path.startswith(prefix):
-                return Target(path + mark + query, path, asked, absolute, pass_through=True)
-        below = self._above.sub("", path)
+                sent = path + mark + query
+                return Target(sent, path, asked, absolute, pass_through=True, path=sent[:_LONGEST_PATH])
+        below = self._above.sub("", path) if path.startswith(self._prefixes) else path
         local = _as_a_server_reads(below or "/")
         unasked = _BY_ITSELF.fullmatch(local) is not None
         own = unasked or local == LOGIN_PATH or local.startswith((OWN_PREFIX, OLDER_INTERFACE))
-        return Target(self._prefix + below + mark + query, local, asked, absolute, own=own, unasked=unasked)
+        sent = self._prefix + below + mark + query
+        told = (local if own else sent)[:_LONGEST_PATH]
+        return Target(sent, local, asked, absolute, False, own, unasked, told)  # noqa: FBT003 - to name them costs more
 
 
 def _as_a_server_reads(local: str) -> str:
     """Return a path, in its own spelling where others may lead a server to the login or to the older interface too."""
-    plain = unquote(local, "latin-1").partition(";")[0].rstrip("/. \0").lower()
+    plain = (unquote(local, "latin-1") if "%" in local else local).partition(";")[0].rstrip("/. \0").lower()
     if plain == LOGIN_PATH:
         return LOGIN_PATH
     return OLDER_INTERFACE if f"{plain}/".startswith(OLDER_INTERFACE.lower()) else local
