@@ -68,6 +68,9 @@ class Serving(Protocol):
     async def serve(self, client: ClientConnection, head: RequestHead, body: Stream, /) -> None:
         """Answer one request, whatever happens, and tell ``client`` by ``served``."""
 
+    def left(self, client: ClientConnection, task: asyncio.Task[None], /) -> None:
+        """The client has left: cancel the task that serves its request, or let it run on."""
+
     def refuse(self, client: ClientConnection, error: ProxyError, /) -> None:
         """Answer what was no request."""
 
@@ -137,7 +140,7 @@ class ClientConnection(Receiver):
         if self._stream is not None:
             self._stream.fail(ConnectionResetError())
         if self._task is not None:
-            self._task.cancel()
+            self._serving.left(self, self._task)
         self._on_gone(self)
 
     def data_received(self, data: bytes) -> None:

@@ -83,8 +83,10 @@ class Handler:
         self._read_timeout = read_timeout
         self._body = partial(RequestBody, limit=replay_limit, budget=ReplayBudget(_REPLAY_TOTAL), timeout=read_timeout)
         self._callers = Callers()
-        self._alone: set[asyncio.Task[Any] | None] = set()
-        """The tasks of writes that run on without their clients."""
+        self._writes: dict[ClientConnection, Exchange] = {}
+        """Those under way,"""
+        self._alone: set[asyncio.Task[None]] = set()
+        """and the tasks of those that run on without their clients."""
         self._admitted: dict[RequestHead, tuple[Target, Admission, bytes]] = {}
         self.draining = False
         self._stopping = False
@@ -97,9 +99,8 @@ class Handler:
     def stop(self) -> None:
         """Tell whoever is cancelled from now on that the proxy is being stopped."""
         self._stopping = True
-        for task in tuple(self._alone):
-            if task is not None:
-                task.cancel()
+        for task in self._alone:
+            task.cancel()
 
     async def serve(self, client: ClientConnection, head: RequestHead, stream: Stream) -> None:
         """Serve one request; whatever happens, exactly one answer or one broken connection comes of it."""
@@ -132,10 +133,24 @@ class Handler:
                 exchange.body.close()
                 exchange.let_go()
                 self._telemetry.closed(exchange)
-                if self._audit is not None and exchange.audited:
-                    self._audit.write(entry(exchange))
+                if exchange.audited:
+                    del self._writes[client]
+                    if self._audit is not None:
+                        self._audit.write(entry(exchange))
             finally:
                 client.served(keep=exchange.keep and exchange.head_sent and not self.draining)
+
+    def left(self, client: ClientConnection, task: asyncio.Task[None]) -> None:
+        """Cancel what a client has left; a write that was sent whole goes on, so that its outcome is known."""
+        exchange = self._writes.get(client)
+        if exchange is None or exchange.head_sent or not exchange.on_its_way or self._stopping:
+            task.cancel()
+            return
+        exchange.client_left = True
+        timer = task.get_loop().call_later(self._read_timeout, task.cancel)
+        self._alone.add(task)
+        task.add_done_callback(self._alone.discard)
+        task.add_done_callback(lambda _: timer.cancel())
 
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""
@@ -192,8 +207,10 @@ class Handler:
             return self._own.answer(client, exchange, time.time())
         if b"expect" in head.fields.judged:
             client.proceed()
-        forwarding = self._forwarder.forward(exchange)
-        return forwarding if exchange.method in READING else self._write(exchange, forwarding)
+        if exchange.method not in READING:
+            exchange.audited = True
+            self._writes[client] = exchange
+        return self._forwarder.forward(exchange)
 
     def _admit(self, exchange: Exchange, head: RequestHead) -> tuple[Target, Admission, bytes]:
         """Return what is asked for, who asks, and the head that goes on; raise ``ProxyError`` where nobody may.
@@ -252,34 +269,6 @@ class Handler:
             if data := _framed(piece, last=response.arrived) if chunked else piece:
                 client.write(data)
 
-    async def _write(self, exchange: Exchange, forwarding: Coroutine[Any, Any, Response]) -> Response:
-        """Forward a write; once its body was sent whole it runs on without its client, so that its outcome is known."""
-        exchange.audited = True
-        task = asyncio.ensure_future(forwarding)
-        ended = task.get_loop().create_future()  # what asyncio.shield does, at a third of its cost
-        task.add_done_callback(lambda _: None if ended.done() else ended.set_result(None))
-        me = asyncio.current_task()
-        try:
-            try:
-                await ended
-                return task.result()
-            except asyncio.CancelledError:
-                if self._stopping or not exchange.on_its_way:
-                    task.cancel()
-                    await asyncio.gather(task, return_exceptions=True)
-                    raise
-                exchange.client_left = True
-            self._alone.add(me)
-            try:
-                async with asyncio.timeout(self._read_timeout):
-                    return await task
-            except (TimeoutError, asyncio.CancelledError):
-                exchange.note_sent("unknown")
-                raise asyncio.CancelledError from None
-        finally:
-            self._alone.discard(me)
-            del task  # what it failed with holds this frame
-
     def _answer_head(self, exchange: Exchange, head: ResponseHead, *, chunked: bool) -> bytes:
         """Return the head of Metquay's answer as the client gets it."""
         added = b"Transfer-Encoding: chunked\r\n" if chunked else b""
@@ -304,12 +293,13 @@ class Handler:
         """End a request whose client has left, or that is cut short by the end of a drain."""
         exchange.keep = False
         left = client.gone or exchange.client_left
+        if exchange.on_its_way and not exchange.head_sent and (exchange.audited or not left):
+            exchange.note_sent("unknown")  # of a read that nobody waits for this need not be told
         if left or exchange.head_sent:
             exchange.error = "client-left" if left else "shutting-down"
             client.abort()
             return
-        exchange.note_sent("unknown" if exchange.on_its_way else "no")
-        doubtful = exchange.sent != "no" and exchange.method not in READING
+        doubtful = exchange.audited and exchange.sent != "no"
         self._answer_error(client, exchange, _shutting_down(doubtful=doubtful))
 
     def _failed(self, client: ClientConnection, exchange: Exchange, failure: Exception) -> None:

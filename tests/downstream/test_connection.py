@@ -54,6 +54,10 @@ class Made:
         finally:
             client.served(keep=keep)
 
+    def left(self, _client: ClientConnection, task: asyncio.Task[None]) -> None:
+        """Give up."""
+        task.cancel()
+
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Refuse."""
         self.refused.append(error.slug)

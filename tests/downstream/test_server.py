@@ -54,6 +54,10 @@ class Made:
         client.write(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(20_000_000) if head.target == "/large" else OK)
         return True
 
+    def left(self, _client: ClientConnection, task: asyncio.Task[None]) -> None:
+        """Give up."""
+        task.cancel()
+
     def refuse(self, _client: ClientConnection, error: ProxyError) -> None:
         """Note it."""
         self.told.append(error.slug)
