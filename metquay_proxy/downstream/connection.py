@@ -103,7 +103,6 @@ class ClientConnection(Receiver):
 
         ``make_helper`` makes the protocol that ``hand_over`` hands over to.
         """
-        super().__init__()
         self._serving = serving
         self._bounds = bounds
         self._reader = RequestReader(memory)
@@ -125,6 +124,7 @@ class ClientConnection(Receiver):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, and give the client its time for the first byte."""
+        super().connection_made(transport)
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(high=_HIGH_WATER)
         self.address = remote(transport.get_extra_info("peername"))
@@ -133,6 +133,7 @@ class ClientConnection(Receiver):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End: what is being served has lost its client."""
+        super().connection_lost(exc)
         self.gone = True
         self._wake()
         if self._helper is not None:

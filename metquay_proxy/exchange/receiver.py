@@ -14,7 +14,6 @@ import asyncio
 import mmap
 import threading
 from typing import Final
-from weakref import WeakSet
 
 AT_ONCE: Final = 256 * 1024
 """Bytes that a connection reads at once at most;"""
@@ -30,16 +29,21 @@ class _Shared(threading.local):
 
 
 _SHARED: Final = _Shared()
-_LIVING: Final[WeakSet[Receiver]] = WeakSet()
+_OPEN: Final[set[Receiver]] = set()
 
 
 class Receiver(asyncio.BufferedProtocol):
     """A protocol that gets its bytes in pieces, of a size that depends on how many such protocols there are."""
 
-    def __init__(self) -> None:
-        _LIVING.add(self)
+    def connection_made(self, _transport: asyncio.BaseTransport) -> None:
+        """Begin: it counts from here to its loss."""
+        _OPEN.add(self)
         self._memory = _SHARED.memory
-        self._place = memoryview(self._memory)[: IN_ALL // len(_LIVING)]
+        self._place = memoryview(self._memory)[: IN_ALL // len(_OPEN)]
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        """End."""
+        _OPEN.discard(self)
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         """Name the place."""

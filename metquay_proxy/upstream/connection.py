@@ -72,7 +72,6 @@ class Connection(Receiver):
 
         ``on_lost``: the connection has closed.
         """
-        super().__init__()
         self._reader = ResponseReader("", memory)
         self._on_free = on_free
         self._on_lost = on_lost
@@ -86,6 +85,7 @@ class Connection(Receiver):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: the connection is open, over TLS where that is asked for."""
+        super().connection_made(transport)
         self.transport = cast("asyncio.Transport", transport)
         self._tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         self._cut = self._tls is not None  # until the peer has said otherwise
@@ -128,6 +128,7 @@ class Connection(Receiver):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End: an answer that lasts until the connection closes is whole now, any other is broken."""
+        super().connection_lost(exc)
         if exc is not None and self._tls is None:
             for data in left_behind(self.transport):
                 self.data_received(data)
