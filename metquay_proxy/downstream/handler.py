@@ -265,7 +265,9 @@ class Handler:
         while not response.ended:
             if client.full:
                 await client.drained()
-            piece = await response.read()
+            if not response.ready:
+                await response.news()
+            piece = response.read_nowait()
             if data := _framed(piece, last=response.arrived) if chunked else piece:
                 client.write(data)
 

@@ -58,6 +58,11 @@ class Stream:
         """Whether the last byte was read."""
         return self.arrived and not self._data
 
+    @property
+    def ready(self) -> bool:
+        """Whether something can be read now, if only the end."""
+        return self.arrived or bool(self._data)
+
     def feed(self, piece: bytes, *, last: bool = False) -> None:
         """Take a piece, maybe an empty one; with the ``last`` one all has come."""
         self._data += piece
@@ -104,7 +109,7 @@ class Stream:
 
     async def read(self) -> bytes:
         """Wait for what comes, and return it; empty at the end. Raises what ``fail`` was given."""
-        while not self._data and not self.arrived:
+        while not self.ready:
             await self.news()
         return self.read_nowait()
 
