@@ -129,8 +129,7 @@ class Share:
         if self.local:
             return self._quota.ask(now, caller, max_wait)
         now = self._window.advance(now)
-        ticket = Ticket()
-        ticket.caller = caller
+        ticket = Ticket(caller)
         if not self._queue.join(ticket, now + max_wait, self._turns(now)):
             raise QuotaExceeded(self._next_free_in(now))
         return ticket

@@ -206,9 +206,7 @@ class ResponseHead:
         """Find out what any client gets, and how much follows."""
         names = frozenset([name for name, _ in self.noted])
         self.secret = not names.isdisjoint(NAMES.secret)
-        dropped = self.options - _NO_HOP
-        if self.status == _NO_CONTENT:
-            dropped |= {b"content-length"}
+        dropped = (self.options - _NO_HOP).union([b"content-length"] if self.status == _NO_CONTENT else [])
         if dropped:
             self.kept = _without(dropped, self.kept)
         self.passed = names - NAMES.inbound - dropped

@@ -293,21 +293,19 @@ def _parse_answer(method: str, block: bytes) -> ResponseHead | None:
     options = connection_options(noted)
     keep_alive = _persists(minor, options) and not until_close
     said = b",".join([value for name, value in noted if name == b"keep-alive"]).lower()
-    kept_for = _KEPT_FOR.search(said) if said else None
-    seconds = None if kept_for is None else float(kept_for[1])
+    seconds = float(found[1]) if said and (found := _KEPT_FOR.search(said)) else None
     return ResponseHead(status, reason, lines, kept, noted, options, length, until_close, bodiless, keep_alive, seconds)
 
 
 def _framing(noted: list[tuple[bytes, bytes]], minor: int) -> tuple[int | None, bool]:
     """Return the body's length in bytes, None where no field says it, and whether it lasts until the close."""
-    framing = [field for field in noted if field[0] in _FRAMING]
-    if not framing:
-        return None, True
-    name, value = framing[0]
-    if len(framing) == 1 and name == b"content-length" and value.isdigit() and len(value) <= _MAX_LENGTH_DIGITS:
-        return int(value), False
-    if len(framing) == 1 and name == b"transfer-encoding" and value.lower() == b"chunked" and minor:
-        return None, False
+    match [field for field in noted if field[0] in _FRAMING]:
+        case []:
+            return None, True
+        case [(b"content-length", value)] if value.isdigit() and len(value) <= _MAX_LENGTH_DIGITS:
+            return int(value), False
+        case [(b"transfer-encoding", value)] if value.lower() == b"chunked" and minor:
+            return None, False
     raise ProtocolError("its Content-Length and Transfer-Encoding do not say for certain how long its body is")
 
 
@@ -424,8 +422,7 @@ class RequestReader(_Reader):
         """Be ready for the next request, unless bytes of it wait: they are for ``next``; return whether none do."""
         if self._data or self._rest:
             return False
-        self.head = None
-        self.complete = False
+        self.head, self.complete = None, False
         return True
 
     def next(self) -> bytes:

@@ -33,10 +33,10 @@ import math
 import mmap
 import re
 import zlib
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, deque
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from itertools import chain, islice, zip_longest
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ class Ticket:
     refused: QuotaExceeded | None = None
     since = math.inf
     slot = 0
-    caller: str
+
+    def __init__(self, caller: str) -> None:
+        self.caller: Final = caller
 
     def send(self) -> None:
         """Say that a granted request is on its way: from here on Metquay may count it. ValueError if not granted."""
@@ -176,11 +178,6 @@ class _Cell:
 
     def __init__(self, end: float, until: float, callers: dict[str, int]) -> None:
         self.end, self.until, self.callers = end, until, callers
-
-    @property
-    def slots(self) -> int:
-        """How many there are."""
-        return sum(self.callers.values())
 
 
 class Window:
@@ -217,15 +214,14 @@ class Window:
             return self._now
         self._now = now
         while self._cells and self._cells[0].end <= now:
-            self.used -= self._cells.popleft().slots
+            self.used -= sum(self._cells.popleft().callers.values())
         return now
 
     def used_by(self) -> dict[str, int]:
         """Return how many slots each caller has."""
-        used: defaultdict[str, int] = defaultdict(int)
-        in_flight = ((ticket.caller, 1) for ticket in self.in_flight)
-        for caller, slots in chain(in_flight, *(cell.callers.items() for cell in self._cells)):
-            used[caller] += slots
+        used = Counter([ticket.caller for ticket in self.in_flight])
+        for cell in self._cells:
+            used.update(cell.callers)
         return used
 
     def take(self, ticket: Ticket, now: float) -> bool:
@@ -235,11 +231,9 @@ class Window:
         """
         if self.used >= self._burst or now < self._now:
             now = self.advance(now)
-            if self.next_free(now) > now:
-                return False
-        elif now < self.closed_until:
-            return False
         self._now = now
+        if now < self.closed_until or (self.used >= self._burst and next(self.turns(now)) > now):
+            return False
         self.grant(ticket, now, now)
         return True
 
@@ -305,7 +299,7 @@ class Window:
         points = []
         for cell in self._cells:
             points.append((number + 1, cell.end))
-            number += cell.slots
+            number += sum(cell.callers.values())
         if self.in_flight:
             points.append((number + 1, max(last + self.latency, now) + self._hold))
         if self.used >= self.rate.limit:
@@ -478,8 +472,7 @@ class Quota:
         taken to be answered as quickly as the answers of late. Where it turns out later (slower answers, newcomers
         whose turn comes first), ``poll`` refuses the ticket at its deadline.
         """
-        ticket = Ticket()
-        ticket.caller = caller
+        ticket = Ticket(caller)
         if self.queue.callers or not self.window.take(ticket, now):
             now = self.window.advance(now)
             if not self.queue.join(ticket, now + max_wait, self.window.turns(now)):

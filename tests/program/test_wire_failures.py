@@ -240,12 +240,13 @@ async def test_reads_cancelled(bench: Bench, end: str) -> None:
 
 
 @rule("contract 3")
-async def test_client_leaves_in_mid_answer(bench: Bench) -> None:
-    """A client that leaves in mid-answer ends the transfer upstream, and nobody else's."""
+@pytest.mark.parametrize("request_", [get(), post(b"abc")])
+async def test_client_leaves_in_mid_answer(bench: Bench, request_: bytes) -> None:
+    """A client that leaves in mid-answer ends the transfer upstream, and nobody else's; also that of a write."""
     client, other = await bench.client(), await bench.client()
     peers = []
     for each in (client, other):
-        await each.send(get())
+        await each.send(request_)
         peers.append(await bench.upstream.peer())
         await peers[-1].request()
         await peers[-1].send(LENGTH)
