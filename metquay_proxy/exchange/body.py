@@ -70,7 +70,7 @@ class Stream:
             self.arrived = True
             if self.held_up:
                 self._hold(up=False)
-        elif len(self._data) > HIGH_WATER and not self.held_up:
+        elif len(self._data) > HIGH_WATER and not (self.held_up or self.arrived):
             self._hold(up=True)
         waiter = self._waiter
         if waiter is not None:

@@ -153,7 +153,7 @@ class Forwarder:
                         if ticket.state == "waiting":
                             token = await self._turn(line, ticket, exchange)
                             now = self._clock()
-                began = now
+                began = time.perf_counter()
                 try:
                     try:
                         if exchange.failed or method not in retries.READING:
@@ -169,10 +169,9 @@ class Forwarder:
                         while not response.begun:
                             await response.news()
                     finally:
-                        now = self._clock()
-                        exchange.upstream += now - began
+                        exchange.upstream += time.perf_counter() - began
                         if line is not None and ticket is not None:
-                            line.settle(ticket, now)
+                            line.settle(ticket, self._clock())
                 except UpstreamFailure as failure:
                     fresh, pause = True, self._pause_after_failure(exchange, failure)
                     if pause is None:

@@ -210,9 +210,7 @@ class Window:
 
     def advance(self, now: float) -> float:
         """Take back the slots whose time is over; return the latest ``now``."""
-        if now < self._now:
-            return self._now
-        self._now = now
+        self._now = now = max(now, self._now)
         while self._cells and self._cells[0].end <= now:
             self.used -= sum(self._cells.popleft().callers.values())
         return now

@@ -508,6 +508,7 @@ class TestStream:
         assert [True, False] == told
         stream.feed(bytes(HIGH_WATER + 1))
         stream.end()
+        stream.fail(ConnectionResetError())
         assert [True, False, True, False] == told
 
     def test_what_is_put_back_waits_too(self) -> None:

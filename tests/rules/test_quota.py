@@ -197,6 +197,14 @@ class TestPacing:
         spend(quota, 60.07, 70)
         assert quota.ask(60.07, "tool", 20).state != "granted"
 
+    def test_an_earlier_moment_counts_as_the_latest(self) -> None:
+        """A request that asks before the one before it finds what that found: slots whose time is over are free."""
+        quota = Quota(100, 60.0)
+        spend(quota, 0.0, 69)
+        quota.ask(61.0, "tool", 0.0)
+        assert 1 == quota.snapshot(60.0).used
+        assert "granted" == quota.ask(59.0, "tool", 0.0).state
+
     def test_a_slower_tool_never_waits(self) -> None:
         """Over the burst, a request that comes later than its turn by the pace goes at once."""
         quota = Quota(100, 60)
