@@ -259,8 +259,7 @@ class Proxy:
             listener.close()
         while (server.busy() or self.telemetry.active) and not self.hurry.is_set() and loop.time() < deadline:  # noqa: ASYNC110 - three ends, once
             await asyncio.sleep(_TURN)
-        self._handler.stop()
-        await server.end()
+        await server.end(self._handler.stop())
         if self._audit is not None:
             await asyncio.to_thread(self._audit.close, _FLUSH)
         await self.tokens.close()

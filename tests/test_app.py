@@ -239,6 +239,21 @@ async def test_a_write_that_does_not_end(tmp_path: Path) -> None:
         assert {(503, "shutting-down", "unknown"), (None, "client-left", "unknown")} == outcomes
 
 
+async def test_writes_that_nobody_waits_for(tmp_path: Path) -> None:
+    """Those that are given up at the deadline are in the audit log, although no client is there any more."""
+    log = tmp_path / "audit"
+    async with benched(audit_log=str(log)) as bench:
+        for _ in range(5):
+            client = await bench.client()
+            await client.send(post(b"abc"))
+            await (await bench.upstream.peer()).request()
+            client.close()
+        await eventually(lambda: not bench.proxy.server.clients)
+        await bench.proxy.stop(0.0)
+        lines = [json.loads(text) for text in log.read_text().splitlines()]
+        assert [(None, "client-left", "unknown")] * 5 == [(it["status"], it["error"], it["sent"]) for it in lines]
+
+
 @pytest.mark.parametrize("request_", [get(), post(b"abc"), head("DELETE /x HTTP/1.1")])
 async def test_requests_that_wait_for_the_quota(request_: bytes) -> None:
     """A request whose turn has not come at the deadline was certainly not sent, and is told so."""

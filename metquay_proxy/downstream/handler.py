@@ -96,11 +96,12 @@ class Handler:
         """Take no new requests; those that are under way are the last of their connections."""
         self.draining = True
 
-    def stop(self) -> None:
-        """Tell whoever is cancelled from now on that the proxy is being stopped."""
+    def stop(self) -> tuple[asyncio.Task[None], ...]:
+        """Tell whoever is cancelled from now on that the proxy is being stopped; cancel, and return, what is alone."""
         self._stopping = True
         for task in self._alone:
             task.cancel()
+        return tuple(self._alone)
 
     async def serve(self, client: ClientConnection, head: RequestHead, stream: Stream) -> None:
         """Serve one request; whatever happens, exactly one answer or one broken connection comes of it."""
@@ -224,7 +225,8 @@ class Handler:
         target = exchange.target = self._rules.parse(method, head.target)
         exchange.path = target.path
         admission = exchange.admission = gate.check(method, target, fields, now)
-        if b"upgrade" in fields.options and (fields.text(b"upgrade") or "").lower() == "websocket":
+        upgrade = (fields.text(b"upgrade") or "").lower() if b"upgrade" in fields.options else ""
+        if upgrade == "websocket" and not admission.preflight:
             raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")
         outgoing = fields.outbound(
             method,

@@ -18,7 +18,7 @@ from metquay_proxy.downstream.connection import Bounds, ClientConnection, Servin
 from metquay_proxy.rules.http1 import RequestsMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
 _LONGEST_TICK: Final = 1.0
 _PATIENCE: Final = 0.1
@@ -55,9 +55,12 @@ class Server(web.Server):
                 client.close()
         return any(client.busy or client.unsent for client in self.clients)
 
-    async def end(self) -> None:
-        """Give up what is still under way: each client is told so, or sees that its transfer is broken."""
-        tasks = [task for client in tuple(self.clients) if (task := client.cancel()) is not None]
+    async def end(self, alone: Iterable[asyncio.Task[None]] = ()) -> None:
+        """Give up what is still under way: each client is told so, or sees that its transfer is broken.
+
+        ``alone`` are cancelled tasks whose clients have left.
+        """
+        tasks = [*alone, *[task for client in tuple(self.clients) if (task := client.cancel()) is not None]]
         if tasks:
             await asyncio.wait(tasks, timeout=_PATIENCE)
         await self.shutdown(_PATIENCE)

@@ -538,6 +538,16 @@ async def test_websocket(bench: Bench) -> None:
     await bench.refused(get("/x", *fields), 501, "not-supported")
 
 
+@rule("contract 3", allowed_origins="https://tools.lab.example")
+async def test_a_preflight_is_no_websocket(bench: Bench) -> None:
+    """A preflight of a listed page is answered as one, whatever upgrade it asks for, and never sent."""
+    fields = ["Access-Control-Request-Method: POST", "Connection: Upgrade", "Upgrade: websocket"]
+    client = await bench.client()
+    await client.send(head("OPTIONS /x HTTP/1.1", "Origin: https://tools.lab.example", *fields))
+    assert 204 == (await client.answer("OPTIONS")).status
+    assert [] == bench.upstream.peers
+
+
 @rule("9110 7.8")
 async def test_h2c_ignored(bench: Bench) -> None:
     """Any other upgrade is ignored: the request is answered in HTTP/1.1."""
