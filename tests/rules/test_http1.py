@@ -19,6 +19,7 @@ from metquay_proxy.rules.http1 import (
     MAX_FIELDS,
     MAX_HEAD,
     MAX_LINE,
+    AnswersMemory,
     ProtocolError,
     RequestHead,
     RequestReader,
@@ -958,6 +959,35 @@ class TestRequestBody:
         assert (b"abcd", False, 0) == (reader.next(), reader.complete, reader.held)
         assert (b"ef", True, 1) == (reader.feed(b"efG"), reader.complete, reader.held)
         assert (b"", True) == (reader.next(), reader.begun)
+
+
+class TestAnswersMemory:
+    HEAD = OK + b"Content-Length: 3\r\n\r\n"
+
+    def test_the_same_head_is_judged_once(self) -> None:
+        """All readers of an upstream share what they found out, whether a head comes with its body or byte by byte."""
+        memory = AnswersMemory()
+        first, second, third = (ResponseReader("GET", memory) for _ in range(3))
+        assert [b"abc"] * 2 == [reader.feed(self.HEAD + b"abc") for reader in (first, second)]
+        for piece in in_bytes(self.HEAD):
+            third.feed(piece)
+        assert first.head is not None
+        assert first.head is second.head
+        assert first.head is third.head
+        assert (True, True, False) == (first.complete, second.complete, third.complete)
+
+    def test_it_is_no_pass(self) -> None:
+        """The bytes of a known head mean what they mean where they stand: in another head, or after a fault."""
+        memory = AnswersMemory()
+        ResponseReader("GET", memory).feed(self.HEAD)
+        within, refused = ResponseReader("GET", memory), ResponseReader("GET", memory)
+        within.feed(OK + b"A: ")
+        within.feed(self.HEAD)
+        assert within.head is not None
+        assert [(b"A", b"HTTP/1.1 200 OK"), (b"Content-Length", b"3")] == within.head.headers
+        for piece in (b"HTTP/2 200\r\n\r\n", self.HEAD):
+            with pytest.raises(ProtocolError):
+                refused.feed(piece)
 
 
 class TestRequestsMemory:
