@@ -258,7 +258,8 @@ class Handler:
         piece = response.read_nowait()
         exchange.head_sent = True
         client.write(data + (_framed(piece, last=response.arrived) if chunked else piece))
-        exchange.head_at = 0.0 if response.arrived else time.perf_counter()
+        if not response.arrived:
+            exchange.head_at = time.perf_counter()
         return response.arrived
 
     async def _pass_on(self, client: ClientConnection, exchange: Exchange, response: Response) -> None:

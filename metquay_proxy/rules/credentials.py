@@ -93,7 +93,7 @@ class AccessToken:
     obtained_at: float
     lifetime: float
     authorization: bytes = field(init=False, compare=False, repr=False)
-    """The last field line of a request that it pays for, made once."""
+    """The last field line of a request that it authorizes, made once."""
 
     def __post_init__(self) -> None:
         """Derive what every request sends."""

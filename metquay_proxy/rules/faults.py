@@ -62,9 +62,9 @@ def head_fault(  # noqa: PLR0911 - one return for each kind of error
 
     ``judged`` is as in ``RequestFields``.
     """
-    twice = [name for name, value in judged.items() if value is None and name in NAMES.once]
-    if twice:
-        return _bad_request(f"{_shown(twice[0])} stands in it more than once. Send it once")
+    for name, value in judged.items():
+        if value is None and name in NAMES.once:
+            return _bad_request(f"{_shown(name)} stands in it more than once. Send it once")
     coding, length = judged.get(b"transfer-encoding"), judged.get(b"content-length")
     if coding is not None:
         if not minor:

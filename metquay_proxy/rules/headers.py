@@ -70,7 +70,7 @@ class FieldNames:
 def _expression(dropped: frozenset[bytes], read: frozenset[bytes]) -> re.Pattern[bytes]:
     """Return what finds, in lines in lower case, the value of each field that is dropped (1) or only read (2)."""
     one, other = (b"|".join(sorted(map(re.escape, names))).replace(rb"\*", rb"[^:]*+") for names in (dropped, read))
-    return re.compile(rb"\r\n(?:(%b)|(%b)):[ \t]*+([^\r]*+)" % (one, other or b"[^\\s\\S]"))
+    return re.compile(rb"\r\n(?:(%b)|(%b)):[ \t]*+([^\r]*+)" % (one, other or b"(?!)"))
 
 
 def read_fields(lines: bytes, expression: re.Pattern[bytes]) -> tuple[list[tuple[bytes, bytes]], bytes]:

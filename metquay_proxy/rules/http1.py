@@ -322,7 +322,7 @@ class _Memory(dict[bytes, T]):
     def judge(self, text: bytes) -> T | None:
         """Find it out for a text that ``get`` does not find; None is remembered of none."""
         found = self._judge(text)
-        if found is not None and len(text) <= LONGEST_REMEMBERED and not found.secret:
+        if found is not None and not found.secret and len(text) <= LONGEST_REMEMBERED:
             if len(self) >= REMEMBERED:
                 self.clear()
             self[text] = found
@@ -363,7 +363,7 @@ def _parse_fields(block: bytes) -> RequestFields | None:
     if faults.head_fault(minor, fields.judged) is not None:
         return None
     fields.minor = minor
-    fields.length = None if b"transfer-encoding" in fields.judged else int(fields.text(b"content-length") or 0)
+    fields.length = None if b"transfer-encoding" in fields.judged else int(fields.judged.get(b"content-length") or 0)
     fields.keep_alive = _persists(minor, fields.options)
     return fields
 

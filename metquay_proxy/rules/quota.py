@@ -230,7 +230,7 @@ class Window:
         if self.used >= self._burst or now < self._now:
             now = self.advance(now)
         self._now = now
-        if now < self.closed_until or (self.used >= self._burst and next(self.turns(now)) > now):
+        if self.next_free(now) > now:
             return False
         self.grant(ticket, now, now)
         return True

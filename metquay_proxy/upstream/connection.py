@@ -102,7 +102,7 @@ class Connection(Receiver):
             piece = reader.feed(data)
         except ProtocolError as error:
             if not response.begun and reader.head is not None:
-                response.head, response.begun = reader.head, True
+                response.begin(reader.head)
             message = f"Metquay's answer was not valid HTTP ({error}). Try again; if it stays, tell your administrator."
             left_over = self.bodiless is not None and reader.head is None  # of the exchange before, a moment late
             self._fail(response, "upstream-protocol", message, repeatable=left_over, stale=left_over)
@@ -111,7 +111,7 @@ class Connection(Receiver):
             head = reader.head
             if head is None:
                 return
-            response.head, response.begun = head, True
+            response.begin(head)
             if self._upload is not None and head.status >= _NO_MORE:
                 self._stop_sending()
         last = reader.complete
