@@ -1,14 +1,14 @@
-"""What the README says of speed: ``python -m benchmarks.page RESULTS README`` writes it between the two marks there.
+"""What is said of speed: ``python -m benchmarks.page`` writes it into docs/performance.md, its gist into the README.
 
-Owns the words around a run's figures, all of which come from RESULTS. Tells ratios: times hold on one machine.
+Owns the words around a run's figures, all of which come from a run's results. Tells ratios: times hold on one machine.
 ``python -m benchmarks`` prints the same of what it measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +22,7 @@ from benchmarks.replicas import RATE as QUOTA
 from benchmarks.shared import IN_MEMORY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 BEGIN: Final = "<!-- begin: python -m benchmarks.page -->"
 END: Final = "<!-- end: python -m benchmarks.page -->"
@@ -46,7 +46,7 @@ def of(results: Mapping[str, Any], *, whole: bool = True) -> str:
 
     ``whole``: with the targets of which nothing was measured.
     """
-    sections = [_intro(results["machine"], results["plan"]), "\n".join(_meaning(results))]
+    sections = [_intro(results["machine"], results["plan"])]
     for part, write in (
         ("legacy", _legacy),
         ("medians", _peers),
@@ -59,9 +59,8 @@ def of(results: Mapping[str, Any], *, whole: bool = True) -> str:
     rows = [row for row in targets.of(results) if whole or row.known]
     told = "What the project wants of itself, and what the same run found. In bold: beyond its bound."
     cells = [(row.figure, row.asked, row.measured, row.verdict) for row in rows]
-    return "\n\n".join(
-        [*filter(None, sections), "### Targets", told, grid(("figure", "target", "measured", ""), cells)]
-    )
+    targeted = ["## Targets", told, grid(("figure", "target", "measured", ""), cells)]
+    return "\n\n".join([_wrapped(section) for section in (*filter(None, sections), *targeted)])
 
 
 def _intro(machine: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
@@ -87,7 +86,7 @@ def pair(values: Iterable[float | None], form: str) -> str:
 
 
 def put(text: str, page: str) -> str:
-    """Return the README's text with this page between its marks; raise ``ValueError`` unless it has both."""
+    """Return a document with this page between its marks; raise ``ValueError`` unless it has both."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -95,38 +94,50 @@ def put(text: str, page: str) -> str:
     return f"{before}{BEGIN}\n\n{page}\n\n{END}{after}"
 
 
+def gist(results: Mapping[str, Any]) -> str:
+    """Return what it means for a laboratory, as a list."""
+    return "\n".join(_wrapped(point) for point in _meaning(results))
+
+
 def _meaning(results: Mapping[str, Any]) -> Iterator[str]:
-    """What it means for a laboratory, one point a line."""
     jobs, ours = results.get("legacy", ()), results.get("medians", {}).get("https", {}).get(OURS, {})
     ways = summary(jobs).get(ALONE, {})
     if {EACH, FIFTY, PROXY} <= set(ways):
         each, fifty, proxy = (ways[way][0] for way in (EACH, FIFTY, PROXY))
         yield (
-            f"* **Scripts that go through the proxy** take {proxy / each:.0%} of the time of one that logs in for each "
-            f"call, and {proxy / fifty:.0%} of one that logs in every 50 calls: connection and token are there already."
+            f"* **A script** that is {ROUND_TRIP * 1000:.0f} ms away from Metquay takes {proxy / each:.0%} of the time "
+            f"that it needs if it logs in for each call, and {proxy / fifty:.0%} if it logs in every 50 calls."
         )
     if "cpu_16" in ours:
         share = QUOTA.limit / QUOTA.window * ours["cpu_16"] / 1e6
         yield (
-            f"* **The computer hardly notices it**: a quota of {QUOTA.limit} requests a minute, used up entirely and "
-            f"over TLS, takes {share:.3%} of one core of this machine."
+            f"* **The processor** hardly notices it: the whole quota, {QUOTA.limit} requests a minute over TLS, takes "
+            f"{share:.3%} of one core."
         )
     if "loaded_mib" in ours:
         grown = max(ours.get("down_growth", 0.0), ours.get("up_growth", 0.0))
         yield (
             f"* **Memory**: {ours['loaded_mib']:.0f} MiB after load, and {grown:.0f} MiB more while a body of "
-            f"{results['plan']['mebibytes']} MiB passes; no body is ever held whole."
+            f"{results['plan']['mebibytes']} MiB passes. No body is ever held as a whole."
         )
 
 
+def _wrapped(text: str) -> str:
+    """Return a paragraph or a list's point in lines that an editor shows whole; a table or a picture as it is."""
+    if text.startswith(("|", "!", "#")):
+        return text
+    hanging = "  " if text.startswith("* ") else ""
+    return textwrap.fill(text, 120, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
+
+
 def _picture(part: str, what: str) -> str:
-    return f"![{what}]({PICTURES}/{part}.png)"
+    return f"![{what}](../{PICTURES}/{part}.png)"
 
 
 def _legacy(jobs: Sequence[Sequence[Any]]) -> Iterator[str]:
     cases = summary(jobs)
     calls = round(jobs[0][4] / ROUND_TRIP)
-    yield "### A script far from Metquay"
+    yield "## A script far from Metquay"
     yield (
         f"It makes {calls} calls one after the other, on a new connection each, {ROUND_TRIP * 1000:.0f} ms from a TLS "
         "server; the proxy is on its own computer. In round trips for each call, of which there can't be less than one:"
@@ -146,7 +157,7 @@ def _first(cases: Mapping[str, Mapping[str, tuple[float, float]]], way: str) -> 
 
 
 def _peers(medians: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
-    yield "### Beside other proxies that attach a token"
+    yield "## Beside other proxies that attach a token"
     yield "As ratios to nginx's; memory in MiB. What is not measured (-) is not offered by that program, or failed."
     table = [(name, [medians[scheme].get(name, {}) for scheme in SCHEMES]) for name in _names(medians)]
     bases = [medians[scheme].get(NGINX, {}) for scheme in SCHEMES]
@@ -183,7 +194,7 @@ def _growth(rows: Sequence[Sequence[Any]]) -> Iterator[str]:
     costs: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for name, kind, count, cpu, *_ in rows:
         costs[name, kind][count] = cpu
-    yield "### More clients"
+    yield "## More clients"
     yield f"CPU of a request; with {WORKING} clients it is 1."
     counts = [count for count in CLIENTS if any(count in found for found in costs.values())]
     lines = []
@@ -198,7 +209,7 @@ def _growth(rows: Sequence[Sequence[Any]]) -> Iterator[str]:
 def _shared(ways: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
     found = {way: {name: statistics.median(values) for name, values in row.items()} for way, row in ways.items()}
     base = found.get(IN_MEMORY, {})
-    yield "### The quota shared through Redis"
+    yield "## The quota shared through Redis"
     yield (
         "Both on this machine, with a quota that is never used up. As ratios to the quota in memory; Redis's CPU is "
         "told in units of the proxy's, and its calls for each request. A proxy that waits longer than 50 ms for Redis "
@@ -226,7 +237,7 @@ def _shared(ways: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[str]:
 
 
 def _replicas(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    yield f"### Replicas that share {QUOTA.limit} requests in {QUOTA.window:.0f} s, all busy (simulated)"
+    yield f"## Replicas that share {QUOTA.limit} requests in {QUOTA.window:.0f} s, all busy (simulated)"
     heads = (
         "replicas",
         "quota used",
@@ -251,16 +262,17 @@ def _replicas(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
     yield grid(heads, cells)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page of a run into a README."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__)
-    parser.add_argument("results", type=Path, metavar="RESULTS", help="the results.json of a run")
-    parser.add_argument("readme", type=Path, metavar="README", help="the file with the two marks")
-    options = parser.parse_args(arguments)
-    page = of(json.loads(options.results.read_text(encoding="utf-8")))
-    options.readme.write_text(put(options.readme.read_text(encoding="utf-8"), page), encoding="utf-8", newline="\n")
-    return 0
+def main() -> None:
+    """Write what the results in the repository say into the documents."""
+    root = Path(__file__).parent.parent
+    results = json.loads((root / PICTURES / "results.json").read_text(encoding="utf-8"))
+    for name, write in DOCUMENTS.items():
+        path = root / name
+        path.write_text(put(path.read_text(encoding="utf-8"), write(results)), encoding="utf-8", newline="\n")
 
+
+DOCUMENTS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {"docs/performance.md": of, "README.md": gist}
+"""Each document with marks, and what is written between them."""
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -36,10 +36,11 @@ SANDBOX_LISTEN: Final = "localhost:6388"
 _FAILED: Final = 1
 _WRONG: Final = 2
 _SECRETS: Final = """\
-secrets have no flag (set the variable, or name a file that holds it in ..._FILE):{}
+secrets, which have no flag (set the variable, or name a file that holds the secret in ..._FILE):{}
 
-Flags win over the environment, that over .env in the current directory, and that over secret files: the
-..._FILE ones, and files named like a variable in $CREDENTIALS_DIRECTORY and /run/secrets."""
+A setting is taken from the first of these that has it: flag, environment, .env in the current directory, secret file.
+A secret file is one that a ..._FILE variable names, or one in $CREDENTIALS_DIRECTORY or /run/secrets that has the
+variable's name."""
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -122,18 +123,20 @@ def _tell(*lines: str, to: TextIO | None = None) -> None:
 
 def _settings_parser(command: str, description: str) -> _Parser:
     """Return the parser of a command that takes all settings."""
-    from metquay_proxy.settings import VARIABLES, default_text, flag, meaning  # noqa: PLC0415 - slow
+    from metquay_proxy.settings import HEADINGS, VARIABLES, default_text, flag, meaning  # noqa: PLC0415 - slow
 
     secrets = [name for name in VARIABLES if flag(name) is None]
     meanings = "".join(f"\n  {variable(name):24}{meaning(name)[1]}" for name in secrets)
     parser = _Parser(command, description, _SECRETS.format(meanings), secrets)
+    add = parser.add_argument
     for name, field in VARIABLES.items():
+        if name in HEADINGS:
+            add = parser.add_argument_group(HEADINGS[name]).add_argument
         option, default, (called, words) = flag(name), default_text(name), meaning(name)
         if option is not None:
             needed = " (required)" if name == "host" else f" (default: {default})" if default else ""
             more = {"action": argparse.BooleanOptionalAction} if field.annotation is bool else {"metavar": called}
-            text = f"{words} [env: {variable(name)}]{needed}".replace("%", "%%")
-            parser.add_argument(option, dest=name, help=text, **more)
+            add(option, dest=name, help=f"{words} [env: {variable(name)}]{needed}".replace("%", "%%"), **more)
     return parser
 
 
@@ -342,11 +345,8 @@ def _health(arguments: Sequence[str]) -> int:
     parser = _Parser("health", "Ask the proxy whether it is alive: exit 0 if so, else 1.")
     parser.add_argument("--ready", action="store_true", help="ask whether it is ready: whether it has a usable token")
     parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="ask until it is so, at most so long")
-    parser.add_argument(
-        "--listen",
-        metavar="ADDRESS",
-        help=f"where it listens; of several the first is asked [env: METQUAY_LISTEN] (default: {DEFAULT_LISTEN})",
-    )
+    where = f"where it listens; of several the first is asked [env: METQUAY_LISTEN] (default: {DEFAULT_LISTEN})"
+    parser.add_argument("--listen", metavar="ADDRESS", help=where)
     parser.add_argument("--tls-cert", metavar="FILE", help="set if the proxy serves https [env: METQUAY_TLS_CERT]")
     values = parser.parse(arguments)
     if not 0 <= values.wait < float("inf"):

@@ -211,7 +211,7 @@ def parse_redis_url(text: str) -> RedisAddress:
         forms = "redis://host:6379/0, rediss://host:6379/0 (with TLS) or unix:///run/redis.sock"
         raise ValueError(f"is not of the form {forms}")
     if importlib.util.find_spec("redis") is None:
-        raise ValueError("needs a library that is not installed: pip install 'metquay-proxy[redis]'")
+        raise ValueError("needs a library that is not installed: install the proxy with it, pip install '.[redis]'")
     if parts["path"]:
         return RedisAddress("unix", path=parts["path"])
     host, port, database = parts["host"].strip("[]").lower(), int(parts["port"] or 6379), int(parts["database"] or 0)
@@ -298,41 +298,49 @@ _PREFIXES: Final = _list_of(
 class Settings(BaseSettings):
     """Everything that can be set; frozen. ``load`` makes one from the places where settings are found.
 
-    What each means, and in brackets what its value is called, is its help on the command line:
+    What each means, and in brackets what its value is called, is its help on the command line, below these headings:
 
     sandbox: use the built-in Metquay simulator as the upstream: no host and no keys are needed
+    Metquay:
     host (HOST): your Metquay server: lab.metquay.co, or https://lab.metquay.co/api/v1; http:// within this machine only
     access_key: access key of the API client
     access_key_file (FILE): file that holds the access key; read again at each login
     secret_key: secret key of the API client
     secret_key_file (FILE): file that holds the secret key; read again at each login
+    client keys:
     client_key: key that local tools must present
     client_key_file (FILE): file that holds the client key
     client_keys: named client keys, name:key[:read-only], with commas or one a line
     client_keys_file (FILE): file that holds the named client keys
     trust_network: listen beyond this machine without any client key
+    listening:
     listen (ADDRESS): where to listen: host:port (port 0: any free one) or unix:/path; several with commas
     socket_mode (MODE): who may open a unix socket, in octal: 0660 lets its group in too
     tls_cert (FILE): PEM certificate chain, to serve https
     tls_key (FILE): PEM private key of that certificate, without a password
+    guard:
     allowed_hosts (NAMES): further host names under which tools reach the proxy; several with commas
     allowed_origins (ORIGINS): web pages that may use the proxy, such as https://tools.lab.example; several with commas
     read_only: forward GET, HEAD and OPTIONS only
     pass_through (PATHS): path prefixes sent to the server's root without a token, such as /FlexicalERP/;
         several with commas
+    limits:
     rate_limit (RATE): quota of the key pair: N/second, N/minute, N/hour, or off
     max_wait (SECONDS): seconds that a request may wait in all: for token and quota, between and in failed attempts
     retries (N): further attempts for requests that are safe to repeat
     replay_limit (SIZE): largest body kept for another attempt: bytes, KiB or MiB, up to 64 MiB
+    connection to Metquay:
     connect_timeout (SECONDS): seconds to connect to Metquay
     read_timeout (SECONDS): seconds of silence between bytes; the whole has no limit
     ca_bundle (FILE): PEM certificates trusted beside the operating system's; the CA that issued the server's will do
     outbound_proxy: corporate proxy on the way to Metquay, in place of the system's: http://host:port; none: go directly
     outbound_proxy_file (FILE): file that holds the corporate proxy's URL
+    several proxies:
     redis_password: Redis's password; only from a file
     redis_password_file (FILE): file that holds Redis's password; read again at each connection
     redis_url (URL): Redis through which replicas share quota and Idempotency-Keys: redis://, rediss:// (TLS)
         or unix:///path
+    running and logging:
     drain_timeout (SECONDS): seconds for requests in flight when the proxy is told to stop
     audit_log (FILE): file that gets one JSON line for each write
     allow_quit: let POST /-/quit end the proxy
@@ -463,6 +471,8 @@ _DOCUMENTED: Final = re.compile(r"^( *)(\w+)(?: \((\w+)\))?: (.+(?:\n\1 +\S.*)*)
 _MEANINGS: Final = {
     name: (called, " ".join(words.split())) for _, name, called, words in _DOCUMENTED.findall(Settings.__doc__ or "")
 }
+HEADINGS: Final = {name: head for head, name in re.findall(r"(?m)^ +([\w ]+):\n +(\w+)", Settings.__doc__ or "")}
+"""Name of the first setting of each group to its heading."""
 VARIABLES: Final = {name: field for name, field in Settings.model_fields.items() if name != "sandbox"}
 """Name (as in ``Settings``) to pydantic's description of it, for each setting that has a variable."""
 

@@ -20,7 +20,7 @@ import pytest
 import trustme
 
 from metquay_proxy import __version__, app, cli, health
-from metquay_proxy.settings import VARIABLES, flag, variable
+from metquay_proxy.settings import HEADINGS, VARIABLES, flag, variable
 from tests.unset import ACCOUNT, unset
 
 if TYPE_CHECKING:
@@ -383,7 +383,11 @@ class TestUsage:
         with pytest.raises(SystemExit) as caught:
             cli.main(words)
         assert 0 == caught.value.code
-        text = " ".join(capsys.readouterr().out.split())
+        printed = capsys.readouterr().out
+        heads = re.findall(r"^(\w[\w ]*):$", printed, re.MULTILINE)
+        assert ["options", *HEADINGS.values()] == [head for head in heads if head != "commands"]
+        assert ["host", "client_key", "listen", "allowed_hosts", "rate_limit"] == list(HEADINGS)[:5]
+        text = " ".join(printed.split())
         for name in VARIABLES:
             assert re.search(rf"\b{variable(name)}\b", text), name
             assert flag(name) is None or f"{flag(name)} " in text or f"{flag(name)}, " in text

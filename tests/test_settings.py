@@ -644,7 +644,7 @@ class TestRedis:
         """It is an extra that most do not need."""
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "redis" else pytest.fail(name))
         (line,) = problems({"redis_url": "redis://localhost"})
-        assert "pip install 'metquay-proxy[redis]'" in line
+        assert "pip install '.[redis]'" in line
 
 
 class TestSystemProxy:

@@ -23,8 +23,8 @@ param(
     [Parameter(Mandatory)] [string] $MetquayHost,
     # For the signed-in user rather than for the machine.
     [switch] $ForMe,
-    # What pip installs: a name, a wheel or a folder.
-    [string] $Package = 'metquay-proxy',
+    # What pip installs: a wheel, or a folder with the source, such as this repository's.
+    [string] $Package = "$PSScriptRoot\..\..",
     # The Python to use: the launcher's default, or the path of a python.exe.
     [string] $Python = 'py'
 )

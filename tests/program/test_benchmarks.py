@@ -1,4 +1,4 @@
-"""The benchmark measures in hours of its own; here stands what it makes of figures, and what the README tells."""
+"""The benchmark measures in hours of its own; here stands what it makes of figures, and what the documents tell."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from benchmarks.replicas import Outcome
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / page.PICTURES
 RESULTS = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_tells_what_was_measured() -> None:
-    """The README's page is made of the results that lie in the repository, and of nothing else."""
-    assert README == page.put(README, page.of(RESULTS)), "run: python -m benchmarks.page"
+@pytest.mark.parametrize("name", page.DOCUMENTS)
+def test_the_documents_tell_what_was_measured(name: str) -> None:
+    """What stands between the marks is made of the results that lie in the repository, and of nothing else."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text == page.put(text, page.DOCUMENTS[name](RESULTS)), "run: python -m benchmarks.page"
 
 
 def test_the_pictures_are_there_and_small() -> None:
     """Each picture of the page is in the repository, and a clone does not grow by much."""
-    names = re.findall(rf"\({page.PICTURES}/(\w+\.png)\)", page.of(RESULTS))
+    names = re.findall(rf"\(\.\./{page.PICTURES}/(\w+\.png)\)", page.of(RESULTS))
     assert names
     assert dict.fromkeys(names, True) == {name: 0 < (FOLDER / name).stat().st_size < 100_000 for name in names}
     assert (FOLDER / "results.json").stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("text", ["", page.BEGIN, f"{page.END}\n{page.BEGIN}"])
-def test_a_readme_without_marks_is_left_alone(text: str) -> None:
+def test_a_document_without_marks_is_left_alone(text: str) -> None:
     """The page is not put where nobody said so."""
     with pytest.raises(ValueError, match="there is no"):
         page.put(text, "page")
@@ -47,7 +48,7 @@ def test_a_part_that_was_not_measured_is_left_out() -> None:
     """A run of which nothing came says so in each row of the targets."""
     nothing = {name: RESULTS[name] for name in ("machine", "plan")}
     assert {"not measured"} == {row.verdict for row in targets.of(nothing)}
-    assert ["### Targets"] == re.findall("^#.*", page.of(nothing), re.MULTILINE)
+    assert ["## Targets"] == re.findall("^#.*", page.of(nothing), re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,12 @@ WITHOUT_OWN_TESTS = {
 }
 OF_SEVERAL_MODULES = {
     "audit_of_writes": "which requests the server writes into the audit log",
-    "benchmarks": "benchmarks/: what it makes of figures, and the README's page of them",
+    "benchmarks": "benchmarks/: what it makes of figures, and the pages of them",
     "bounds": "what all of the proxy holds at most, and what SECURITY.md says of it",
     "browser_attacks": "the gate, as a browser meets it",
     "deploy": "the files in deploy/ and .github/",
     "deploy_metrics": "the dashboard and the alerts in deploy/",
+    "documents": "README.md and docs/",
     "faults": "the whole proxy while Metquay or the network is out of order",
     "fuzz": "the whole proxy, against random bytes from both sides",
     "idempotency_key": "the whole proxy: what a key promises while answers get lost",
@@ -51,7 +52,6 @@ OF_SEVERAL_MODULES = {
     "neighbours": "the whole proxy: what one path's refusals cost those who ask for others",
     "openapi": "the simulator and the proxy, judged by the vendor's description",
     "page": "page.html, in a browser",
-    "readme": "README.md",
     "replicas": "the whole proxy, several times, with one Redis",
     "secrets": "the whole proxy: what it must not write",
     "skip_gate": "tests/skip_gate.py",
@@ -63,7 +63,7 @@ OF_SEVERAL_MODULES = {
 }
 """What a test file holds that is not named after a module; those named wire_* hold rules of the wire (RULES.md)."""
 
-TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "metquay_proxy", "tests"}
+TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "docs", "metquay_proxy", "tests"}
 
 CODE_LINES = {
     "": 2300,
