@@ -105,8 +105,8 @@ def _meaning(results: Mapping[str, Any]) -> Iterator[str]:
     if {EACH, FIFTY, PROXY} <= set(ways):
         each, fifty, proxy = (ways[way][0] for way in (EACH, FIFTY, PROXY))
         yield (
-            f"* **A script** that is {ROUND_TRIP * 1000:.0f} ms away from Metquay takes {proxy / each:.0%} of the time "
-            f"that it needs if it logs in for each call, and {proxy / fifty:.0%} if it logs in every 50 calls."
+            f"* **A script** {ROUND_TRIP * 1000:.0f} ms away from Metquay needs {proxy / each:.0%} of the time that it "
+            f"would need if it logged in for each call, and {proxy / fifty:.0%} if it did so every 50 calls."
         )
     if "cpu_16" in ours:
         share = QUOTA.limit / QUOTA.window * ours["cpu_16"] / 1e6
@@ -118,7 +118,7 @@ def _meaning(results: Mapping[str, Any]) -> Iterator[str]:
         grown = max(ours.get("down_growth", 0.0), ours.get("up_growth", 0.0))
         yield (
             f"* **Memory**: {ours['loaded_mib']:.0f} MiB after load, and {grown:.0f} MiB more while a body of "
-            f"{results['plan']['mebibytes']} MiB passes. No body is ever held as a whole."
+            f"{results['plan']['mebibytes']} MiB passes. Large bodies are never held as a whole."
         )
 
 

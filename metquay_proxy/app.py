@@ -22,11 +22,20 @@ from metquay_proxy.downstream.server import Server
 from metquay_proxy.exchange.forwarder import Forwarder
 from metquay_proxy.exchange.line import Line
 from metquay_proxy.exchange.tokens import TokenCache, suspend_aware_clock
-from metquay_proxy.listeners import Serving, bind, let_in, listen, own_names, serving_context
+from metquay_proxy.listeners import (
+    Serving,
+    bind,
+    let_in,
+    listen,
+    own_names,
+    release,
+    serving_context,
+    sockets_of,
+)
 from metquay_proxy.log import configure_logging, log, output, reporter
 from metquay_proxy.reload import Reload, Source
 from metquay_proxy.rules.credentials import Credentials
-from metquay_proxy.rules.gate import Gate
+from metquay_proxy.rules.gate import WATCHED, Gate
 from metquay_proxy.rules.quota import Quota
 from metquay_proxy.rules.target import BaseURL, TargetRules
 from metquay_proxy.settings import SettingsError, last_four, pool_to, shown_keys
@@ -41,13 +50,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from metquay_proxy.listeners import Door
+    from metquay_proxy.redis_address import RedisAddress
     from metquay_proxy.replicas.store import Replica
     from metquay_proxy.rules.address import Address
     from metquay_proxy.rules.gate import ClientKey
-    from metquay_proxy.settings import RedisAddress, Settings
+    from metquay_proxy.settings import Settings
 
 _FLUSH: Final = 1.0
 """Seconds for the last lines of the audit log to be written."""
+_MOST_WATCHERS: Final = 32
+"""Connections at METQUAY_METRICS_LISTEN."""
 _TURN: Final = 0.02
 """Seconds from one look at what a drain waits for to the next."""
 _BRIEFLY: Final = 0.001
@@ -117,9 +129,9 @@ class Proxy:
             scheme=scheme,
             own_names=own_names(settings.listen),
         )
-        self._handler = Handler(
+        handler = partial(
+            Handler,
             rules=TargetRules(base.prefix, self._own_authorities, pass_through=settings.pass_through),
-            gate=self._gate,
             forwarder=Forwarder(
                 self.pool,
                 self.tokens,
@@ -138,8 +150,11 @@ class Proxy:
             replay_limit=settings.replay_limit,
             read_timeout=settings.read_timeout,
         )
+        self._handler = handler(gate=self._gate)
         bounds = bounds or Bounds(silence=settings.read_timeout)
         self.server = Server(self._handler, self._pages.respond, bounds)
+        watch = Gate(upstream_host=base.host, allowed_hosts=settings.allowed_hosts)
+        self._watch = Server(handler(gate=watch, only=WATCHED), self._pages.respond, bounds, _MOST_WATCHERS)
         self.quit = self._pages.quit
         self.scheme = scheme
         certificate, key = settings.tls_cert, settings.tls_key
@@ -154,6 +169,8 @@ class Proxy:
         self.hurry = asyncio.Event()
         """Set where a drain is to end now, as at its deadline."""
         self.listening: list[Address] = []
+        self.watched: list[Address] = []
+        """Where METQUAY_METRICS_LISTEN listens."""
         self.addresses: list[str] = []
 
     def ready(self) -> bool:
@@ -195,15 +212,22 @@ class Proxy:
             await self._shared.start()
         bound = bind(self._settings.listen, self._settings.socket_mode)
         self.listening = [address for address, _ in bound]
-        for address in self.listening:
+        try:
+            watched = bind(self._settings.metrics_listen)
+        except OSError:
+            release(bound)
+            raise
+        self.watched = [address for address, _ in watched]
+        for address in (*self.listening, *self.watched):
             hosts = () if address.path else ("localhost", "127.0.0.1", "::1", address.host)
             self._own_authorities |= {(host, address.port) for host in hosts}
         self.addresses = [str(each) if each.path else f"{self.scheme}://{each}" for each in self.listening]
-        sockets = [sock for _, some in bound for sock in some]
         bounds = self.server.bounds
-        self._listeners = await let_in(
-            self.server.accept, sockets, tls, _SHORTAGE, handshake=bounds.head, shutdown=bounds.silence
-        )
+        enter = partial(let_in, handshake=bounds.head, shutdown=bounds.silence)
+        self._listeners = [
+            *await enter(self.server.accept, sockets_of(bound), tls, _SHORTAGE),
+            *await enter(self._watch.accept, sockets_of(watched), None, lambda _: None),
+        ]
         self.tokens.start()
         self.pool.keep_warm()
         self._files.start()
@@ -260,6 +284,7 @@ class Proxy:
         while (server.busy() or self.telemetry.active) and not self.hurry.is_set() and loop.time() < deadline:  # noqa: ASYNC110 - three ends, once
             await asyncio.sleep(_TURN)
         await server.end(self._handler.stop())
+        await self._watch.end()
         if self._audit is not None:
             await asyncio.to_thread(self._audit.close, _FLUSH)
         await self.tokens.close()

@@ -163,7 +163,7 @@ class _Check:
     async def port(self) -> tuple[str, ...]:
         """Listen as the proxy would, and where it can't, look who is there: a proxy of ours, or another program."""
         told = []
-        for address in self._settings.listen:
+        for address in (*self._settings.listen, *self._settings.metrics_listen):
             try:
                 release(bind([address], self._settings.socket_mode))
                 told.append(f"{address} can be listened on")
@@ -175,12 +175,12 @@ class _Check:
 
     async def _is_ours(self, address: Address) -> bool:
         """Whether all who listen at an address are proxies of ours."""
-        answers, tls = [], self._settings.tls_cert is not None
+        answers, tls = [], self._settings.tls_cert is not None and address in self._settings.listen
         for host in address.reach:
             with contextlib.suppress(OSError):  # nobody is there, or nobody of ours
                 answers.append(await in_thread(partial(health.ask, address._replace(host=host), "/-/status", tls=tls)))
         ours = [answer for answer in answers if b"X-Metquay-Proxy-" in answer or b'"quota"' in answer]
-        self._own_status = ours[0] if ours else b""
+        self._own_status = self._own_status or (ours[0] if ours else b"")
         return 0 < len(answers) == len(ours)
 
     def _running(self, part: str, figure: str) -> Any:  # noqa: ANN401 - text or number

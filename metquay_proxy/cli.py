@@ -226,15 +226,17 @@ def _welcome(proxy: Proxy, settings: Settings) -> None:
         curl += f" --unix-socket {shlex.quote(proxy.listening[0].path)}"
     test = f'{curl} "{root or f"{proxy.scheme}://localhost"}{"/-/ready" if settings.keys else "/customers?limit=2"}"'
     page = root and f"{root}/-/"
+    watched = [f"http://{address}/-/metrics" for address in proxy.watched]
     if output.as_json:
-        told = {"version": __version__, "addresses": urls, "upstream": whom, "status_page": page, "try": test}
-        _tell(json.dumps({"event": "started", **told}))
+        told = {"version": __version__, "addresses": urls, "metrics": watched, "upstream": whom, "status_page": page}
+        _tell(json.dumps({"event": "started", **told, "try": test}))
         return
     lines = [f"metquay-proxy {__version__} listens on {', '.join(urls)}", f"for {whom}"]
     if any(address.hosts != address.reach for address in proxy.listening):
         lines.append("other machines may reach it too, at the addresses of this one")
     if page:
         lines.append(f"status page: {page}")
+    lines += [f"probes and metrics alone: {url}" for url in watched]
     if settings.keys:
         lines.append("each tool must send a client key, for instance in a header X-Proxy-Key")
     _tell(*lines, f"try: {test}")

@@ -93,10 +93,14 @@ def bind(addresses: Sequence[Address], socket_mode: int = 0o600) -> list[Bound]:
     return bound
 
 
+def sockets_of(bound: Iterable[Bound]) -> list[socket.socket]:
+    """Return all of them."""
+    return [sock for _, sockets in bound for sock in sockets]
+
+
 def release(bound: Iterable[Bound]) -> None:
     """Close sockets that nobody has accepted on, and leave nothing behind."""
-    for _, sockets in bound:
-        _close(sockets)
+    _close(sockets_of(bound))
 
 
 def _close(sockets: Iterable[socket.socket]) -> None:

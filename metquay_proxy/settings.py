@@ -9,14 +9,12 @@ Facts: pydantic shows the input in its errors unless ``hide_input_in_errors`` is
 """
 
 import contextlib
-import importlib.util
 import os
 import re
 import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
-from urllib.parse import unquote
 
 from pydantic import (
     AfterValidator,
@@ -34,7 +32,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from metquay_proxy.environment import ENV_FILE, Refused, variable
 from metquay_proxy.listeners import serving_context
-from metquay_proxy.rules.address import DEFAULT_LISTEN, MAX_PORT, Address, parse_listen
+from metquay_proxy.redis_address import RedisAddress, parse_redis_url
+from metquay_proxy.rules.address import DEFAULT_LISTEN, Address, parse_listen
 from metquay_proxy.rules.credentials import Credentials, oddities
 from metquay_proxy.rules.gate import ClientKey
 from metquay_proxy.rules.quota import Rate, parse_rate
@@ -53,11 +52,6 @@ _NAMED_KEY: Final = re.compile(r"([A-Za-z0-9_-]+):([A-Za-z0-9._~-]{16,})(:read-o
 _SHORT_KEY: Final = 16
 _SHORT_SECRET: Final = 12
 _REPLAY_LIMIT: Final = TypeAdapter(Annotated[ByteSize, Field(le=MAX_REPLAY_LIMIT)])
-_REDIS_URL: Final = re.compile(
-    r"unix://(?P<path>/[^?#]+)|(?P<scheme>rediss?)://(?:(?P<user>[^:/?#@]*)@)?(?P<host>\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)"
-    r"(?::(?P<port>[0-9]{1,5}))?/?(?P<database>[0-9]{0,4})",
-    re.IGNORECASE,
-)
 _WRONG: Final = {
     "bool_parsing": "is neither true nor false",
     **dict.fromkeys(("float_parsing", "finite_number"), "is not a number of seconds, such as 20 or 0.5"),
@@ -84,26 +78,6 @@ class SettingsError(Refused):
         """``warnings`` and ``sources`` are those that ``Settings`` would have had."""
         self.lines, self.warnings, self.sources = tuple(lines), tuple(warnings), sources
         super().__init__(*(f"warning: {line}" for line in self.warnings), *self.lines)
-
-
-class RedisAddress(NamedTuple):
-    """Where Redis is: ``scheme`` is redis, rediss (TLS) or unix (then ``path`` is its socket)."""
-
-    scheme: str
-    host: str = ""
-    port: int = 0
-    path: str = ""
-    database: int = 0
-    user: str | None = None
-
-    @property
-    def local(self) -> bool:
-        """Whether what is sent there stays in this machine."""
-        return self.scheme == "unix" or is_loopback(self.host)
-
-    def __str__(self) -> str:
-        """Return it as people write it."""
-        return f"{self.scheme}://{self.path or f'{Address(self.host, self.port)}/{self.database}'}"
 
 
 class _Text(NamedTuple):
@@ -202,22 +176,6 @@ def _ca_bundle(text: str) -> Path:
     return path
 
 
-def parse_redis_url(text: str) -> RedisAddress:
-    """Read ``redis://``, ``rediss://`` (host, port, database, user) or ``unix:///path``; raise ``ValueError``."""
-    if re.match(r"\w+://[^:]*:.*@", text):
-        raise ValueError("holds a password: put it into a file, alone, and name that in METQUAY_REDIS_PASSWORD_FILE")
-    parts = _REDIS_URL.fullmatch(text)
-    if parts is None or int(parts["port"] or 0) > MAX_PORT:
-        forms = "redis://host:6379/0, rediss://host:6379/0 (with TLS) or unix:///run/redis.sock"
-        raise ValueError(f"is not of the form {forms}")
-    if importlib.util.find_spec("redis") is None:
-        raise ValueError("needs a library that is not installed: install the proxy with it, pip install '.[redis]'")
-    if parts["path"]:
-        return RedisAddress("unix", path=parts["path"])
-    host, port, database = parts["host"].strip("[]").lower(), int(parts["port"] or 6379), int(parts["database"] or 0)
-    return RedisAddress(parts["scheme"].lower(), host, port, "", database, unquote(parts["user"] or "") or None)
-
-
 def _required(value: object, info: ValidationInfo) -> object:
     if value is None and not info.data.get("sandbox"):
         what, more = "set it", f", or name its file in {variable(str(info.field_name))}_FILE"
@@ -232,8 +190,14 @@ def _unique(keys: tuple[ClientKey, ...], info: ValidationInfo) -> tuple[ClientKe
     return keys
 
 
+def _metrics_listen(text: str) -> tuple[Address, ...]:
+    addresses = parse_listen(text)
+    if len(addresses) > 1 or addresses[0].path:
+        raise ValueError(f"{text!r} is not one host and port, such as 0.0.0.0:9187")
+    return addresses
+
+
 def _safe(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[Address, ...]:
-    base: BaseURL | None = info.data.get("host")
     consent = any(info.data.get(name, True) for name in ("client_key", "client_keys", "trust_network", "sandbox"))
     for address in addresses:
         if not (consent or address.path or is_loopback(address.host)):
@@ -241,6 +205,12 @@ def _safe(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[Address
                 f"{address} can be reached by other machines, which could then use your keys: listen on localhost, "
                 "or set METQUAY_CLIENT_KEY, or METQUAY_TRUST_NETWORK=true if all of them may"
             )
+    return _not_metquay(addresses, info)
+
+
+def _not_metquay(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[Address, ...]:
+    base: BaseURL | None = info.data.get("host")
+    for address in addresses:
         own = Address(base.host, base.port) if base and (base.host == address.host or is_loopback(base.host)) else None
         if own and own.is_reached_at(address):
             raise ValueError(f"{address} is where METQUAY_HOST points to: the proxy would forward to itself")
@@ -315,6 +285,7 @@ class Settings(BaseSettings):
     trust_network: listen beyond this machine without any client key
     listening:
     listen (ADDRESS): where to listen: host:port (port 0: any free one) or unix:/path; several with commas
+    metrics_listen (ADDRESS): host:port where anybody may read /-/live, /-/ready and /-/metrics, and nothing else
     socket_mode (MODE): who may open a unix socket, in octal: 0660 lets its group in too
     tls_cert (FILE): PEM certificate chain, to serve https
     tls_key (FILE): PEM private key of that certificate, without a password
@@ -367,6 +338,7 @@ class Settings(BaseSettings):
     listen: Annotated[tuple[Address, ...], _Text(parse_listen), AfterValidator(_safe)] = Field(
         DEFAULT_LISTEN, validate_default=True
     )
+    metrics_listen: Annotated[tuple[Address, ...], _Text(_metrics_listen), AfterValidator(_not_metquay)] = ()
     socket_mode: Annotated[int, _Text(_socket_mode)] = Field("0600", validate_default=True)
     tls_cert: _ReadableFile = None
     tls_key: Annotated[_ReadableFile, AfterValidator(_pair)] = None

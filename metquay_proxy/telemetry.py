@@ -252,12 +252,15 @@ class Telemetry:
             ("waited", "of waiting for token and quota", self._waited),
         ):
             ends = zip([*(f"{bound:g}" for bound in BOUNDS), "+Inf"], histogram.counts, strict=True)
-            about = (f"metquay_proxy_{name}_seconds", f"Seconds {text}, for each forwarded request.")
-            families.append(HistogramMetricFamily(*about, buckets=list(ends), sum_value=histogram.total))
+            told = (f"metquay_proxy_{name}_seconds", f"Seconds {text}, for each forwarded request.")
+            families.append(HistogramMetricFamily(*told, buckets=list(ends), sum_value=histogram.total))
         connections = GaugeMetricFamily("metquay_proxy_connections", "Connections to Metquay.", labels=("state",))
         for state, number in status["connections"].items():
             connections.add_metric([state], number)
         families.append(connections)
+        about = GaugeMetricFamily("metquay_proxy_build_info", "Always 1: which version this is.", labels=("version",))
+        about.add_metric([status["version"]], 1)
+        families.append(about)
         token, quota, redis, audit = (status.get(part) or {} for part in ("token", "quota", "redis", "audit"))
         for kind, name, text, value in (
             (CounterMetricFamily, "retries", "Attempts after the first.", self._retries),

@@ -27,6 +27,7 @@ STATUS = {
     "ready": True,
     "token": {"renewals": 3, "failures": 1, "rejected": False, "last_renewal_age": 7.5, "seconds_left": 600.0},
     "quota": {"limit": 100, "used": 42, "waiting": 2, "closed_for": 0.0},
+    "version": "1.2.3",
     "connections": {"busy": 1, "idle": 4},
     "requests": {"active": 5},
 }

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.downstream.pages import wrong_method
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.gate import PLACEHOLDER_LIFETIME, PROBES
+from metquay_proxy.rules.gate import PLACEHOLDER_LIFETIME, WATCHED
 from metquay_proxy.rules.target import LOGIN_PATH
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _LIMIT: Final = 64 * 1024
 """Bytes of a body that the proxy's own paths read."""
-_QUIET: Final = PROBES | {"/-/metrics", "/-/events"}
+_QUIET: Final = WATCHED | {"/-/events"}
 _METHODS: Final = "GET, HEAD, POST, PUT, DELETE, OPTIONS, PATCH"
 
 

@@ -29,7 +29,7 @@ from metquay_proxy.rules.quota import Callers
 from metquay_proxy.rules.retries import READING
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Collection, Coroutine
 
     from metquay_proxy.audit import AuditLog
     from metquay_proxy.downstream.connection import ClientConnection
@@ -69,8 +69,12 @@ class Handler:
         audit: AuditLog | None,
         replay_limit: int,
         read_timeout: float,
+        only: Collection[str] | None = None,
     ) -> None:
-        """``scheme`` is what clients speak to us; sizes in bytes, times in seconds."""
+        """``scheme`` is what clients speak to us; sizes in bytes, times in seconds.
+
+        ``only``: the paths of our own that may be asked for here, and no others; None: everything.
+        """
         self._rules = rules
         self._gate = gate
         self._forwarder = forwarder
@@ -81,6 +85,7 @@ class Handler:
         self._origin = f"{scheme}://".encode()
         self._audit = audit
         self._read_timeout = read_timeout
+        self._only = only
         self._body = partial(RequestBody, limit=replay_limit, budget=ReplayBudget(_REPLAY_TOTAL), timeout=read_timeout)
         self._callers = Callers()
         self._writes: dict[ClientConnection, Exchange] = {}
@@ -225,6 +230,9 @@ class Handler:
         target = exchange.target = self._rules.parse(method, head.target)
         exchange.path = target.path
         admission = exchange.admission = gate.check(method, target, fields, now)
+        if self._only is not None and target.local not in self._only:
+            msg = f"There is no page {target.local} at this address; there are: {', '.join(sorted(self._only))}."
+            raise ProxyError("no-such-page", msg)
         upgrade = (fields.text(b"upgrade") or "").lower() if b"upgrade" in fields.options else ""
         if upgrade == "websocket" and not admission.preflight:
             raise ProxyError("not-supported", "Metquay has no websockets, and this proxy forwards none.")

@@ -10,6 +10,7 @@ made by calling it, and told of in ``connections``.
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
@@ -33,8 +34,12 @@ class Server(web.Server):
         serving: Serving,
         pages: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         bounds: Bounds,
+        most: float = math.inf,
     ) -> None:
-        """``serving`` answers requests, ``pages`` those that are handed over to aiohttp."""
+        """``serving`` answers requests, ``pages`` those that are handed over to aiohttp.
+
+        Where ``most`` clients are connected, further ones are closed at once.
+        """
         super().__init__(pages, handler_cancellation=True, access_log=None, lingering_time=0)
         self._serving = serving
         self.clients: set[ClientConnection] = set()
@@ -43,6 +48,7 @@ class Server(web.Server):
         self._tick = min(_LONGEST_TICK, bounds.head / 4, bounds.idle / 4, bounds.linger / 4, bounds.silence / 4)
         self._look_after: asyncio.TimerHandle | None = None
         self.bounds = bounds
+        self._most = most
 
     def accept(self) -> ClientConnection:
         """Make the protocol of one client."""
@@ -70,6 +76,9 @@ class Server(web.Server):
             self._look_after.cancel()
 
     def _made(self, client: ClientConnection) -> None:
+        if len(self.clients) >= self._most:
+            client.abort()
+            return
         self.clients.add(client)
         if self._look_after is None:
             self._sweep()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from metquay_proxy.exchange.line import CallLater
-    from metquay_proxy.settings import RedisAddress
+    from metquay_proxy.redis_address import RedisAddress
 
 SLOW: Final = 0.05
 """Seconds after which Redis counts as away."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 READING_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 PROBES: Final = frozenset({"/-/live", "/-/ready"})
+WATCHED: Final = PROBES | {"/-/metrics"}
 _LINKED: Final = frozenset({"/", "/-", OWN_PREFIX})
 """The status page and what leads there: other sites may link to these."""
 PLACEHOLDER_LIFETIME: Final = 900

@@ -103,7 +103,7 @@ class Connection(Receiver):
         except ProtocolError as error:
             if not response.begun and reader.head is not None:
                 response.begin(reader.head)
-            message = f"Metquay's answer was not valid HTTP ({error}). Try again; if it stays, tell your administrator."
+            message = f"Metquay's answer was not valid HTTP ({error}). {_BEFORE_A_REPEAT}"
             left_over = self.bodiless is not None and reader.head is None  # of the exchange before, a moment late
             self._fail(response, "upstream-protocol", message, repeatable=left_over, stale=left_over)
             return

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from packaging.requirements import Requirement
 
+from metquay_proxy.redis_address import parse_redis_url
 from metquay_proxy.rules.idempotency import MAX_ANSWERS, MAX_RECORDS
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY
-from metquay_proxy.settings import VARIABLES, default_text, flag, parse_redis_url, variable
+from metquay_proxy.settings import VARIABLES, default_text, flag, variable
 from tests.running import process
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ BROKEN: list[tuple[Callable[[Path], str], str, str, str]] = [
     (kubernetes_schema, "sidecar.yaml", "restartPolicy: Always", "restartPolcy: Always"),
     (kubernetes_schema, "sidecar.yaml", "defaultMode: 288", 'defaultMode: "0440"'),
     (kubernetes_schema, "job.yaml", "terminationGracePeriodSeconds: 20", "terminationGracePeriodSeconds: 20s"),
-    (kubernetes_schema, "job.yaml", "exec: {command: [metquay-proxy, health]}", "exec: [metquay-proxy, health]"),
+    (kubernetes_schema, "job.yaml", "httpGet: {path: /-/live, port", "httpGet: {path: /-/live, ports"),
     (kubernetes_schema, "replicas.yaml", "strategy: {type: Recreate}", "strategy: Recreate"),
     (kubernetes_schema, "replicas.yaml", "        - podSelector:\n", "        - podsSelector:\n"),
     (kubernetes_schema, "replicas.yaml", "items: [{key: users.acl, path", "items: [{keys: users.acl, path"),
@@ -279,10 +280,14 @@ def in_pod(name: str) -> Deployment:
     pod, *others = [spec["template"]["spec"] for spec in specs if "template" in spec]
     redis = [container for other in others for container in other["containers"]]
     proxy = pod["initContainers"][0]
+    (port,) = proxy["ports"]
+    assert {"name": "METQUAY_METRICS_LISTEN", "value": f"0.0.0.0:{port['containerPort']}"} in proxy["env"]
+    for probe, path in (("livenessProbe", "/-/live"), ("readinessProbe", "/-/ready")):
+        assert {"path": path, "port": port["name"]} == proxy[probe]["httpGet"]
     return Deployment(
         image_environment() | {entry["name"]: entry["value"] for entry in proxy["env"]},
         ("METQUAY_ACCESS_KEY", "METQUAY_SECRET_KEY"),
-        proxy["readinessProbe"]["exec"]["command"],
+        ["metquay-proxy", "health", "--ready"],
         pod["containers"][0]["command"],
         pod["terminationGracePeriodSeconds"],
         tuple(chain(*(container["command"] + container["args"] for container in redis))),
@@ -361,6 +366,7 @@ def prepared(deployment: Deployment, upstream: str, folder: Path) -> Iterator[tu
         "metquay-redis:6379": f"localhost:{port}",
         "6379": port,
         ":6387": ":0",
+        ":9187": ":0",
     }
 
     def here(text: str) -> str:

@@ -329,7 +329,7 @@ BROKEN = {
     shell: [("customer", "customr"), ("latency", "latenzy"), ("-newkey ec", "-newkey ecc")],
     docker: [("127.0.0.1:", "")],
     settings: [("METQUAY_HOST", "METQUAY_HOTS")],
-    python: [(HERE, f"{HERE}/nowhere"), ("list_customers", "list_customrs")],
+    python: [(HERE, f"{HERE}/nowhere"), ('secret_key="any"', "secret_key=5")],
     powershell: [("-Body", "-Boby"), ("customers?", "customrs?")],
     visual_basic: [("customers", "customrs")],
     power_query: [("customers", "customrs")],

@@ -108,13 +108,53 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             await expect(page.locator("#answers")).to_contain_text("2 good, 2 refused (4xx), 0 failed")
             assert await page.locator("#statuses rect").count() > 0
             await expect(page.locator("#token")).to_contain_text("1 login, no failure")
-            await page.click("summary")
+            await page.click("text=Settings, and where each comes from")
             await expect(page.locator("#settings")).to_contain_text("METQUAY_LISTEN127.0.0.1:0environment")
-            await page.click("summary")
+
+
+async def test_a_request_is_looked_into(browser: Browser, session: aiohttp.ClientSession, sandbox: Sandbox) -> None:
+    """Kinds can be picked, known programs have their names, and a click shows the rest; nothing of it is a risk."""
+    vba = "Mozilla/4.0 (compatible; Win32; WinHttp.WinHttpRequest.5)"
+    async with running(sandbox.url) as (_, url), opened(browser, url) as page:
+        rows, address = page.locator("#requests tbody tr"), page.locator("#address")
+        await expect(page.locator("#none")).to_be_visible()
+        await page.click("#test")
+        await expect(page.locator("#tested")).to_contain_text("Metquay answered in")
+        await expect(address).to_have_attribute("open", "")
+        for path, agent in (
+            ("/customers?limit=1", vba),
+            ("/nothing", "<img src=x onerror=alert(1)>"),
+            ("/works", "Microsoft.Data.Mashup (https://example.org)"),
+        ):
+            await get(session, url + path, headers={"User-Agent": agent})
+        async with session.post(f"{url}/instrument-categories", json={"name": "Pressure gauges"}) as answer:
+            await answer.read()
+        await expect(rows).to_have_count(5)
+        assert await address.get_attribute("open") is None
+        for chip, expected in (("Errors", 1), ("Writes", 1), ("429", 0), ("All", 5)):
+            await page.click(f"#chips >> text={chip}")
+            await expect(rows).to_have_count(expected)
+        await page.fill("#filter", "Excel VBA")
+        await expect(rows).to_have_count(1)
+        await expect(rows.locator(".client")).to_have_attribute("title", vba)
+        await rows.locator("button").press("Enter")
+        detail = page.locator("#requests .detail")
+        await expect(detail).to_contain_text(vba)
+        await expect(detail).to_contain_text("none of it waiting")
+        await expect(detail.locator("code")).to_have_text(f'curl "{url}/api/v1/customers?limit=*"')
+        await expect(rows.locator("button").first).to_be_focused()
+        await page.keyboard.press("Enter")
+        await expect(detail).to_have_count(0)
+        await page.fill("#filter", "power query")
+        await expect(rows).to_have_count(1)
+        await page.fill("#filter", "<img")
+        await expect(rows).to_have_count(1)
+        await page.locator("#requests button").click()
+        assert 0 == await page.locator("img").count()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1280, 390])
 async def test_screenshots(
     browser: Browser, session: aiohttp.ClientSession, scheme: str, width: int, sandbox: Sandbox
 ) -> None:

@@ -49,6 +49,7 @@ OF_SEVERAL_MODULES = {
     "idempotency_key": "the whole proxy: what a key promises while answers get lost",
     "main_job": "the whole proxy, on a working day",
     "memory": "the whole proxy: what it keeps",
+    "metrics_listener": "the whole proxy: its second listener",
     "neighbours": "the whole proxy: what one path's refusals cost those who ask for others",
     "openapi": "the simulator and the proxy, judged by the vendor's description",
     "page": "page.html, in a browser",
@@ -66,14 +67,17 @@ OF_SEVERAL_MODULES = {
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "docs", "metquay_proxy", "tests"}
 
 CODE_LINES = {
-    "": 2300,
-    "downstream": 950,
-    "exchange": 735,
+    "": 2344,
+    "downstream": 961,
+    "exchange": 731,
     "replicas": 470,
-    "rules": 1900,
+    "rules": 1899,
     "upstream": 720,
 }
-"""Lines of code of each floor of the package, the simulator apart: a bound may be lowered, and is where it is met."""
+"""Lines of code of each floor of the package, the simulator apart: a bound may be lowered, and is where it is met.
+
+Of the 150 that the metrics listener, and what else people see, may add, 55 are in it.
+"""
 LONGEST_FILE = 400
 
 pytestmark = pytest.mark.skipif(

@@ -14,11 +14,11 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
+from metquay_proxy.redis_address import RedisAddress
 from metquay_proxy.replicas.store import Away, Replica, SharedRecords, Store, namespace
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.idempotency import Answer, Claim, Records, record_name
 from metquay_proxy.rules.quota import Rate
-from metquay_proxy.settings import RedisAddress
 from tests.heads import response_head
 from tests.redis_server import needs_redis, redis_server
 
