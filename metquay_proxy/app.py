@@ -28,7 +28,6 @@ from metquay_proxy.listeners import (
     let_in,
     listen,
     own_names,
-    release,
     serving_context,
     sockets_of,
 )
@@ -210,22 +209,18 @@ class Proxy:
         tls = None if self._serving is None else self._serving.context
         if self._shared is not None:
             await self._shared.start()
-        bound = bind(self._settings.listen, self._settings.socket_mode)
-        self.listening = [address for address, _ in bound]
-        try:
-            watched = bind(self._settings.metrics_listen)
-        except OSError:
-            release(bound)
-            raise
-        self.watched = [address for address, _ in watched]
-        for address in (*self.listening, *self.watched):
+        settings = self._settings
+        bound = bind((*settings.listen, *settings.metrics_listen), settings.socket_mode)
+        own, watched = bound[: len(settings.listen)], bound[len(settings.listen) :]
+        self.listening, self.watched = ([address for address, _ in some] for some in (own, watched))
+        for address, _ in bound:
             hosts = () if address.path else ("localhost", "127.0.0.1", "::1", address.host)
             self._own_authorities |= {(host, address.port) for host in hosts}
         self.addresses = [str(each) if each.path else f"{self.scheme}://{each}" for each in self.listening]
         bounds = self.server.bounds
         enter = partial(let_in, handshake=bounds.head, shutdown=bounds.silence)
         self._listeners = [
-            *await enter(self.server.accept, sockets_of(bound), tls, _SHORTAGE),
+            *await enter(self.server.accept, sockets_of(own), tls, _SHORTAGE),
             *await enter(self._watch.accept, sockets_of(watched), None, lambda _: None),
         ]
         self.tokens.start()

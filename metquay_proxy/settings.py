@@ -217,6 +217,13 @@ def _not_metquay(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[
     return addresses
 
 
+def _beside(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[Address, ...]:
+    for address in addresses:
+        if any(address.is_reached_at(other) for other in info.data.get("listen", ())):
+            raise ValueError(f"{address} is where METQUAY_LISTEN listens for tools: choose another port")
+    return _not_metquay(addresses, info)
+
+
 def _pair(key: Path | None, info: ValidationInfo) -> Path | None:
     cert: Path | None = info.data.get("tls_cert")
     if "tls_cert" in info.data and (key is None) != (cert is None):
@@ -338,7 +345,7 @@ class Settings(BaseSettings):
     listen: Annotated[tuple[Address, ...], _Text(parse_listen), AfterValidator(_safe)] = Field(
         DEFAULT_LISTEN, validate_default=True
     )
-    metrics_listen: Annotated[tuple[Address, ...], _Text(_metrics_listen), AfterValidator(_not_metquay)] = ()
+    metrics_listen: Annotated[tuple[Address, ...], _Text(_metrics_listen), AfterValidator(_beside)] = ()
     socket_mode: Annotated[int, _Text(_socket_mode)] = Field("0600", validate_default=True)
     tls_cert: _ReadableFile = None
     tls_key: Annotated[_ReadableFile, AfterValidator(_pair)] = None

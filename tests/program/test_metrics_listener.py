@@ -202,6 +202,11 @@ def test_it_may_be_reached_from_elsewhere() -> None:
     account = {"access_key": "a", "secret_key": "s"}
     asked = Settings(host="lab.metquay.co", metrics_listen="0.0.0.0:9187", **account)  # type: ignore[arg-type]
     assert ["0.0.0.0:9187"] == [str(address) for address in asked.metrics_listen]
+    for tools in ("localhost:9187", "0.0.0.0:9187,unix:/x.sock"):
+        with pytest.raises(ValueError, match="listens for tools"):
+            Settings(
+                host="lab.metquay.co", listen=tools, trust_network="true", metrics_listen="127.0.0.1:9187", **account
+            )  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="forward to itself"):
         Settings(host="http://127.0.0.1:9187", metrics_listen="0.0.0.0:9187", **account)  # type: ignore[arg-type]
 
