@@ -28,6 +28,7 @@ from metquay_proxy.listeners import (
     let_in,
     listen,
     own_names,
+    release,
     serving_context,
     sockets_of,
 )
@@ -58,7 +59,9 @@ if TYPE_CHECKING:
 _FLUSH: Final = 1.0
 """Seconds for the last lines of the audit log to be written."""
 _MOST_WATCHERS: Final = 32
-"""Connections at METQUAY_METRICS_LISTEN."""
+"""Connections at METQUAY_METRICS_LISTEN,"""
+_WATCHERS: Final = Bounds(head=5.0, idle=5.0, silence=5.0)
+"""and the time that they have."""
 _TURN: Final = 0.02
 """Seconds from one look at what a drain waits for to the next."""
 _BRIEFLY: Final = 0.001
@@ -152,8 +155,10 @@ class Proxy:
         self._handler = handler(gate=self._gate)
         bounds = bounds or Bounds(silence=settings.read_timeout)
         self.server = Server(self._handler, self._pages.respond, bounds)
-        watch = Gate(upstream_host=base.host, allowed_hosts=settings.allowed_hosts)
-        self._watch = Server(handler(gate=watch, only=WATCHED), self._pages.respond, bounds, _MOST_WATCHERS)
+        names = own_names(settings.metrics_listen)
+        watch = Gate(upstream_host=base.host, allowed_hosts=settings.allowed_hosts, own_names=names)
+        watcher = handler(gate=watch, only=WATCHED, telemetry=Telemetry(base.prefix))  # whom no drain waits for
+        self._watch = Server(watcher, self._pages.respond, _WATCHERS, _MOST_WATCHERS)
         self.quit = self._pages.quit
         self.scheme = scheme
         certificate, key = settings.tls_cert, settings.tls_key
@@ -165,6 +170,7 @@ class Proxy:
         """What is shown of settings that have changed since the start."""
         self._files = Reload(list(self._sources(credentials)), sleep=sleep)
         self._listeners: Sequence[asyncio.AbstractServer | Door] = ()
+        self._watched: Sequence[asyncio.AbstractServer | Door] = ()
         self.hurry = asyncio.Event()
         """Set where a drain is to end now, as at its deadline."""
         self.listening: list[Address] = []
@@ -209,20 +215,21 @@ class Proxy:
         tls = None if self._serving is None else self._serving.context
         if self._shared is not None:
             await self._shared.start()
-        settings = self._settings
-        bound = bind((*settings.listen, *settings.metrics_listen), settings.socket_mode)
-        own, watched = bound[: len(settings.listen)], bound[len(settings.listen) :]
-        self.listening, self.watched = ([address for address, _ in some] for some in (own, watched))
-        for address, _ in bound:
+        bound = bind(self._settings.listen, self._settings.socket_mode)
+        try:
+            watched = bind(self._settings.metrics_listen, setting="METQUAY_METRICS_LISTEN (--metrics-listen)")
+        except OSError:
+            release(bound)
+            raise
+        self.listening, self.watched = ([address for address, _ in some] for some in (bound, watched))
+        for address in (*self.listening, *self.watched):
             hosts = () if address.path else ("localhost", "127.0.0.1", "::1", address.host)
             self._own_authorities |= {(host, address.port) for host in hosts}
         self.addresses = [str(each) if each.path else f"{self.scheme}://{each}" for each in self.listening]
         bounds = self.server.bounds
         enter = partial(let_in, handshake=bounds.head, shutdown=bounds.silence)
-        self._listeners = [
-            *await enter(self.server.accept, sockets_of(own), tls, _SHORTAGE),
-            *await enter(self._watch.accept, sockets_of(watched), None, lambda _: None),
-        ]
+        self._listeners = await enter(self.server.accept, sockets_of(bound), tls, _SHORTAGE)
+        self._watched = await enter(self._watch.accept, sockets_of(watched), None, lambda _: None)
         self.tokens.start()
         self.pool.keep_warm()
         self._files.start()
@@ -279,6 +286,8 @@ class Proxy:
         while (server.busy() or self.telemetry.active) and not self.hurry.is_set() and loop.time() < deadline:  # noqa: ASYNC110 - three ends, once
             await asyncio.sleep(_TURN)
         await server.end(self._handler.stop())
+        for listener in self._watched:
+            listener.close()
         await self._watch.end()
         if self._audit is not None:
             await asyncio.to_thread(self._audit.close, _FLUSH)

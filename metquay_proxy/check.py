@@ -141,7 +141,9 @@ class _Check:
         proxy = outbound_proxy(settings, base)
         self._first = (base.name, base.port) if proxy is None else (proxy.host, proxy.port)
         self._failure = Dialer(base, proxy, settings.connect_timeout, None).failure
-        self._authorization, self._own_status = "", b""
+        self._authorization = ""
+        self._status: dict[str, Any] = {}
+        """What the proxy that runs here tells of itself."""
         self.transport = pool_to(base, settings)
 
     async def probe(self, name: str) -> Probe:
@@ -170,6 +172,8 @@ class _Check:
             except CannotListen as error:
                 if not (error.taken and await self._is_ours(address)):
                     return "failed", error.cause, error.cure
+                if (wrong := self._is_another(address)) is not None:
+                    return "failed", *wrong
                 told.append(f"a metquay-proxy is running at {address}")
         return "ok", "; ".join(told)
 
@@ -180,15 +184,32 @@ class _Check:
             with contextlib.suppress(OSError):  # nobody is there, or nobody of ours
                 answers.append(await in_thread(partial(health.ask, address._replace(host=host), "/-/status", tls=tls)))
         ours = [answer for answer in answers if b"X-Metquay-Proxy-" in answer or b'"quota"' in answer]
-        self._own_status = self._own_status or (ours[0] if ours else b"")
+        with contextlib.suppress(ValueError, IndexError):
+            told = json.loads(ours[0].partition(b"\r\n\r\n")[2])
+            self._status = told if "upstream" in told else self._status
         return 0 < len(answers) == len(ours)
+
+    def _is_another(self, address: Address) -> tuple[str, str] | None:
+        """Return what is wrong if the proxy that runs here is not the one of these settings, as far as it tells us."""
+        where, told = f"The metquay-proxy that runs at {address}", self._status
+        if self._settings.sandbox or address not in self._settings.listen or "upstream" not in told:
+            return None
+        if told["upstream"] != str(self._base):
+            whom = "the built-in sandbox" if told["sandbox"] else told["upstream"]
+            return (
+                f"{where} is in front of {whom}, and not of {self._base}.",
+                "Stop it, then start it with these settings.",
+            )
+        if told["token"]["rejected"]:
+            return (
+                f"{where} was started with keys that Metquay refuses.",
+                "Start it again, so that it reads these settings.",
+            )
+        return None
 
     def _running(self, part: str, figure: str) -> Any:  # noqa: ANN401 - text or number
         """Return a figure of the proxy that runs here; None where there is none, or none that tells us."""
-        try:
-            return json.loads(self._own_status.partition(b"\r\n\r\n")[2])[part][figure]
-        except (ValueError, LookupError, TypeError):
-            return None
+        return (self._status.get(part) or {}).get(figure)
 
     async def audit(self) -> tuple[str, ...]:
         """Ask what the proxy asks at its start, and whether one that runs has lost lines."""

@@ -50,7 +50,7 @@ _CALM: Final = 3
 _RESERVE: Final = 64
 """Descriptors that clients must leave to connections to Metquay and to files; a quarter where there are few."""
 
-_ELSEWHERE: Final = "choose another place in METQUAY_LISTEN (--listen), such as localhost:0 for any free port."
+_ELSEWHERE: Final = "choose another place in {}, such as localhost:0 for any free port."
 _FORBIDDEN: Final = "is forbidden to this user.", "Choose another port above 1023, or a folder that it may write to."
 _NOT_HERE: Final = "is no address of this computer, or IPv6 is off.", "Write localhost, or 0.0.0.0 for every address."
 _UNKNOWN: Final = "can't be listened on: its name is not known.", "Check the spelling, or write localhost."
@@ -66,18 +66,22 @@ _WHY: Final = {
 class CannotListen(OSError):
     """Why there is no listening at an address, for people: ``cause`` names it, ``cure`` says what to do."""
 
-    def __init__(self, address: Address, error: OSError) -> None:
+    def __init__(self, address: Address, error: OSError, setting: str) -> None:
         why, cure = shortage(error) or (error.strerror or str(error), f"Mend that, or {_ELSEWHERE}")
         other = f"can't be listened on: {why}.", cure
-        cause, self.cure = _UNKNOWN if isinstance(error, socket.gaierror) else _WHY.get(error.errno or 0, other)
-        self.cause = f"{address} {cause}"
+        cause, cure = _UNKNOWN if isinstance(error, socket.gaierror) else _WHY.get(error.errno or 0, other)
+        self.cause, self.cure = f"{address} {cause}", cure.format(setting)
         super().__init__(f"{self.cause} {self.cure}")
         self.taken = error.errno in {errno.EADDRINUSE, errno.EACCES}
         """Whether it is worth asking who listens there."""
 
 
-def bind(addresses: Sequence[Address], socket_mode: int = 0o600) -> list[Bound]:
+def bind(
+    addresses: Sequence[Address], socket_mode: int = 0o600, setting: str = "METQUAY_LISTEN (--listen)"
+) -> list[Bound]:
     """Return each address, with the port that it got, and its listening sockets; raise ``CannotListen``.
+
+    ``setting``: where the addresses stand.
 
     ``localhost`` means both loopback addresses on one port (Windows spends seconds on a missing ``::1``), and ``[::]``
     every address of both families. Of these two a family that the machine lacks is skipped; a port that is taken on
@@ -89,7 +93,7 @@ def bind(addresses: Sequence[Address], socket_mode: int = 0o600) -> list[Bound]:
             bound.append(_bind_unix(address, socket_mode) if address.path else _bind_hosts(address, addresses))
         except OSError as error:
             release(bound)
-            raise CannotListen(address, error) from None
+            raise CannotListen(address, error, setting) from None
     return bound
 
 

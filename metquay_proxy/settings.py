@@ -191,10 +191,11 @@ def _unique(keys: tuple[ClientKey, ...], info: ValidationInfo) -> tuple[ClientKe
 
 
 def _metrics_listen(text: str) -> tuple[Address, ...]:
-    addresses = parse_listen(text)
-    if len(addresses) > 1 or addresses[0].path:
-        raise ValueError(f"{text!r} is not one host and port, such as 0.0.0.0:9187")
-    return addresses
+    with contextlib.suppress(ValueError):
+        addresses = parse_listen(text)
+        if len(addresses) == 1 and not addresses[0].path:
+            return addresses
+    raise ValueError(f"{text!r} is not one host and port, such as 0.0.0.0:9187")
 
 
 def _safe(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[Address, ...]:
@@ -219,7 +220,7 @@ def _not_metquay(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[
 
 def _beside(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[Address, ...]:
     for address in addresses:
-        if any(address.is_reached_at(other) for other in info.data.get("listen", ())):
+        if any(address.is_reached_at(other) or other.is_reached_at(address) for other in info.data.get("listen", ())):
             raise ValueError(f"{address} is where METQUAY_LISTEN listens for tools: choose another port")
     return _not_metquay(addresses, info)
 

@@ -18,6 +18,7 @@ import trustme
 
 from metquay_proxy.check import Probe, probed, run
 from metquay_proxy.listeners import CannotListen
+from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from metquay_proxy.settings import Settings, load
 from tests.redis_server import needs_redis, redis_server
@@ -356,6 +357,27 @@ async def test_a_proxy_is_running(keys: str, left: str) -> None:
         found = await probes(sandbox.url, listen=url.removeprefix("http://"))
     assert f"a metquay-proxy is running at {url.removeprefix('http://')}" == found["port"].text
     assert left in found["quota"].text
+
+
+async def test_another_proxy_is_running() -> None:
+    """One for another Metquay, or with keys that were wrong, is told; its listener for figures is known as ours."""
+    async with (
+        metquay() as sandbox,
+        metquay() as other,
+        running(other.url, metrics_listen="127.0.0.1:0") as (proxy, url),
+        running(sandbox.url, credentials=lambda: Credentials("wrong", "wrong")) as (refused, refused_url),
+    ):
+        place, figures = url.removeprefix("http://"), str(proxy.watched[0])
+        found = await probes(sandbox.url, listen=place)
+        assert_failed(found, "port", f"that runs at {place} is in front of {other.url}, and not of", "Stop it")
+        found = await probes(other.url, listen=place, metrics_listen=figures)
+        ours = "a metquay-proxy is running at"
+        assert ("ok", f"{ours} {place}; {ours} {figures}") == found["port"][1:3]
+        assert "are left" in found["quota"].text
+        while not refused.tokens.state.rejected:
+            await asyncio.sleep(0.005)
+        found = await probes(sandbox.url, listen=refused_url.removeprefix("http://"))
+        assert_failed(found, "port", "was started with keys that Metquay refuses", "Start it again")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Python has no unix sockets on Windows")

@@ -73,7 +73,8 @@ class Handler:
     ) -> None:
         """``scheme`` is what clients speak to us; sizes in bytes, times in seconds.
 
-        ``only``: the paths of our own that may be asked for here, and no others; None: everything.
+        ``only``: the paths of our own that may be asked for here, each on a connection of its own, and no others; None:
+        everything.
         """
         self._rules = rules
         self._gate = gate
@@ -112,6 +113,8 @@ class Handler:
         """Serve one request; whatever happens, exactly one answer or one broken connection comes of it."""
         fields = head.fields
         exchange = Exchange(head.method, client.address, fields.agent, fields.keep_alive)
+        if self._only is not None:
+            exchange.keep, exchange.quiet = False, True
         exchange.fields = fields
         exchange.body = NO_BODY if fields.length == 0 else self._body(stream, chunked=fields.length is None)
         self._telemetry.opened()
@@ -162,6 +165,7 @@ class Handler:
         """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""
         exchange = Exchange("-", client.address)
         exchange.reason = error.message
+        exchange.quiet = self._only is not None
         self._telemetry.opened()
         try:
             write_error(client, exchange, error)
@@ -230,8 +234,8 @@ class Handler:
         target = exchange.target = self._rules.parse(method, head.target)
         exchange.path = target.path
         admission = exchange.admission = gate.check(method, target, fields, now)
-        if self._only is not None and target.local not in self._only:
-            msg = f"There is no page {target.local} at this address; there are: {', '.join(sorted(self._only))}."
+        if self._only is not None and not (target.own and target.local in self._only and fields.length == 0):
+            msg = f"At this address there is nothing but {', '.join(sorted(self._only))}, for requests without a body."
             raise ProxyError("no-such-page", msg)
         upgrade = (fields.text(b"upgrade") or "").lower() if b"upgrade" in fields.options else ""
         if upgrade == "websocket" and not admission.preflight:

@@ -38,12 +38,12 @@ class Server(web.Server):
     ) -> None:
         """``serving`` answers requests, ``pages`` those that are handed over to aiohttp.
 
-        Where ``most`` clients are connected, further ones are closed at once.
+        Where ``most`` clients are connected, the one that has been there longest is closed for the next one.
         """
         super().__init__(pages, handler_cancellation=True, access_log=None, lingering_time=0)
         self._serving = serving
-        self.clients: set[ClientConnection] = set()
-        """All that are open, those on which an own page is being sent included."""
+        self.clients: dict[ClientConnection, None] = {}
+        """All that are open, those on which an own page is being sent included; the latest comes last."""
         self._memory = RequestsMemory()
         self._tick = min(_LONGEST_TICK, bounds.head / 4, bounds.idle / 4, bounds.linger / 4, bounds.silence / 4)
         self._look_after: asyncio.TimerHandle | None = None
@@ -52,7 +52,7 @@ class Server(web.Server):
 
     def accept(self) -> ClientConnection:
         """Make the protocol of one client."""
-        return ClientConnection(self._serving, self.bounds, self._memory, self, self._made, self.clients.discard)
+        return ClientConnection(self._serving, self.bounds, self._memory, self, self._made, self._gone)
 
     def busy(self) -> bool:
         """Close the connections on which nothing is under way; return whether anything still is on others."""
@@ -77,11 +77,13 @@ class Server(web.Server):
 
     def _made(self, client: ClientConnection) -> None:
         if len(self.clients) >= self._most:
-            client.abort()
-            return
-        self.clients.add(client)
+            next(iter(self.clients)).abort()
+        self.clients[client] = None
         if self._look_after is None:
             self._sweep()
+
+    def _gone(self, client: ClientConnection) -> None:
+        self.clients.pop(client, None)
 
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()

@@ -30,8 +30,9 @@ LONGEST_PAUSE: Final = 300.0
 """Seconds; for longer Metquay's own Retry-After does not keep the next login away."""
 
 _PLACEHOLDER: Final = re.compile(
-    r"(x|[\W_])+|[<\[{(].*[>\]})]|\$(\w+|[{(].*[})])|%\w+%|(your|enter|insert|paste|put|replace)[-_ ].*|.*[-_ ]here"
-    r"|change[-_ ]?me|to[-_ ]?do|tbd|dummy|placeholder|example|none|null|(my[-_ ])?(access|secret|api)[-_ ]?key",
+    r"(x|[\W_])+|[<\[{(].*[>\]})]|\$(\w+|[{(].*[})])|%\w+%|(your|choose|enter|insert|paste|put|replace)[-_ ].*"
+    r"|.*[-_ ]here|change[-_ ]?me|to[-_ ]?do|tbd|dummy|placeholder|example|none|null"
+    r"|(my[-_ ])?(access|secret|api)[-_ ]?key",
     re.IGNORECASE,
 )
 _NAME: Final = r"(?i)^[{\s\"']*(export\s+|set\s+|\$env:)?\w*(key|secret)\w*[\"']?\s*[=:]\s*(?=[^=\s])"

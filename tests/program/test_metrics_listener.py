@@ -64,7 +64,7 @@ async def watched(**settings: object) -> AsyncIterator[Watched]:
 async def test_it_serves_three_pages_to_anybody(method: str, path: str) -> None:
     """No key is asked for, by whichever name of its own it is asked; the other listener goes on asking for one."""
     async with watched() as there:
-        for host in ("127.0.0.1", "localhost", "metquay-proxy", "10.1.2.3"):
+        for host in ("127.0.0.1", "localhost", "10.1.2.3"):
             status, slug, body = await there.said(f"{method} {path} HTTP/1.1\nHost: {host}:9187\n\n")
             assert (200, "") == (status, slug)
             assert bool(body) == (method == "GET")
@@ -135,24 +135,46 @@ async def test_its_figures_name_nobody() -> None:
         assert [] == [word for word in ("label-printer", KEY, "10427", "confidential") if word in figures]
 
 
-async def test_a_crowd_is_bounded() -> None:
-    """Of clients that say nothing there are 32; the next one is closed at once, and served once there is room."""
+async def test_a_crowd_keeps_nobody_out() -> None:
+    """Of clients that say nothing there are 32; for the next one the oldest is closed, so that a probe is answered."""
     async with watched() as there:
         crowd = [await asyncio.open_connection("127.0.0.1", there.port) for _ in range(32)]
-        reader, writer = await asyncio.open_connection("127.0.0.1", there.port)
+        assert 200 == (await there.said("GET /-/live HTTP/1.1\nHost: localhost\n\n"))[0]
         with contextlib.suppress(ConnectionResetError):
-            assert b"" == await reader.read()
-        writer.close()
+            assert b"" == await crowd[0][0].read()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await crowd[1][0].read()
         for _, one in crowd:
             one.close()
-        async with asyncio.timeout(10):
-            while True:
-                with contextlib.suppress(OSError, IndexError):
-                    if 200 == (await there.said("GET /-/live HTTP/1.1\nHost: localhost\n\n"))[0]:
-                        break
-                await asyncio.sleep(0.005)
         async with aiohttp.ClientSession() as tool, tool.get(f"{there.url}/customers", headers=TOOL) as answer:
             assert 200 == answer.status, "tools are let in all the while"
+
+
+async def test_a_body_is_not_waited_for() -> None:
+    """A request that announces one is refused at once, so that trickling clients hold nothing, least of all a stop."""
+    async with watched() as there:
+        for field in ("Content-Length: 60000", "Transfer-Encoding: chunked"):
+            status, slug, _ = await there.said(f"GET /-/live HTTP/1.1\nHost: localhost\n{field}\n\n")
+            assert (404, "no-such-page") == (status, slug)
+
+
+async def test_it_leaves_no_trace_among_the_requests_of_tools(capsys: pytest.CaptureFixture[str]) -> None:
+    """Strangers can push nothing off the status page, and fill no log."""
+    async with watched() as there:
+        capsys.readouterr()
+        for line in ("GET /x HTTP/1.1\nHost: localhost", "GET /-/live HTTP/1.1\nHost: localhost", "no request at all"):
+            await there.said(f"{line}\n\n")
+        assert (0, 0, "") == (there.proxy.telemetry.finished, there.proxy.telemetry.active, capsys.readouterr().out)
+
+
+async def test_on_the_loopback_it_has_the_names_of_this_machine_alone() -> None:
+    """As every listener has: a name without a dot may be a neighbour's."""
+    async with watched() as there:
+        asked = "GET /-/metrics HTTP/1.1\nHost: neighbour\n\n"
+        assert (403, "host-not-allowed") == (await there.said(asked))[:2]
+    async with watched(metrics_listen="0.0.0.0:0") as there:
+        assert 200 == (await there.said(asked))[0]
 
 
 async def test_it_tells_that_the_proxy_is_being_stopped() -> None:
@@ -165,11 +187,11 @@ async def test_it_tells_that_the_proxy_is_being_stopped() -> None:
                 while not there.proxy.telemetry.active:
                     await asyncio.sleep(0.005)
             ending = asyncio.ensure_future(there.proxy.stop(10.0))
-            await asyncio.sleep(0)
-            reader, writer = await asyncio.open_connection("127.0.0.1", there.port)
-            writer.write(b"GET /-/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert b"HTTP/1.1 503" == (await reader.read())[:12]
-            writer.close()
+            await asyncio.sleep(0.1)
+            with pytest.raises(OSError, match=r"refused|111|10061"):
+                await asyncio.open_connection("127.0.0.1", int(there.url.rpartition(":")[2]))
+            for path, expected in (("/-/ready", 503), ("/-/live", 200)):
+                assert expected == (await there.said(f"GET {path} HTTP/1.1\nHost: localhost\n\n"))[0]
             assert 200 == (await under_way).status
             await ending
         with pytest.raises(OSError, match=r"refused|111|10061"):
@@ -180,7 +202,7 @@ async def test_where_it_can_not_listen_nothing_listens(unused_tcp_port: int) -> 
     """The start fails with a text that names the address, and the other listeners are closed."""
     taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     port = taken.sockets[0].getsockname()[1]
-    with pytest.raises(CannotListen, match=f"127.0.0.1:{port} is taken"):
+    with pytest.raises(CannotListen, match=f"127.0.0.1:{port} is taken.* METQUAY_METRICS_LISTEN"):
         async with watched(listen=f"127.0.0.1:{unused_tcp_port}", metrics_listen=f"127.0.0.1:{port}"):
             pass
     taken.close()
@@ -202,11 +224,13 @@ def test_it_may_be_reached_from_elsewhere() -> None:
     account = {"access_key": "a", "secret_key": "s"}
     asked = Settings(host="lab.metquay.co", metrics_listen="0.0.0.0:9187", **account)  # type: ignore[arg-type]
     assert ["0.0.0.0:9187"] == [str(address) for address in asked.metrics_listen]
-    for tools in ("localhost:9187", "0.0.0.0:9187,unix:/x.sock"):
+    for tools, metrics in (
+        ("localhost:9187", "127.0.0.1:9187"),
+        ("0.0.0.0:9187,unix:/x.sock", "127.0.0.1:9187"),
+        ("127.0.0.2:9187", "0.0.0.0:9187"),
+    ):
         with pytest.raises(ValueError, match="listens for tools"):
-            Settings(
-                host="lab.metquay.co", listen=tools, trust_network="true", metrics_listen="127.0.0.1:9187", **account
-            )  # type: ignore[arg-type]
+            Settings(host="lab.metquay.co", listen=tools, trust_network="true", metrics_listen=metrics, **account)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="forward to itself"):
         Settings(host="http://127.0.0.1:9187", metrics_listen="0.0.0.0:9187", **account)  # type: ignore[arg-type]
 

@@ -171,7 +171,10 @@ def test_grants_are_told_apart() -> None:
         *((key, "holds an accent") for key in ("47é11", "47–11", "47\u200b11")),  # noqa: RUF001
         *((key, "is a placeholder") for key in ("...", "…", "***", "xxx", "XX-XX", "your-key-here", "your_key_x")),
         *((key, "is a placeholder") for key in ("<access key>", "[key]", "{{ .Values.k }}", "$KEY", "${KEY:-}", "%K%")),
-        *((key, "is a placeholder") for key in ("changeme", "CHANGE-ME", "access-key", "put your key here", "null")),
+        *(
+            (key, "is a placeholder")
+            for key in ("changeme", "CHANGE-ME", "choose-a-long-key", "access-key", "put your key here", "null")
+        ),
     ],
 )
 def test_what_looks_wrong_about_a_key_is_said_without_it(key: str, words: str) -> None:
