@@ -492,8 +492,8 @@ class Bench:
         client = Client(*await asyncio.open_connection(sock=sock, limit=1024))
         self.clients.append(client)
         client.pause()
-        await eventually(lambda: self.proxy.server.clients - before)
-        [connection] = self.proxy.server.clients - before
+        await eventually(lambda: self.proxy.server.clients.keys() - before)
+        [connection] = self.proxy.server.clients.keys() - before
         connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         return client
 
