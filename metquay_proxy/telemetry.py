@@ -155,7 +155,7 @@ class Telemetry:
             if answered or (each.error is not None and each.error.startswith("upstream-")):
                 self._trouble = each if not answered or each.status in _OUTAGE else None
                 break
-        if told[0].ended // 60 == told[-1].ended // 60:
+        if len({each.ended // 60 for each in told}) == 1:
             self._enter(told)
         else:
             for _, group in groupby(told, key=lambda each: each.ended // 60):

@@ -290,6 +290,16 @@ def test_it_matters_to_nobody_when_exchanges_are_counted(
             assert read(always) == read(seldom) == read(never)
 
 
+def test_a_wall_clock_that_is_set_back_mixes_no_minutes() -> None:
+    """What ended in another minute than the first and the last of those that are counted together stands there."""
+    telemetry, ends = Telemetry(), [600.0, 660.0, 600.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metquay_proxy.telemetry.time.time", lambda: ends.pop(0) if len(ends) > 1 else ends[0])
+        for _ in range(3):
+            telemetry.closed(exchange())
+        assert [(10, 1), (11, 1), (10, 1)] == [(row[0], row[1]) for row in telemetry.hour()]
+
+
 def test_what_waits_to_be_counted_is_bounded() -> None:
     """Where nobody reads for days, the last 100 exchanges are kept, and fewer than 300 that are not counted yet."""
     telemetry, kept = Telemetry(), []
