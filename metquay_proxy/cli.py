@@ -228,8 +228,8 @@ def _welcome(proxy: Proxy, settings: Settings) -> None:
     page = root and f"{root}/-/"
     watched = [f"http://{address}/-/metrics" for address in proxy.watched]
     if output.as_json:
-        told = {"version": __version__, "addresses": urls, "metrics": watched, "upstream": whom, "status_page": page}
-        _tell(json.dumps({"event": "started", **told, "try": test}))
+        told = {"version": __version__, "addresses": urls, "upstream": whom, "status_page": page, "try": test}
+        _tell(json.dumps({"event": "started", **told} | ({"metrics": watched} if watched else {})))
         return
     lines = [f"metquay-proxy {__version__} listens on {', '.join(urls)}", f"for {whom}"]
     if any(address.hosts != address.reach for address in proxy.listening):
