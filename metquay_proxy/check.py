@@ -16,8 +16,9 @@ import json
 import time
 from collections import Counter
 from email.utils import parsedate_to_datetime
-from functools import partial
+from functools import partial, reduce
 from http import HTTPStatus
+from operator import getitem
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from metquay_proxy import health
@@ -142,7 +143,7 @@ class _Check:
         self._first = (base.name, base.port) if proxy is None else (proxy.host, proxy.port)
         self._failure = Dialer(base, proxy, settings.connect_timeout, None).failure
         self._authorization = ""
-        self._status: dict[str, Any] = {}
+        self._status: Any = None
         """What the proxy that runs here tells of itself."""
         self.transport = pool_to(base, settings)
 
@@ -184,32 +185,31 @@ class _Check:
             with contextlib.suppress(OSError):  # nobody is there, or nobody of ours
                 answers.append(await in_thread(partial(health.ask, address._replace(host=host), "/-/status", tls=tls)))
         ours = [answer for answer in answers if b"X-Metquay-Proxy-" in answer or b'"quota"' in answer]
-        with contextlib.suppress(ValueError, IndexError):
+        with contextlib.suppress(ValueError, IndexError, TypeError):
             told = json.loads(ours[0].partition(b"\r\n\r\n")[2])
             self._status = told if "upstream" in told else self._status
         return 0 < len(answers) == len(ours)
 
     def _is_another(self, address: Address) -> tuple[str, str] | None:
         """Return what is wrong if the proxy that runs here is not the one of these settings, as far as it tells us."""
-        where, told = f"The metquay-proxy that runs at {address}", self._status
-        if self._settings.sandbox or address not in self._settings.listen or "upstream" not in told:
+        where, upstream = f"The metquay-proxy that runs at {address}", self._running("upstream")
+        if self._settings.sandbox or address not in self._settings.listen or upstream is None:
             return None
-        if told["upstream"] != str(self._base):
-            whom = "the built-in sandbox" if told["sandbox"] else told["upstream"]
-            return (
-                f"{where} is in front of {whom}, and not of {self._base}.",
-                "Stop it, then start it with these settings.",
-            )
-        if told["token"]["rejected"]:
-            return (
-                f"{where} was started with keys that Metquay refuses.",
-                "Start it again, so that it reads these settings.",
-            )
+        if upstream != str(self._base):
+            whom = "the built-in sandbox" if self._running("sandbox") else upstream
+            cure = "Stop it, then start it with these settings."
+            return f"{where} is in front of {whom}, and not of {self._base}.", cure
+        if self._running("token", "rejected"):
+            cure = "Start it again, so that it reads these settings."
+            return f"{where} was started with keys that Metquay refuses.", cure
         return None
 
-    def _running(self, part: str, figure: str) -> Any:  # noqa: ANN401 - text or number
+    def _running(self, *names: str) -> Any:  # noqa: ANN401 - text or number
         """Return a figure of the proxy that runs here; None where there is none, or none that tells us."""
-        return (self._status.get(part) or {}).get(figure)
+        try:
+            return reduce(getitem, names, self._status)
+        except (LookupError, TypeError):  # whoever listens there may tell anything
+            return None
 
     async def audit(self) -> tuple[str, ...]:
         """Ask what the proxy asks at its start, and whether one that runs has lost lines."""

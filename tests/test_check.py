@@ -359,6 +359,24 @@ async def test_a_proxy_is_running(keys: str, left: str) -> None:
     assert left in found["quota"].text
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        '"quota"',
+        '["quota", "upstream"]',
+        '{"quota": 5}',
+        '{"quota": [], "upstream": 5}',
+        '{"upstream": "{base}", "token": "quota"}',
+    ],
+)
+async def test_who_is_running_tells_nonsense(told: str) -> None:
+    """Whatever a program says that looks like ours, there is a line for each step, and no traceback."""
+    async with metquay() as sandbox, answering("200 OK", told.replace("{base}", sandbox.url)) as port:
+        found = await probes(sandbox.url, listen=f"127.0.0.1:{port}", audit_log=os.devnull)
+    assert {"port", "audit", "quota", "redis"} <= found.keys()
+    assert "where it needs no client key" in found["quota"].text
+
+
 async def test_another_proxy_is_running() -> None:
     """One for another Metquay, or with keys that were wrong, is told; its listener for figures is known as ours."""
     async with (
