@@ -82,8 +82,7 @@ async def preflight(client: ClientConnection, exchange: Exchange) -> None:
 
 def write_error(client: ClientConnection, exchange: Exchange, error: ProxyError) -> None:
     """Write one of the proxy's own errors (part 8 of the contract)."""
-    exchange.note_sent(error.sent)
-    exchange.error = error.slug
+    exchange.note_error(error)
     fields = [
         ("Content-Type", "application/json"),
         ("X-Metquay-Proxy-Error", error.slug),

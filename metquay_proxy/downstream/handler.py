@@ -164,7 +164,6 @@ class Handler:
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""
         exchange = Exchange("-", client.address)
-        exchange.reason = error.message
         exchange.quiet = self._only is not None
         self._telemetry.opened()
         try:
@@ -188,7 +187,7 @@ class Handler:
             exchange.answered_by = "metquay"
         except ProxyError as error:
             exchange.status = error.status
-            exchange.error = error.slug
+            exchange.note_error(error)
             return {"ok": False, "text": error.message}
         finally:
             exchange.let_go()
@@ -234,6 +233,7 @@ class Handler:
         target = exchange.target = self._rules.parse(method, head.target)
         exchange.path = target.path
         admission = exchange.admission = gate.check(method, target, fields, now)
+        gate.permit(method, target, admission)
         if self._only is not None and not (target.own and target.local in self._only and fields.length == 0):
             msg = f"At this address there is nothing but {', '.join(sorted(self._only))}, for requests without a body."
             raise ProxyError("no-such-page", msg)
@@ -323,7 +323,7 @@ class Handler:
         """Answer a request that can't be carried out, or break the connection where its answer has begun."""
         if isinstance(failure, ProxyError):
             error = failure
-            exchange.error = error.slug
+            exchange.note_error(error)
         elif isinstance(failure, ConnectionError):
             exchange.error = "client-left"
             error = ProxyError("bad-request", "The client left in the middle of its request.", sent=exchange.sent)

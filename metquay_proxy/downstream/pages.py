@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from metquay_proxy.downstream.connection import ClientConnection
     from metquay_proxy.exchange.exchange import Exchange
+    from metquay_proxy.telemetry import Standing
 
     _Sending = tuple[Exchange, "Answer", asyncio.Future[None]]
 
@@ -56,6 +57,7 @@ _POLICY: Final = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
+_WITHOUT_TOKEN: Final = frozenset({"token-unavailable", "credentials-rejected"})
 _TROUBLE: Final = {
     "upstream-unreachable": ("could not be reached", "Check the network: cable, VPN, firewall, company proxy."),
     "upstream-tls": (
@@ -212,8 +214,10 @@ class Pages:
 
     def _state(self) -> dict[str, Any]:
         status = self._status()
-        level, text, cure = headline(status, self._telemetry.trouble, self._telemetry.refused(), time.time())
-        return {"headline": {"level": level, "text": text, "cure": cure}, **status, "hour": self._telemetry.hour()}
+        standing = self._telemetry.standing()
+        level, text, cure, since = headline(status, standing, time.time())
+        told = {"level": level, "text": text, "cure": cure, "since": since, "last_success": standing.success}
+        return {"headline": told, **status, "hour": self._telemetry.hour()}
 
     def _figures(self) -> str:
         lines = ",\n    ".join(self._telemetry.since(0)[0])
@@ -252,13 +256,12 @@ def wrong_method(method: str, path: str, allow: str) -> ProxyError:
 
 
 def headline(  # noqa: PLR0911 - each state has its sentence
-    status: Mapping[str, Any], trouble: Exchange | None, refused: int, now: float
-) -> tuple[str, str, str]:
-    """Return how things stand: a level (ok, slow, wait or bad), a sentence, and what to do about it.
+    status: Mapping[str, Any], standing: Standing, now: float
+) -> tuple[str, str, str, float | None]:
+    """Return how things stand: a level (ok, slow, wait or bad), a sentence, what to do about it, and since when.
 
-    ``status`` is what ``/-/status`` tells, ``trouble`` the last exchange with Metquay if it failed, ``refused`` how
-    many requests the quota refused in the last minute, ``now`` the wall clock in seconds. No sentence says more than
-    these figures do.
+    ``status`` is what ``/-/status`` tells, ``now`` the wall clock in seconds, as is the time that is returned (None:
+    this is a matter of the moment). No sentence says more than these figures do.
     """
     token, quota = status["token"], status["quota"]
     host = status["upstream"].partition("://")[2].partition("/")[0]
@@ -266,23 +269,37 @@ def headline(  # noqa: PLR0911 - each state has its sentence
         host = "the built-in sandbox (made-up data)"
     key = f"key {status['key']}" if status.get("key") not in {None, "***"} else ""
     if status.get("draining"):
-        return "wait", "Stopping: no new requests are taken.", "Start the proxy again when you need it."
+        return "wait", "Stopping: no new requests are taken.", "Start the proxy again when you need it.", None
     fails = f"{host} refuses the {key or 'key pair'}" if token["rejected"] else f"the login to {host} fails"
     if not status["ready"]:
         if token["failures_in_a_row"]:
-            return "bad", f"Not working: {fails}.", _login_cure(token)
+            return "bad", f"Not working: {fails}.", _login_cure(token), standing.login_turned
         what = "Logging in again" if token["renewals"] else "Starting: logging in"
-        return "wait", f"{what} to {host}.", "This usually takes a few seconds; requests wait for it."
+        return "wait", f"{what} to {host}.", "This usually takes a few seconds; requests wait for it.", None
+    trouble = standing.trouble
+    if trouble is not None and trouble.error in _WITHOUT_TOKEN and token["failures_in_a_row"]:
+        return (
+            "bad",
+            f"Not working: {host} no longer takes the token, and {fails}.",
+            _login_cure(token),
+            standing.turned,
+        )
     if trouble is not None:
         out_of_order = (f"was out of order (status {trouble.status})", "It may be restarting. Wait a few minutes.")
         what, cure = _TROUBLE.get(trouble.error or "", out_of_order)
         cure = f"That was {_span(now - trouble.ended)} ago. {cure} The button tests whether it works now."
-        return "bad", f"The last request failed: {host} {what}.", cure
+        return "bad", f"The last request failed: {host} {what}.", cure, standing.turned
     if token["failures_in_a_row"]:
-        return "slow", f"Working for {_more(token['seconds_left'])}: {fails}.", _login_cure(token)
-    if refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
-        return "slow", *_slowed(quota, refused, host)
-    return "ok", f"Ready: connected to {host}{key and f' with {key}'}.", ""
+        return (
+            "slow",
+            f"Working for {_more(token['seconds_left'])}: {fails}.",
+            _login_cure(token),
+            standing.login_turned,
+        )
+    if standing.refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
+        return "slow", *_slowed(quota, standing.refused, host), None
+    since = max(standing.turned, standing.login_turned)
+    return "ok", f"Ready: connected to {host}{key and f' with {key}'}.", "", since
 
 
 def _login_cure(token: Mapping[str, Any]) -> str:

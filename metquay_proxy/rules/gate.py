@@ -136,7 +136,10 @@ class Gate:
         return (("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "*"), ("Vary", "Origin"))
 
     def check(self, method: str, target: Target, head: RequestFields, now: float) -> Admission:
-        """Admit the request, or raise ``ProxyError``. ``now`` is the wall clock in seconds (placeholders expire)."""
+        """Return who asks, or raise ``ProxyError`` where nobody may who asks so. What they may do, ``permit`` judges.
+
+        ``now`` is the wall clock in seconds (placeholders expire).
+        """
         judged = head.judged
         if b"host" in judged and (host := judged[b"host"]) not in self._good_hosts:
             self._check_host(host, target)
@@ -149,13 +152,15 @@ class Gate:
                 raise ProxyError("origin-not-allowed", msg)
             if method == "OPTIONS" and b"access-control-request-method" in judged and self.cors(head):
                 return Admission(preflight=True)
-        admission = self._check_key(method, target, judged, now) if self.keys else self._open
+        return self._check_key(method, target, judged, now) if self.keys else self._open
+
+    def permit(self, method: str, target: Target, admission: Admission) -> None:
+        """Raise ``ProxyError`` where those who were admitted may not do that."""
         if admission.read_only and method not in READING_METHODS:
             self._check_read_only(method, target, admission)
         if method == "TRACE" and not (target.own or target.pass_through):
             msg = "TRACE would show the token that this proxy attaches, so that it was not sent. Use another method."
             raise ProxyError("method-not-allowed", msg, headers=(("Allow", _SENT_METHODS),))
-        return admission
 
     def login(self, client: str | None, secret: str, now: float) -> str | None:
         """Return the placeholder that ``POST /authenticate`` hands out, or None where the secret is no client key.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -14,7 +15,7 @@ from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.sandbox.server import Faults, Sandbox
-from metquay_proxy.telemetry import Telemetry
+from metquay_proxy.telemetry import Standing, Telemetry
 from tests import wire
 from tests.running import FastTime, running
 
@@ -49,6 +50,7 @@ DOUBT = "METQUAY_ACCESS_KEY is a placeholder: put the key in its place."
 REJECTED = {**FAILING, "rejected": True, "last_error": "Metquay refused the key pair (status 401)."}
 NEVER = {"renewals": 0, "seconds_left": 0.0}
 NOW = 1_700_000_000.0
+TURNED, LOGIN_TURNED = NOW - 100, NOW - 50
 LAB = "lab.metquay.co"
 SANDBOX = {"sandbox": True, "key": None}
 FASTER = "more records at once (limit=500)"
@@ -109,6 +111,16 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("bad", "did not answer in time.", "Wait", {"last": trouble("upstream-timeout", 504)}),
     ("bad", "broke off its answer.", "Wait", {"last": trouble("upstream-closed", 502)}),
     ("bad", "gave an answer that makes no sense.", "METQUAY_HOST", {"last": trouble("upstream-protocol", 502)}),
+    (
+        *("bad", f"Not working: {LAB} no longer takes the token, and the login to {LAB} fails."),
+        "cannot be found. Next attempt in 4 s.",
+        {"token": FAILING, "last": trouble("token-unavailable", 503)},
+    ),
+    (
+        *("bad", f"Not working: {LAB} no longer takes the token, and {LAB} refuses the key ...4F2A."),
+        "METQUAY_SECRET_KEY",
+        {"token": REJECTED, "last": trouble("credentials-rejected", 503)},
+    ),
     # the quota
     (
         *("slow", "Slowed down: 7 requests wait for their turn."),
@@ -151,12 +163,21 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
 def test_the_sentence(level: str, text: str, cure: str, change: dict[str, Any]) -> None:
     """Each state has one sentence that says how things stand, and one that says what to do; each is true in it."""
     state = STATUS | {"last": None, "refused": 0} | change
-    found = headline(state, state.pop("last"), state.pop("refused"), NOW)
+    *found, since = headline(state, Standing(state.pop("last"), TURNED, LOGIN_TURNED, None, state.pop("refused")), NOW)
     assert level == found[0]
     assert text in found[1]
     assert cure in found[2]
     assert bool(cure) == bool(found[2])
     assert "  " not in " ".join(found)
+    login = any(word in text for word in ("login", "Working", "refuses")) and "token" not in text
+    of_the_moment = text.startswith(("Slowed", "Too busy", "Starting", "Logging", "Stopping"))
+    assert since == (None if of_the_moment else LOGIN_TURNED if level == "ok" or login else TURNED)
+
+
+def test_since_when_all_is_well() -> None:
+    """That is since the last trouble ended, be it one of logins or of requests."""
+    for turned, login_turned in ((NOW - 7, NOW - 9), (NOW - 9, NOW - 7)):
+        assert NOW - 7 == headline(STATUS, Standing(None, turned, login_turned, None, 0), NOW)[3]
 
 
 def admin(telemetry: Telemetry | None = None, *, allow_quit: bool = False, tick: float = 0.01) -> Pages:
@@ -338,10 +359,13 @@ async def test_status_is_the_single_source(sandbox: Sandbox, session: aiohttp.Cl
     assert (True, False, False) == (status["read_only"], status["sandbox"], status["draining"])
     assert 1 == status["quota"]["used"]
     assert [1, 1, 0] == status["hour"][-1][1:4]
+    assert 1 == status["hour"][-1][6]
     read, write = status["recent"]
     assert ("Excel", 200, "metquay") == (read["client"], read["status"], read["answered_by"])
     assert "/api/v1/customers?limit=*&name=*" == read["path"]
     assert (403, "proxy", "read-only") == (write["status"], write["answered_by"], write["error"])
+    assert "DELETE was refused, because METQUAY_READ_ONLY is set. Nothing was sent to Metquay." in write["reason"]
+    assert status["headline"]["since"] <= status["headline"]["last_success"] <= time.time()
     assert isinstance(status["settings"], list)
 
 
@@ -355,7 +379,7 @@ async def test_refusals_are_told(sandbox: Sandbox, session: aiohttp.ClientSessio
         async with session.get(f"{url}/-/status") as response:
             text = (await response.json())["headline"]["text"]
         refused = statuses.count(429)
-        assert refused == proxy.telemetry.refused() > 1
+        assert refused == proxy.telemetry.standing().refused > 1
         assert f"Too busy: {refused} requests were refused in the last minute (429)." in text
 
 
