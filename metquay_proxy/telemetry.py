@@ -35,6 +35,7 @@ RECENT: Final = 100
 _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
 _IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason")
+_PARAMETER: Final = re.compile(";[^/]*+")
 _REFUSALS: Final = 10_000
 _FOLDED: Final = 256
 """Exchanges that are counted together at most."""
@@ -248,17 +249,18 @@ class Telemetry:
 
     def token_event(self, event: TokenEvent) -> None:
         """Log what became of a login."""
-        told, failed = f"token {event.kind}", event.kind in {"failed", "rejected"}
+        failure = {"failed": "login failed", "rejected": "key pair refused"}.get(event.kind)
+        failed = failure is not None
         if failed != self._login_fails:
             self._login_fails, self._login_turned = failed, time.time()
         if failed:
             tell = log.error if event.kind == "rejected" else log.warning
-            tell(told, reason=event.text, next_attempt_s=round(event.wait, 1))
+            tell(failure, reason=event.text, next_attempt_s=round(event.wait, 1))
         else:
             self._fold()
             if self._trouble is not None:
                 self._trouble, self._turned = None, time.time()
-            log.info(told, lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
+            log.info(f"token {event.kind}", lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
 
     def exposition(self, status: Mapping[str, Any]) -> Callable[[], bytes]:
         """Return what returns the figures, and those of ``/-/status``, as Prometheus reads them.
@@ -324,8 +326,12 @@ class Telemetry:
 
 
 def masked(target: str) -> str:
-    """Return a target without the values of its query; what has no equals sign is all value."""
+    """Return a target without the values of its query (what has no equals sign is all value) and of path parameters.
+
+    The latter, as in ``;jsessionid=...``, let some servers know who asks (RFC 3986 section 3.3).
+    """
     path, mark, query = target.partition("?")
+    path = _PARAMETER.sub(";*", path) if ";" in path else path
     if not mark:
         return path
     parts = query.split("&")

@@ -243,7 +243,7 @@ async def test_no_answer() -> None:
         ({"name": "localhost"}, "localhost.*certificate was not accepted", "company inspects.*METQUAY_CA_BUNDLE"),
         ({"name": "other", "ca_bundle": "ca.pem"}, "was not accepted", "METQUAY_HOST for a typing mistake"),
         ({"name": "localhost", "ca_bundle": "ca.pem", "expired": True}, "has expired", "date and time first"),
-        ({}, "localhost.* no secure connection", "Check the address, and that it speaks TLS"),
+        ({}, "localhost.* TLS could not be set up", "Check the address, and that the server uses TLS"),
     ],
 )
 async def test_tls(authority: trustme.CA, tmp_path: Path, server: dict[str, Any], cause: str, cure: str) -> None:
@@ -299,14 +299,14 @@ MOVED = "https://eu.metquay.co/api/v1"
 @pytest.mark.parametrize(
     ("answer", "text", "cure"),
     [
-        ("429 No\r\nRetry-After: 60", "status 429 and asks to be left alone for 60 s", "wait a few minutes"),
+        ("429 No\r\nRetry-After: 60", "status 429 and asks the proxy to wait 60 s", "wait a few minutes"),
         ("503 No", "status 503", "wait a few minutes"),
         (
             f"301 Moved\r\nLocation: {MOVED}/authenticate",
             f"redirected .* to {MOVED}/authenticate.$",
             f"should .* be {MOVED}.$",
         ),
-        ("200 OK\r\nContent-Type: text/html", "something other than JSON", "METQUAY_HOST.*log in by a browser"),
+        ("200 OK\r\nContent-Type: text/html", "something other than JSON", "METQUAY_HOST.*log in with a browser"),
     ],
 )
 async def test_the_login_says_what_is_wrong(answer: str, text: str, cure: str) -> None:
@@ -433,8 +433,12 @@ NTLM = "Proxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM"
     ("head", "cause", "cure"),
     [
         ("407 Proxy Authentication Required", "company|corporate", "user name and password.*METQUAY_OUTBOUND_PROXY"),
-        ("403 Forbidden", "refused the way to metquay.example:443", "allow this address"),
-        (f"407 No\r\n{NTLM}", "refused the way", "login by Negotiate or NTLM.*px .or cntlm.*_OUTBOUND_PROXY=http://"),
+        ("403 Forbidden", "refused to connect to metquay.example:443", "allow this address"),
+        (
+            f"407 No\r\n{NTLM}",
+            "refused to connect",
+            "login with Negotiate or NTLM.*px .or cntlm.*_OUTBOUND_PROXY=http://",
+        ),
     ],
 )
 async def test_the_corporate_proxy_refuses(head: str, cause: str, cure: str) -> None:

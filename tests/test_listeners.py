@@ -138,7 +138,8 @@ class TestAddresses:
         assert [folder / "file"] == list(folder.iterdir())
 
     @pytest.mark.parametrize(
-        ("number", "cause"), [(errno.EACCES, "is forbidden to this user"), (errno.EMFILE, "may open no more files")]
+        ("number", "cause"),
+        [(errno.EACCES, "is forbidden to this user"), (errno.EMFILE, "has reached its limit of open files")],
     )
     def test_refused_by_the_system(self, monkeypatch: pytest.MonkeyPatch, number: int, cause: str) -> None:
         """A port that is not for everybody, and a limit of open files, are told as such."""
@@ -255,7 +256,7 @@ async def test_accepting_fails() -> None:
     writer.close()
     assert 1.8 < tries[2] - tries[0] < 4
     await eventually(lambda: len(told) == 2)
-    assert "may open no more files" in str(told[0])
+    assert "has reached its limit of open files" in str(told[0])
     assert (None, 4) == (told[1], len(tries))  # the last one finds nobody
     door.close()
 
@@ -286,7 +287,7 @@ class TestTheLimitOfOpenFiles:
         told = [line for line in map(json.loads, command.log.read_text().splitlines()) if line["event"] != "request"]
         assert 1 == max(Counter((line["level"], line["event"]) for line in told).values())
         [why] = [line["reason"] for line in told if line["level"] in {"warning", "error"}]
-        assert "may open no more files and connections (limit 60). Raise the limit" in why
+        assert "has reached its limit of open files and connections (limit 60). Raise the limit" in why
 
     async def test_too_many_connections_to_metquay(self, tmp_path: Path, loop: str) -> None:
         """Where a request finds no descriptor left it is told so, and what to do; the next one finds one again."""
@@ -299,7 +300,9 @@ class TestTheLimitOfOpenFiles:
             assert 0 < len(done) < 30
             for answer in [task.result() for task in done]:
                 assert (502, "upstream-unreachable") == (answer.status, answer.slug)
-                assert b"this program may open no more files and connections. Raise the limit" in answer.body
+                assert (
+                    b"this program has reached its limit of open files and connections. Raise the limit" in answer.body
+                )
             upstream.plays(OK)
             for peer in upstream.peers:
                 await peer.send(answered("Connection: close"))

@@ -354,7 +354,7 @@ class TestProblems:
             ("METQUAY_CLIENT_KEYS", f"hunter2 hunter2:{KEY}", "entry 1 is not name:key"),
             ("METQUAY_CLIENT_KEYS", f"a:{KEY},a:{OTHER_KEY}", "names must be unique"),
             ("METQUAY_CLIENT_KEYS", f"a:{KEY},b:{KEY}", "has a key twice"),
-            ("METQUAY_OUTBOUND_PROXY", "socks5://u:hunter2@box", "is a SOCKS proxy, which can't be used"),
+            ("METQUAY_OUTBOUND_PROXY", "socks5://u:hunter2@box", "is a SOCKS proxy, which is not supported"),
             ("METQUAY_OUTBOUND_PROXY", "http://box:1/hunter2", "must be the address of an HTTP proxy"),
             ("METQUAY_CLIENT_KEYS", " ", "is empty"),
             ("METQUAY_CLIENT_KEYS", ",", "holds no key"),
@@ -559,7 +559,7 @@ class TestWarnings:
     def test_keys_that_look_wrong_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Beside errors too, but not where nothing is logged in to."""
         monkeypatch.setenv("METQUAY_ACCESS_KEY", "'access-key-AAAA'")
-        marks = "has quotation marks, which are sent as a part of it: take them away (docker --env-file keeps them)"
+        marks = "has quotation marks, which are sent as a part of it: remove them (docker --env-file keeps them)"
         settings = load()
         assert (f"METQUAY_ACCESS_KEY {marks}",) == settings.warnings == settings.credentials().doubts()
         assert () == load(sandbox=True).warnings
@@ -577,7 +577,7 @@ class TestWarnings:
         monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(file))
         settings = load()
         (doubt,) = settings.credentials().doubts()
-        assert "METQUAY_SECRET_KEY holds a name, as in NAME=value: only the value belongs there" == doubt
+        assert "METQUAY_SECRET_KEY contains a name, as in NAME=value: only the value belongs there" == doubt
         file.write_text("secret-key-SSSS\n")
         assert () == settings.credentials().doubts()
 

@@ -239,7 +239,7 @@ class TestDrain:
         answer = await client.answer()
         assert (503, "shutting-down") == (answer.status, answer.slug)
         assert answer.value(b"X-Metquay-Proxy-Sent") in {sent, b"unknown"}
-        assert (request_[:4] == b"POST") == (b"look there before" in answer.body)
+        assert (request_[:4] == b"POST") == (b"check there before" in answer.body)
         await peer.gone()
 
     @rule("contract 9")

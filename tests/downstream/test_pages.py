@@ -46,7 +46,7 @@ STATUS: dict[str, Any] = {
     "requests": {"active": 0, "finished": 9},
 }
 FAILING = {**TOKEN, "failures_in_a_row": 2, "last_error": "lab.metquay.co cannot be found.", "next_login_in": 3.2}
-DOUBT = "METQUAY_ACCESS_KEY is a placeholder: put the key in its place."
+DOUBT = "METQUAY_ACCESS_KEY seems to be a placeholder: replace it with the key."
 REJECTED = {**FAILING, "rejected": True, "last_error": "Metquay refused the key pair (status 401)."}
 NEVER = {"renewals": 0, "seconds_left": 0.0}
 NOW = 1_700_000_000.0
@@ -73,13 +73,13 @@ AT_ONCE = {"ready": False, "token": FAILING | {"next_login_in": 0.0}}
 UNREACHABLE = trouble("upstream-unreachable", 502)
 STATES: list[tuple[str, str, str, dict[str, Any]]] = [
     # nothing is the matter
-    ("ok", f"Ready: connected to {LAB} with key ...4F2A.", "", {}),
-    ("ok", f"Ready: connected to {LAB}.", "", {"key": None}),
-    ("ok", "Ready: connected to the built-in sandbox (made-up data).", "", SANDBOX),
-    ("ok", "Ready: connected to", "", {"read_only": True}),
-    ("ok", "Ready: connected to", "", {"quota": None}),
-    ("ok", "Ready: connected to", "", quota(used=69)),
-    ("ok", "Ready: connected to", "", {"redis": {"shared": False, "alone_for": 3.0, "share": 50}}),
+    ("ok", f"Ready: logged in to {LAB} with key ...4F2A.", "", {}),
+    ("ok", f"Ready: logged in to {LAB}.", "", {"key": None}),
+    ("ok", "Ready: logged in to the built-in sandbox (made-up data).", "", SANDBOX),
+    ("ok", "Ready: logged in to", "", {"read_only": True}),
+    ("ok", "Ready: logged in to", "", {"quota": None}),
+    ("ok", "Ready: logged in to", "", quota(used=69)),
+    ("ok", "Ready: logged in to", "", {"redis": {"shared": False, "alone_for": 3.0, "share": 50}}),
     # no token
     ("wait", f"Starting: logging in to {LAB}.", "a few seconds", {"ready": False, "token": TOKEN | NEVER}),
     ("wait", f"Logging in again to {LAB}.", "wait for it", {"ready": False}),
@@ -90,34 +90,44 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
         {"ready": False, "token": REJECTED},
     ),
     # the token of before still serves
-    ("slow", f"Working for 14 more minutes: the login to {LAB} fails.", "attempt in 4 s.", {"token": FAILING}),
-    ("slow", "Working for 59 more seconds: the login", "Next attempt", {"token": {**FAILING, "seconds_left": 59.9}}),
-    ("slow", f"Working for 14 more minutes: {LAB} refuses the key", "valid key pair", {"token": REJECTED}),
+    ("slow", f"Working for another 14 min: the login to {LAB} fails.", "attempt in 4 s.", {"token": FAILING}),
+    ("slow", "Working for another 59 s: the login", "Next attempt", {"token": {**FAILING, "seconds_left": 59.9}}),
+    ("slow", f"Working for another 14 min: {LAB} refuses the key", "valid key pair", {"token": REJECTED}),
     (
         *("bad", f"Not working: {LAB} refuses the key pair."),
-        "METQUAY_ACCESS_KEY is a placeholder: put the key in its place. Correct that, and start the proxy again.",
+        f"{DOUBT} Correct that. Then start the proxy again; keys in files",
         {"ready": False, "key": "***", "token": {**REJECTED, "last_error": f"{REJECTED['last_error']} {DOUBT}"}},
     ),
     # Metquay is out of order
     (
         "bad",
-        f"The last request failed: {LAB} could not be reached.",
+        f"The last request to Metquay failed: {LAB} could not be reached.",
         "5 s ago. Check the network",
         {"last": UNREACHABLE},
     ),
-    ("bad", "The last request failed: lab", "Check the network", {"token": FAILING, "last": UNREACHABLE, "refused": 9}),
-    ("bad", f"{LAB} was out of order (status 503).", "That was 12 min ago.", {"last": trouble(None, 503, 720.0)}),
-    ("bad", "could not be reached securely.", "certificate", {"last": trouble("upstream-tls", 502)}),
-    ("bad", "did not answer in time.", "Wait", {"last": trouble("upstream-timeout", 504)}),
-    ("bad", "broke off its answer.", "Wait", {"last": trouble("upstream-closed", 502)}),
-    ("bad", "gave an answer that makes no sense.", "METQUAY_HOST", {"last": trouble("upstream-protocol", 502)}),
     (
-        *("bad", f"Not working: {LAB} no longer takes the token, and the login to {LAB} fails."),
+        "bad",
+        "The last request to Metquay failed: lab",
+        "Check the network",
+        {"token": FAILING, "last": UNREACHABLE, "refused": 9},
+    ),
+    ("bad", f"{LAB} answered with an error (status 503).", "That was 12 min ago.", {"last": trouble(None, 503, 720.0)}),
+    ("bad", "could not be reached over TLS.", "certificate", {"last": trouble("upstream-tls", 502)}),
+    ("bad", "did not answer in time.", "Wait", {"last": trouble("upstream-timeout", 504)}),
+    ("bad", "closed the connection.", "Wait", {"last": trouble("upstream-closed", 502)}),
+    ("bad", "sent an answer that is not valid HTTP.", "METQUAY_HOST", {"last": trouble("upstream-protocol", 502)}),
+    (
+        *("bad", f"Not working: {LAB} no longer accepts the token, and the login to {LAB} fails."),
         "cannot be found. Next attempt in 4 s.",
         {"token": FAILING, "last": trouble("token-unavailable", 503)},
     ),
     (
-        *("bad", f"Not working: {LAB} no longer takes the token, and {LAB} refuses the key ...4F2A."),
+        *("bad", f"Not working: {LAB} no longer accepts the token, and there is no new one yet."),
+        "The next attempt is under way.",
+        {"token": TOKEN | {"next_login_in": 0.0}, "last": trouble("token-unavailable", 503)},
+    ),
+    (
+        *("bad", f"Not working: {LAB} no longer accepts the token, and {LAB} refuses the key ...4F2A."),
         "METQUAY_SECRET_KEY",
         {"token": REJECTED, "last": trouble("credentials-rejected", 503)},
     ),
@@ -130,22 +140,22 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("slow", "Slowed down: 1 request waits for its turn.", FASTER, quota(waiting=1)),
     (
         *("slow", "Slowed down: a request that came now would wait 2 s."),
-        "73 of 100 requests in 60 s are used. What is left is spread over the time.",
+        "73 of 100 requests in 60 s are used. The rest of the quota is spread over the remaining time.",
         quota(used=73, next_free_in=1.9),
     ),
     (
-        *("slow", f"Slowed down: {LAB} takes no requests for 12 s."),
+        *("slow", f"Slowed down: {LAB} accepts no requests for another 12 s."),
         "counted too many requests (429). Something else may use the same keys",
         quota(closed_for=12.0, next_free_in=12.0),
     ),
     (
-        *("slow", f"Slowed down: {LAB} takes no requests for 12 s; 3 requests wait for their turn."),
+        *("slow", f"Slowed down: {LAB} accepts no requests for another 12 s; 3 requests wait for their turn."),
         "Something else may use the same keys",
         quota(closed_for=12.0, waiting=3, next_free_in=14.0),
     ),
     (
         *("slow", "Too busy: 31 requests were refused in the last minute (429)."),
-        "7 requests wait for their turn. 100 of 100 requests in 60 s are used. Tools that were refused must",
+        "7 requests wait for their turn. 100 of 100 requests in 60 s are used. Refused requests must be",
         quota(used=100, waiting=7, next_free_in=24.0) | {"refused": 31},
     ),
     (
@@ -155,7 +165,7 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
     ),
     ("slow", "Too busy: 2 requests were refused in the last minute (429).", "is off", {"quota": None, "refused": 2}),
     # the end
-    ("wait", "Stopping: no new requests are taken.", "Start the proxy again", {"draining": True, "ready": False}),
+    ("wait", "Stopping: no new requests are accepted.", "Start the proxy again", {"draining": True, "ready": False}),
 ]
 
 
@@ -218,8 +228,12 @@ def test_what_browsers_ask_for_by_themselves(status: int, path: str) -> None:
 @pytest.mark.parametrize(
     ("slug", "text", "paths"),
     [
-        ("no-such-page", r"no page .*/-/status", "/robots.txt /apple-touch-icon.png /-/nothing /-/quit /-/page.html"),
-        ("pass-through-off", r"METQUAY_PASS_THROUGH=/FlexicalERP/", "/FlexicalERP/rest/customer"),
+        (
+            "no-such-page",
+            r"no such page.*/-/status",
+            "/robots.txt /apple-touch-icon.png /-/nothing /-/quit /-/page.html",
+        ),
+        ("pass-through-off", r"Add /FlexicalERP/ to METQUAY_PASS_THROUGH", "/FlexicalERP/rest/customer"),
     ],
 )
 def test_what_is_no_page(slug: str, text: str, paths: str) -> None:
@@ -355,7 +369,7 @@ async def test_status_is_the_single_source(sandbox: Sandbox, session: aiohttp.Cl
         async with session.get(f"{url}/-/status") as response:
             assert "application/json" == response.content_type
             status = await response.json()
-    assert f"Ready: connected to 127.0.0.1:{sandbox.port}" in status["headline"]["text"]
+    assert f"Ready: logged in to 127.0.0.1:{sandbox.port}" in status["headline"]["text"]
     assert (True, False, False) == (status["read_only"], status["sandbox"], status["draining"])
     assert 1 == status["quota"]["used"]
     assert [1, 1, 0] == status["hour"][-1][1:4]

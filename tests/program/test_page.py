@@ -73,7 +73,7 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
     with process(tmp_path, "serve", "--sandbox", METQUAY_LISTEN="127.0.0.1:0") as proxy:
         async with opened(browser, proxy.url) as page:
             await expect(page.locator("#sentence")).to_have_text(
-                "Ready: connected to the built-in sandbox (made-up data)."
+                "Ready: logged in to the built-in sandbox (made-up data)."
             )
             await expect(page.locator("#sandbox")).to_be_visible()
             await expect(page.locator("#read-only")).to_be_hidden()
@@ -90,7 +90,7 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             writer.write(b"\x16\x03\x01\x02\x00\x01")
             await reader.read()
             writer.close()
-            await expect(rows.first).to_contain_text("the tool speaks https where http is expected")
+            await expect(rows.first).to_contain_text("the tool uses the tool uses https, but this proxy uses http")
             await page.fill("#filter", "excel 404")
             await expect(rows).to_have_count(1)
             await page.fill("#filter", "")
@@ -181,7 +181,7 @@ async def test_a_request_is_looked_into(browser: Browser, session: aiohttp.Clien
 
 VIEWS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
 KEYS = ("the-access-key-of-4F2A", "the-secret-key")
-WELL = "Ready: connected to 127.0.0.1:{port} with key ...4F2A."
+WELL = "Ready: logged in to 127.0.0.1:{port} with key ...4F2A."
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,15 @@ WELL = "Ready: connected to 127.0.0.1:{port} with key ...4F2A."
         ("fresh", "\u2713", WELL, ""),
         ("busy", "\u2713", WELL, ""),
         ("errors", "\u2713", WELL, ""),
-        ("down", "\u2715", "The last request failed: 127.0.0.1:{port} could not be reached.", "Check the network"),
+        (
+            "down",
+            "\u2715",
+            "The last request to Metquay failed: 127.0.0.1:{port} could not be reached.",
+            "Check the network",
+        ),
         ("quota", "!", "Slowed down: 1 request waits for its turn.", "7 of 10 requests in 60 s are used. None was"),
         ("refused", "\u2715", "Not working: 127.0.0.1:{port} refuses the key ...4F2A.", "METQUAY_ACCESS_KEY and"),
-        ("gone", "\u2715", "No answer: this page does not reach the proxy.", "Start metquay-proxy again"),
+        ("gone", "\u2715", "No answer: this page cannot reach the proxy.", "Start metquay-proxy again"),
     ],
 )
 async def test_each_state(  # noqa: PLR0913 - the columns
@@ -273,7 +278,7 @@ async def test_with_whom_the_quota_is_shared(browser: Browser, redis: RedisServe
             begin("two", "serve", METQUAY_REDIS_URL=redis.url)
             await expect(sharing).to_have_text("Shared through Redis with 1 other replica.")
             redis.kill()
-            alone = r"! Alone for \d+ s, with its part of 50 requests\. Redis: it cannot be reached\."
+            alone = r"! Not shared for \d+ s; this proxy uses its own part, 50 requests\. Redis: it cannot be reached\."
             await expect(sharing).to_have_text(re.compile(alone))
             await page.screenshot(path=ARTEFACTS / "page-alone.png")
         async with opened(browser, begin("three", "serve")) as page:
@@ -313,7 +318,7 @@ async def test_polling_and_a_proxy_that_ends(
         await get(session, f"{url}/works")
         await expect(page.locator("#requests tbody tr")).to_have_count(1)
         await proxy.stop(1)
-        await expect(page.locator("#sentence")).to_have_text("No answer: this page does not reach the proxy.")
+        await expect(page.locator("#sentence")).to_have_text("No answer: this page cannot reach the proxy.")
         await expect(page.locator("#cure")).to_contain_text("Start metquay-proxy again")
         await expect(page.locator("#live")).to_have_text("no contact")
         left = await page.locator("#left").text_content()
@@ -325,8 +330,14 @@ async def test_polling_and_a_proxy_that_ends(
 @pytest.mark.parametrize(
     ("status", "slug", "body", "sentence", "cure"),
     [
-        (403, "client-key-required", '{"code": 403, "message": "x"}', "Locked: the proxy runs", "Load this page again"),
-        (403, "host-not-allowed", '{"code": 403, "message": "told"}', "Refused: the proxy runs", "told"),
+        (
+            403,
+            "client-key-required",
+            '{"code": 403, "message": "x"}',
+            "Locked: the proxy is running",
+            "Load this page again",
+        ),
+        (403, "host-not-allowed", '{"code": 403, "message": "told"}', "Refused: the proxy is running", "told"),
         (503, "shutting-down", '{"code": 503, "message": "told"}', "Stopping: no new", "told"),
         (200, None, "<html>", "Not the proxy: another program answers", "status 200"),
         (404, None, '{"error": "none"}', "Not the proxy: another program answers", "status 404"),
