@@ -7,7 +7,8 @@ has the lowest free number (POSIX, ``open``). At the limit asyncio's own server 
 attempts a second, and uvloop's closes who waits, without a word. A certificate and a key that don't belong together,
 loaded into a context in use, make every later handshake fail (OpenSSL keeps the halves). OpenSSL asks for the context
 of each handshake, with a server name or without (SSL_CTX_set_tlsext_servername_callback), so that listeners need not be
-opened anew.
+opened anew. What begins as no TLS at all it calls by three names (sslerr.h, SSL_R_), and the loop then closes without a
+word.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from metquay_proxy.log import log
 from metquay_proxy.rules.address import Address, every
-from metquay_proxy.rules.errors import shortage
+from metquay_proxy.rules.errors import ProxyError, shortage
 from metquay_proxy.rules.target import is_loopback
 
 if sys.platform != "win32":
@@ -49,6 +51,16 @@ _CALM: Final = 3
 """Such looks without want, after which it is over."""
 _RESERVE: Final = 64
 """Descriptors that clients must leave to connections to Metquay and to files; a quarter where there are few."""
+
+_NO_TLS: Final = frozenset({"HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER"})
+_SAY_HTTPS: Final = ProxyError(
+    "bad-request", "The tool speaks http where https is expected. Write https:// in its settings. Nothing was sent."
+).body()
+_IN_CLEAR: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nX-Metquay-Proxy-Error: bad-request\r\n"
+    b"X-Metquay-Proxy-Sent: no\r\nX-Metquay-Proxy-Attempts: 0\r\nCache-Control: no-store\r\nConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%b" % (len(_SAY_HTTPS), _SAY_HTTPS)
+)
 
 _ELSEWHERE: Final = "choose another place in {}, such as localhost:0 for any free port."
 _FORBIDDEN: Final = "is forbidden to this user.", "Choose another port above 1023, or a folder that it may write to."
@@ -223,7 +235,24 @@ async def let_in(  # noqa: PLR0913 - who is served where, and the bounds
     how = {} if tls is None else secure
     if sys.platform == "win32":  # its loop has no readers, and it knows no such limit
         return [await loop.create_server(serve, sock=sock, backlog=_BACKLOG, **how) for sock in sockets]
-    return [Door(partial(loop.connect_accepted_socket, serve, **how), sockets, report, reserve)]
+    connect: Connect = partial(loop.connect_accepted_socket, serve, **how)
+    return [Door(partial(_secure, connect) if tls else connect, sockets, report, reserve)]
+
+
+async def _secure(connect: Connect, client: socket.socket) -> None:
+    """Connect over TLS; who speaks http in its place is answered in clear text, as far as that can be had.
+
+    The loop gets a descriptor of its own, since it has closed that by the time the handshake has failed.
+    """
+    with client:
+        client.setblocking(False)  # noqa: FBT003 - a position of the standard library's
+        try:
+            await connect(client.dup())
+        except ssl.SSLError as error:
+            if error.reason in _NO_TLS:
+                log.warning("a client speaks no TLS where https is expected", address="".join(client.getpeername()[:1]))
+                client.send(_IN_CLEAR)
+            raise
 
 
 async def listen(report: Report, serve: Serve, host: str, port: int) -> tuple[Sequence[Any], int]:
