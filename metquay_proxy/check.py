@@ -184,7 +184,7 @@ class _Check:
         for host in address.reach:
             with contextlib.suppress(OSError):  # nobody is there, or nobody of ours
                 answers.append(await in_thread(partial(health.ask, address._replace(host=host), "/-/status", tls=tls)))
-        ours = [answer for answer in answers if b"X-Metquay-Proxy-" in answer or b'"quota"' in answer]
+        ours = [answer for answer in answers if health.is_ours(answer)]
         with contextlib.suppress(ValueError, IndexError, TypeError):
             told = json.loads(ours[0].partition(b"\r\n\r\n")[2])
             self._status = told if "upstream" in told else self._status

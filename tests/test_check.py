@@ -371,7 +371,8 @@ async def test_a_proxy_is_running(keys: str, left: str) -> None:
 )
 async def test_who_is_running_tells_nonsense(told: str) -> None:
     """Whatever a program says that looks like ours, there is a line for each step, and no traceback."""
-    async with metquay() as sandbox, answering("200 OK", told.replace("{base}", sandbox.url)) as port:
+    ours = "200 OK\r\nServer: metquay-proxy"
+    async with metquay() as sandbox, answering(ours, told.replace("{base}", sandbox.url)) as port:
         found = await probes(sandbox.url, listen=f"127.0.0.1:{port}", audit_log=os.devnull)
     assert {"port", "audit", "quota", "redis"} <= found.keys()
     assert "where it needs no client key" in found["quota"].text
