@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from metquay_proxy.settings import Settings
 
 
+SEE_SANDBOX = "see metquay-proxy sandbox --help"
 READABLE = "since every user can read a command line"
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
@@ -361,8 +362,8 @@ class TestUsage:
                 "argument --wait: give a number of seconds, 0 or more; see metquay-proxy health --help",
             ),
             (
-                ["sandbox", "--latency", "x"],
-                "latency must be seconds (0 to 86400), not 'x'; see metquay-proxy sandbox --help",
+                ["sandbox", "--reset", "x"],
+                f"--reset x is wrong: give a rate from 0 (never) to 1 (always), as in --reset 0.1; {SEE_SANDBOX}",
             ),
             (
                 ["sandbox", "--listen", "localhost:1,localhost:2"],

@@ -44,8 +44,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def simulator(values: dict[str, Any], parse_rate: Callable[[str], Any]) -> Sandbox:
     """Return one that is as the flags say; raise ``ValueError`` with a text for people."""
     rate_limit, seed_file = parse_rate(values.pop("rate_limit")), values.pop("seed_file")
-    faults = Faults().changed({name: value for name, value in values.items() if value is not None})
+    faults = Faults().changed({name: value for name, value in values.items() if value is not None}, _as_flag)
     return Sandbox(rate_limit=rate_limit, records=load_seed(seed_file) if seed_file else None, faults=faults)
+
+
+def _as_flag(name: str, value: Any) -> str:  # noqa: ANN401 - a flag's text, or an example in JSON
+    """Return how a fault is written on the command line."""
+    if isinstance(value, dict):
+        value = [f"{status}={rate}" for status, rate in value.items()]
+    texts = value if isinstance(value, list) else ["on" if value is True else value]
+    return " ".join(f"--{name.replace('_', '-')} {text}" for text in texts)
 
 
 async def run(made: Sandbox, host: str, port: int, listen: Listen, tell: Callable[..., None]) -> None:
