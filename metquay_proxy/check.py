@@ -164,19 +164,22 @@ class _Check:
             return "failed", f"The keys could not be read ({error}).", "Put them there again, one line of text each."
 
     async def port(self) -> tuple[str, ...]:
-        """Listen as the proxy would, and where it can't, look who is there: a proxy of ours, or another program."""
-        told = []
-        for address in (*self._settings.listen, *self._settings.metrics_listen):
+        """Listen as the proxy would, at all at once, and where it can't, look who is there: ours or another program."""
+        settings, running = self._settings, list[Address]()
+        every = (*settings.listen, *settings.metrics_listen)
+        where = "METQUAY_LISTEN (--listen)" + " or METQUAY_METRICS_LISTEN" * len(settings.metrics_listen)
+        while free := [address for address in every if address not in running]:
             try:
-                release(bind([address], self._settings.socket_mode))
-                told.append(f"{address} can be listened on")
+                release(bind(free, settings.socket_mode, where))
+                break
             except CannotListen as error:
-                if not (error.taken and await self._is_ours(address)):
+                if not (error.taken and await self._is_ours(error.address)):
                     return "failed", error.cause, error.cure
-                if (wrong := self._is_another(address)) is not None:
+                if (wrong := self._is_another(error.address)) is not None:
                     return "failed", *wrong
-                told.append(f"a metquay-proxy is running at {address}")
-        return "ok", "; ".join(told)
+                running.append(error.address)
+        told = {True: "a metquay-proxy is running at {}", False: "{} can be listened on"}
+        return "ok", "; ".join(told[address in running].format(address) for address in every)
 
     async def _is_ours(self, address: Address) -> bool:
         """Whether all who listen at an address are proxies of ours."""

@@ -67,7 +67,7 @@ _FORBIDDEN: Final = "is forbidden to this user.", "Choose another port above 102
 _NOT_HERE: Final = "is no address of this computer, or IPv6 is off.", "Write localhost, or 0.0.0.0 for every address."
 _UNKNOWN: Final = "can't be listened on: its name is not known.", "Check the spelling, or write localhost."
 _WHY: Final = {
-    errno.EADDRINUSE: ("is taken by another program (another metquay-proxy?).", f"Stop that one, or {_ELSEWHERE}"),
+    errno.EADDRINUSE: ("is taken, probably by another program.", f"Stop that one, or {_ELSEWHERE}"),
     errno.ENOENT: ("is in a folder that does not exist.", f"Make that folder, or {_ELSEWHERE}"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
     **dict.fromkeys(_NO_FAMILY, _NOT_HERE),
@@ -84,6 +84,7 @@ class CannotListen(OSError):
         cause, cure = _UNKNOWN if isinstance(error, socket.gaierror) else _WHY.get(error.errno or 0, other)
         self.cause, self.cure = f"{address} {cause}", cure.format(setting)
         super().__init__(f"{self.cause} {self.cure}")
+        self.address = address
         self.taken = error.errno in {errno.EADDRINUSE, errno.EACCES}
         """Whether it is worth asking who listens there."""
 

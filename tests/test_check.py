@@ -339,7 +339,10 @@ async def test_the_port_is_taken() -> None:
         for taken in (port, silent.sockets[0].getsockname()[1]):
             found = await probes(sandbox.url, listen=f"127.0.0.1:{taken}")
             assert_failed(
-                found, "port", f"127.0.0.1:{taken} is taken by another program", "Stop that one.*METQUAY_LISTEN"
+                found,
+                "port",
+                f"127.0.0.1:{taken} is taken, probably by another program",
+                "Stop that one.*METQUAY_LISTEN",
             )
 
 
@@ -425,6 +428,22 @@ async def test_what_serve_could_not_listen_on(tmp_path: Path, listen: str) -> No
                 pass
     assert ("failed", caught.value.cause, caught.value.cure) == found["port"][1:4]
     assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", ["listen", "metrics_listen"])
+async def test_two_addresses_collide(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    """Addresses that are free one by one, and not all at once, as ``serve`` needs them."""
+    port, look_up = closed_port(), socket.getaddrinfo
+
+    def known(host: str, *rest: Any, **more: Any) -> Any:  # noqa: ANN401 - the standard library's own
+        return look_up("127.0.0.1" if host == "box" else host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", known)
+    listen = {"listen": f"127.0.0.1:{port}"}
+    listen[setting] = f"{listen.get(setting, '')},box:{port}".strip(",")
+    async with metquay() as sandbox:
+        found = await probes(sandbox.url, trust_network="true", **listen)
+    assert_failed(found, "port", f"box:{port} is taken", f"METQUAY_{setting.upper()}")
 
 
 NTLM = "Proxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM"

@@ -111,7 +111,9 @@ class TestAddresses:
         family = socket.AF_INET6 if ":" in taken_at else socket.AF_INET
         with socket.create_server((taken_at, 0), family=family) as taken:
             address = Address(host, taken.getsockname()[1])
-            with pytest.raises(CannotListen, match=re.escape(f"{address} is taken by another program")) as caught:
+            with pytest.raises(
+                CannotListen, match=re.escape(f"{address} is taken, probably by another program")
+            ) as caught:
                 bind([Address("127.0.0.1", 0), address])
             assert caught.value.taken
         release(bind([address]))
@@ -187,7 +189,7 @@ class TestUnixSockets:
                 for filler in fillers:
                     filler.setblocking(False)  # noqa: FBT003 - the standard library's own
                     filler.connect_ex(str(path))
-            with pytest.raises(CannotListen, match=f"unix:{path} is taken by another program"):
+            with pytest.raises(CannotListen, match=f"unix:{path} is taken, probably by another program"):
                 bind([Address("", 0, str(path))])
             assert path.exists()
         assert not path.exists()

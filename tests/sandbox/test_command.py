@@ -81,7 +81,7 @@ def test_the_sandbox_says_how_to_use_it_and_ends_in_order(tmp_path: Path) -> Non
     taken = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)  # noqa: S603 - ours
     assert 1 == taken.returncode
     assert 1 == taken.stderr.count("\n")
-    assert f"{url.split('/')[2]} is taken by another program" in taken.stderr
+    assert f"{url.split('/')[2]} is taken, probably by another program" in taken.stderr
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         process.send_signal(number)
     process.send_signal(signal.SIGTERM)
