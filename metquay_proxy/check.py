@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 MAX_SKEW: Final = 120.0
 """Seconds by which this machine's clock may differ from Metquay's."""
 _COMPLETE: Final = "complete"
+_BREAK: Final = "\n" + 28 * " "
+"""What stands between the lines of one probe: each text begins below the one before it."""
 _ORDER: Final = ("keys", "port", "audit", "dns", "tcp", "tls", "clock", "login", "read", "quota", "redis")
 _NEEDS: Final = {"tcp": "dns", "tls": "tcp", "clock": "tls", "login": "keys tls", "read": "login", "quota": "read"}
 
@@ -84,7 +86,9 @@ def run(load: Callable[[], Settings], tell: Callable[[str], None], *, as_json: b
             probes.append(probe)
             took = "" if probe.outcome == "skipped" else f"{probe.ms:.0f} ms"
             if not as_json:
-                tell(f"{probe.outcome:8} {probe.name:8} {took:>8}  {probe.text} {probe.cure}".rstrip())
+                line = f"{probe.outcome:8} {probe.name:8} {took:>8}  {probe.text}"
+                line += ("\n" if probe.name == "settings" else " ") + probe.cure
+                tell(line.rstrip().replace("\n", _BREAK))
 
     asyncio.run(probe_all())
     good = all(probe.outcome != "failed" for probe in probes)
@@ -97,8 +101,9 @@ def run(load: Callable[[], Settings], tell: Callable[[str], None], *, as_json: b
 def _summary(probes: Sequence[Probe]) -> str:
     count = Counter(probe.outcome for probe in probes)
     if count["failed"]:
-        first = "; begin with the first" if count["failed"] > 1 else ""
-        return f"{count['failed']} of {len(probes)} checks failed{first}."
+        others = f"{count['skipped']} skipped, {count['ok']} passed" if probes[1:] else "nothing else was tried"
+        first = ". Begin with the first that failed" if count["failed"] > 1 else ""
+        return f"{count['failed']} failed, {others}{first}."
     well = "All is well" if probes[0].text == _COMPLETE else "Nothing failed, but there is a warning about the settings"
     return f"{well}: {count['ok']} checks passed, {count['skipped']} had nothing to try."
 
@@ -109,9 +114,9 @@ async def probed(load: Callable[[], Settings]) -> AsyncIterator[Probe]:
         settings = load()
     except SettingsError as error:
         cure = "Correct that; `metquay-proxy settings` shows where each setting comes from."
-        yield Probe("settings", "failed", " ".join(f"{line}." for line in (*error.warnings, *error.lines)), cure)
+        yield Probe("settings", "failed", "\n".join(error.args), cure)
         return
-    yield Probe("settings", "ok", "; ".join(settings.warnings) or _COMPLETE)
+    yield Probe("settings", "ok", "\n".join(settings.warnings) or _COMPLETE)
     server = simulator.Sandbox()
     base, credentials = settings.host, settings.credentials
     if settings.sandbox:

@@ -9,6 +9,7 @@ import re
 import socket
 import ssl
 import sys
+from collections import Counter
 from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from metquay_proxy.check import Probe, probed, run
 from metquay_proxy.listeners import CannotListen
 from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
-from metquay_proxy.settings import Settings, load
+from metquay_proxy.settings import Settings, SettingsError, load
 from tests.redis_server import needs_redis, redis_server
 from tests.running import running
 from tests.wire import eventually
@@ -287,7 +288,7 @@ async def test_the_keys_look_wrong() -> None:
     marks = (
         "METQUAY_ACCESS_KEY has quotation marks, .* take them away .docker --env-file keeps them.*METQUAY_SECRET_KEY is"
     )
-    assert re.match(marks, found["settings"].text)
+    assert re.match(marks, found["settings"].text, re.DOTALL)
     assert ("ok", "access key ***") == found["keys"][1:3]
     assert_failed(found, "login", "refused the key pair", marks)
     assert ACCESS_KEY not in str(found)
@@ -525,18 +526,33 @@ def test_a_failure_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, 1, host="metquay.invalid", access_key=ACCESS_KEY, secret_key=SECRET_KEY, listen="localhost:0"
     )
     assert re.search("failed +dns .*Check METQUAY_HOST for a typing mistake", "\n".join(lines))
-    assert "1 of 12 checks failed." == lines[-1]
+    assert "1 failed, 8 skipped, 3 passed." == lines[-1]
 
 
 def test_a_warning_is_not_all_well(capsys: pytest.CaptureFixture[str]) -> None:
     """The last line says only what is so: there is a warning above it."""
-    lines = printed(capsys, 0, client_key="short", **NOWHERE)
+    lines = printed(capsys, 0, client_key="short", retires="1", **NOWHERE)
+    assert re.search(r"retires.* did you mean METQUAY_RETRIES\?$", lines[0], re.IGNORECASE)
+    assert lines[1] == f"{'':28}METQUAY_CLIENT_KEY is short: make it 16 random characters or more"
     assert f"Nothing failed, but there is a warning about the settings: {PASSED}" == lines[-1]
 
 
 def test_wrong_settings_are_all_that_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Nothing else was tried; a line of .env that is left out is told first, since it may be why."""
     (tmp_path / ".env").write_text("set METQUAY_HOST=lab.metquay.co\n")
-    told, last = printed(capsys, 1)
-    assert re.search(r"line 1, is left out: .* a word .* before the name.*METQUAY_HOST \(--host\): is missing", told)
-    assert "1 of 1 checks failed." == last
+    with pytest.raises(SettingsError) as caught:
+        load({})
+    first, *told, cure, last = printed(capsys, 1)
+    assert re.search(r"^failed +settings +0 ms  warning: .*line 1, is left out: .* a word .* before the name", first)
+    assert [f"{'':28}{line}" for line in caught.value.args[1:]] == told
+    assert "METQUAY_HOST (--host): is missing" in told[0]
+    assert f"{'':28}Correct that; `metquay-proxy settings` shows where each setting comes from." == cure
+    assert "1 failed, nothing else was tried." == last
+
+
+def test_two_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The last line says with which of them to begin; what was skipped has not failed, and has not passed."""
+    lines = printed(capsys, 1, **NOWHERE | {"listen": "192.0.2.1:7000", "audit_log": str(tmp_path)})
+    count = Counter(line.split()[0] for line in lines)
+    assert f"2 failed, {count['skipped']} skipped, {count['ok']} passed. Begin with the first that failed." == lines[-1]
+    assert 12 == sum(count[outcome] for outcome in ("failed", "skipped", "ok"))
