@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _FAULTS: Final[tuple[tuple[str, str, str, dict[str, Any]], ...]] = (
     ("--latency", "SECONDS", "seconds before each answer", {}),
-    ("--jitter", "SECONDS", "up to so many seconds more, by chance", {}),
+    ("--jitter", "SECONDS", "up to so many seconds more, at random", {}),
     ("--retry-after", "on|off", "whether a 429 carries Retry-After (default: off)", {}),
-    ("--lose-answer", "RATE", "requests (0 to 1) that are executed and then dropped without an answer", {}),
-    ("--reset", "RATE", "answers (0 to 1) whose connection is reset in mid-body", {}),
-    ("--slow-body", "BYTES/S", "bytes a second of an answer's body", {}),
-    ("--fail", "STATUS=RATE", "requests that get that status; repeatable", {"action": "append"}),
-    ("--login-outage", "SECONDS", "answer logins with 503", {"nargs": "?", "const": "on"}),
+    ("--lose-answer", "RATE", "share of requests (0 to 1) that are executed, but get no answer", {}),
+    ("--reset", "RATE", "share of answers (0 to 1) whose connection is reset in mid-body", {}),
+    ("--slow-body", "BYTES/S", "bytes a second at which the body of an answer comes", {}),
+    ("--fail", "STATUS=RATE", "share of requests (0 to 1) that get this status; repeatable", {"action": "append"}),
+    ("--login-outage", "SECONDS", "answer logins with 503, so long or to the end", {"nargs": "?", "const": "on"}),
 )
 
 

@@ -117,7 +117,7 @@ class Faults:
         for given, value in wanted.items():
             name = given.replace("-", "_")
             if name not in _READERS:
-                raise ValueError(f"there is no fault {given!r}; there are {', '.join(_READERS)}")
+                raise ValueError(f"there is no fault {given!r}; the faults are {', '.join(_READERS)}")
             read, right, example = _READERS[name]
             try:
                 new[name] = read(value)

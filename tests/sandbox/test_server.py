@@ -494,7 +494,7 @@ class TestControl:
         """With the names that there are."""
         status, error = await client.control("POST", "/_sandbox/faults", json={"colour": 1})
         names = ", ".join(asdict(Faults()))
-        assert (400, f"there is no fault 'colour'; there are {names}") == (status, error["message"])
+        assert (400, f"there is no fault 'colour'; the faults are {names}") == (status, error["message"])
 
     @pytest.mark.parametrize("body", [b"latency=1", b"[]", b"", b"[" * 100_000])
     async def test_faults_that_are_no_json_object_are_refused(self, client: Client, body: bytes) -> None:
