@@ -9,6 +9,7 @@ the head, in ``Server`` or in ``X-Metquay-Proxy-Error``; a foreign one is never 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 
@@ -50,7 +51,7 @@ def check(listen: str, *, ready: bool = False, tls: bool = False, wait: float = 
         except OSError as error:
             why = f"no answer at {address} ({error.strerror or error}): is the proxy running?"
             if hasattr(error, "library"):  # an ssl.SSLError, whose name would cost 20 ms
-                why = f"no https at {address}: METQUAY_TLS_CERT (--tls-cert) is set here: is it for the proxy too?"
+                why = f"no https at {address}: METQUAY_TLS_CERT (--tls-cert) is set here. Is it for the proxy too?"
         left = end - clock.monotonic()
         if why is None or left <= 0:
             return why
@@ -79,11 +80,9 @@ def ask(address: Address, path: str, *, tls: bool, timeout: float = TIMEOUT) -> 
 def _answer(connection: socket.socket, path: str, end: float) -> bytes:
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     answer = b""
-    try:
+    with contextlib.suppress(ConnectionResetError):  # a TLS listener may end a clear-text question so
         while len(answer) < 1 << 20 and time.monotonic() < end and (received := connection.recv(1 << 16)):
             answer += received
-    except ConnectionResetError:
-        return answer  # a TLS listener may end a clear-text question so
     return answer
 
 
@@ -104,14 +103,11 @@ def is_ours(answer: bytes) -> bool:
 
 
 def _judge(answer: bytes, address: Address) -> str | None:
+    if answer and not is_ours(answer):
+        return f"another program answers at {address}: stop it, or give health the proxy's METQUAY_LISTEN (--listen)"
     status = answer[9:12].decode("ascii", "replace")
-    if not answer or (is_ours(answer) and status == "400"):
-        cure = "if the proxy serves https, health needs METQUAY_TLS_CERT (--tls-cert) too"
-        return f"the program at {address} closed the connection: {cure}"
-    if not is_ours(answer):
-        cure = "stop it, or set METQUAY_LISTEN (--listen) to where the proxy listens"
-        return f"another program answers at {address}, not metquay-proxy: {cure}"
+    if status in {"", "400"}:
+        return f"{address} closed the connection: if the proxy serves https, set METQUAY_TLS_CERT (--tls-cert) here too"
     if status == "503":
-        cure = "`metquay-proxy check` says why it gets none"
-        return f"not ready: the proxy has no usable token for Metquay, or is being stopped; {cure}"
+        return "not ready: the proxy has no token for Metquay, or is being stopped; `metquay-proxy check` says why"
     return None if status == "200" else f"the proxy at {address} answers with status {status}"

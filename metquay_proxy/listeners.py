@@ -52,20 +52,17 @@ _CALM: Final = 3
 _RESERVE: Final = 64
 """Descriptors that clients must leave to connections to Metquay and to files; a quarter where there are few."""
 
-_NO_TLS: Final = frozenset({"HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER"})
-_SAY_HTTPS: Final = ProxyError(
-    "bad-request", "The tool speaks http where https is expected. Write https:// in its settings. Nothing was sent."
-).body()
+_USE_HTTPS: Final = ProxyError("bad-request", "This is http where https is expected. Use https:// in the tool.").body()
 _IN_CLEAR: Final = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nX-Metquay-Proxy-Error: bad-request\r\n"
     b"X-Metquay-Proxy-Sent: no\r\nX-Metquay-Proxy-Attempts: 0\r\nCache-Control: no-store\r\nConnection: close\r\n"
-    b"Content-Length: %d\r\n\r\n%b" % (len(_SAY_HTTPS), _SAY_HTTPS)
+    b"Content-Length: %d\r\n\r\n%b" % (len(_USE_HTTPS), _USE_HTTPS)
 )
 
 _ELSEWHERE: Final = "choose another place in {}, such as localhost:0 for any free port."
 _FORBIDDEN: Final = "is forbidden to this user.", "Choose another port above 1023, or a folder that it may write to."
 _NOT_HERE: Final = "is no address of this computer, or IPv6 is off.", "Write localhost, or 0.0.0.0 for every address."
-_UNKNOWN: Final = "can't be listened on: its name is not known.", "Check the spelling, or write localhost."
+_UNKNOWN: Final = "can't be used: its name is not known.", "Check the spelling, or write localhost."
 _WHY: Final = {
     errno.EADDRINUSE: ("is taken, probably by another program.", f"Stop that one, or {_ELSEWHERE}"),
     errno.ENOENT: ("is in a folder that does not exist.", f"Make that folder, or {_ELSEWHERE}"),
@@ -76,17 +73,18 @@ _WHY: Final = {
 
 
 class CannotListen(OSError):
-    """Why there is no listening at an address, for people: ``cause`` names it, ``cure`` says what to do."""
+    """Why there is no listening at an address, for people: ``cause`` names it, ``cure`` says what to do.
+
+    ``taken``: it is worth asking who listens there.
+    """
 
     def __init__(self, address: Address, error: OSError, setting: str) -> None:
         why, cure = shortage(error) or (error.strerror or str(error), f"Mend that, or {_ELSEWHERE}")
-        other = f"can't be listened on: {why}.", cure
+        other = f"can't be used: {why}.", cure
         cause, cure = _UNKNOWN if isinstance(error, socket.gaierror) else _WHY.get(error.errno or 0, other)
         self.cause, self.cure = f"{address} {cause}", cure.format(setting)
         super().__init__(f"{self.cause} {self.cure}")
-        self.address = address
-        self.taken = error.errno in {errno.EADDRINUSE, errno.EACCES}
-        """Whether it is worth asking who listens there."""
+        self.address, self.taken = address, error.errno in {errno.EADDRINUSE, errno.EACCES}
 
 
 def bind(
@@ -250,7 +248,7 @@ async def _secure(connect: Connect, client: socket.socket) -> None:
         try:
             await connect(client.dup())
         except ssl.SSLError as error:
-            if error.reason in _NO_TLS:
+            if error.reason in {"HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER"}:
                 log.warning("a client speaks no TLS where https is expected", address="".join(client.getpeername()[:1]))
                 client.send(_IN_CLEAR)
             raise

@@ -278,7 +278,7 @@ async def test_the_keys_are_refused() -> None:
     """Keys that Metquay refuses: which ones, and what may be wrong with them."""
     async with metquay() as sandbox:
         found = await probes(sandbox.url, secret_key="a-key-that-is-wrong")  # noqa: S106 - nobody's
-    assert_failed(found, "login", "refused the key pair", "METQUAY_SECRET_KEY: copied whole")
+    assert_failed(found, "login", "refused the key pair", "METQUAY_SECRET_KEY: complete")
 
 
 async def test_the_keys_look_wrong() -> None:
@@ -307,7 +307,7 @@ MOVED = "https://eu.metquay.co/api/v1"
             f"redirected .* to {MOVED}/authenticate.$",
             f"should .* be {MOVED}.$",
         ),
-        ("200 OK\r\nContent-Type: text/html", "something other than JSON", "METQUAY_HOST.*log in by a browser"),
+        ("200 OK\r\nContent-Type: text/html", "something other than JSON", "METQUAY_HOST.*log in with a browser"),
     ],
 )
 async def test_the_login_says_what_is_wrong(answer: str, text: str, cure: str) -> None:
@@ -319,8 +319,8 @@ async def test_the_login_says_what_is_wrong(answer: str, text: str, cure: str) -
 @pytest.mark.parametrize(
     ("status", "cause", "cure"),
     [
-        (401, "did not take it", "support"),
-        (403, "may not read customers", "allow this API client"),
+        (401, "then refused it", "support"),
+        (403, "may not read customers", "allow it for this API client"),
         (429, "quota of these keys is used up", "one proxy"),
         (500, "not answered as it should be .status 500", "wait a few minutes"),
         (410, "not answered as it should be .status 410", "METQUAY_HOST"),
@@ -348,7 +348,8 @@ async def test_the_port_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "left"), [("", "99 of them are left"), ("a-long-client-key", "where it needs no client key")]
+    ("keys", "left"),
+    [("", "99 of them are left"), ("a-long-client-key", "only a running proxy that needs no client key")],
 )
 async def test_a_proxy_is_running(keys: str, left: str) -> None:
     """One of ours is no program in the way, and says how much is left; one with client keys is known by its refusal."""
@@ -379,7 +380,7 @@ async def test_who_is_running_tells_nonsense(told: str) -> None:
     async with metquay() as sandbox, answering(ours, told.replace("{base}", sandbox.url)) as port:
         found = await probes(sandbox.url, listen=f"127.0.0.1:{port}", audit_log=os.devnull)
     assert {"port", "audit", "quota", "redis"} <= found.keys()
-    assert "where it needs no client key" in found["quota"].text
+    assert "only a running proxy that needs no client key" in found["quota"].text
 
 
 async def test_another_proxy_is_running() -> None:
@@ -392,7 +393,7 @@ async def test_another_proxy_is_running() -> None:
     ):
         place, figures = url.removeprefix("http://"), str(proxy.watched[0])
         found = await probes(sandbox.url, listen=place)
-        assert_failed(found, "port", f"that runs at {place} is in front of {other.url}, and not of", "Stop it")
+        assert_failed(found, "port", f"that runs at {place} forwards to {other.url}, not to", "Stop it")
         found = await probes(other.url, listen=place, metrics_listen=figures)
         ours = "a metquay-proxy is running at"
         assert ("ok", f"{ours} {place}; {ours} {figures}") == found["port"][1:3]
@@ -411,7 +412,7 @@ async def test_proxies_are_running_at_all_addresses(tmp_path: Path) -> None:
         found = await probes(sandbox.url, listen=f"unix:{tmp_path}/s,{place}")
         assert f"{ours} unix:{tmp_path}/s; {ours} {place}" == found["port"].text
         found = await probes(sandbox.url, listen=f"unix:{tmp_path}/t,{place}")
-        assert f"unix:{tmp_path}/t can be listened on; {ours} {place}" == found["port"].text
+        assert f"the proxy can listen at unix:{tmp_path}/t; {ours} {place}" == found["port"].text
         assert proxy.ready()
     assert [] == list(tmp_path.iterdir())
 

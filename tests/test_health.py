@@ -22,17 +22,9 @@ if TYPE_CHECKING:
 
 ALIVE = b"HTTP/1.1 200 OK\r\nServer: metquay-proxy\r\nContent-Length: 6\r\n\r\nalive\n"
 NOT_READY = b"HTTP/1.1 503 Service Unavailable\r\nServer: metquay-proxy\r\nContent-Length: 10\r\n\r\nnot ready\n"
-WAITING = (
-    "not ready: the proxy has no usable token for Metquay, or is being stopped; `metquay-proxy check` says why it gets "
-    "none"
-)
-CLOSED = (
-    "the program at {} closed the connection: if the proxy serves https, health needs METQUAY_TLS_CERT (--tls-cert) too"
-)
-ANOTHER = (
-    "another program answers at {}, not metquay-proxy: stop it, or set METQUAY_LISTEN (--listen) to where the proxy "
-    "listens"
-)
+WAITING = "not ready: the proxy has no token for Metquay, or is being stopped; `metquay-proxy check` says why"
+CLOSED = "{} closed the connection: if the proxy serves https, set METQUAY_TLS_CERT (--tls-cert) here too"
+ANOTHER = "another program answers at {}: stop it, or give health the proxy's METQUAY_LISTEN (--listen)"
 
 
 @contextmanager
@@ -171,7 +163,7 @@ def test_the_proxys_own_tls_is_spoken_but_not_judged() -> None:
         assert CLOSED.format(f"127.0.0.1:{port}") == health.check(f"127.0.0.1:{port}")
     listener, port = loopback()
     with serving(listener, ALIVE):
-        why = "METQUAY_TLS_CERT (--tls-cert) is set here: is it for the proxy too?"
+        why = "METQUAY_TLS_CERT (--tls-cert) is set here. Is it for the proxy too?"
         assert f"no https at 127.0.0.1:{port}: {why}" == health.check(f"127.0.0.1:{port}", tls=True)
 
 

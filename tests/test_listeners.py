@@ -245,7 +245,7 @@ class TestClearTextWhereTLSIsExpected:
         assert b"HTTP/1.1 400 Bad Request" == head.splitlines()[0]
         fields = {b"X-Metquay-Proxy-Error: bad-request", b"X-Metquay-Proxy-Sent: no", b"Connection: close"}
         assert fields | {b"Content-Length: %d" % len(body)} <= set(head.splitlines())
-        message = "The tool speaks http where https is expected. Write https:// in its settings. Nothing was sent."
+        message = "This is http where https is expected. Use https:// in the tool."
         assert {"code": 400, "message": message} == json.loads(body)
         why = "a client speaks no TLS where https is expected"
         assert [{"event": why, "address": "127.0.0.1", "log_level": "warning"}] == told
