@@ -345,8 +345,8 @@ def _health(arguments: Sequence[str]) -> int:
     from metquay_proxy.rules.address import DEFAULT_LISTEN  # noqa: PLC0415 - the other commands can do without
 
     parser = _Parser("health", "Ask the proxy whether it is alive: exit 0 if so, else 1.")
-    parser.add_argument("--ready", action="store_true", help="ask whether it is ready: whether it has a usable token")
-    parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="ask until it is so, at most so long")
+    parser.add_argument("--ready", action="store_true", help="ask whether it is ready, that is, has a usable token")
+    parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="keep asking, for at most this long")
     where = f"where it listens; of several the first is asked [env: METQUAY_LISTEN] (default: {DEFAULT_LISTEN})"
     parser.add_argument("--listen", metavar="ADDRESS", help=where)
     parser.add_argument("--tls-cert", metavar="FILE", help="set if the proxy serves https [env: METQUAY_TLS_CERT]")
@@ -359,8 +359,7 @@ def _health(arguments: Sequence[str]) -> int:
         why = health.check(listen, ready=values.ready, tls=tls, wait=values.wait)
     except ValueError as error:
         raise Refused(f"METQUAY_LISTEN (--listen): {error}") from None
-    well = "ready" if values.ready else "alive"
-    _print(why or well, to=sys.stderr if why else sys.stdout)
+    _print(why or ("ready" if values.ready else "alive"), to=sys.stderr if why else sys.stdout)
     return _FAILED if why else 0
 
 

@@ -288,31 +288,33 @@ class Settings(BaseSettings):
     client keys:
     client_key: key that local tools must present
     client_key_file (FILE): file that holds the client key
-    client_keys: named client keys, name:key[:read-only], with commas or one a line
+    client_keys: named client keys, name:key[:read-only], separated by commas, or one on each line
     client_keys_file (FILE): file that holds the named client keys
     trust_network: listen beyond this machine without any client key
     listening:
-    listen (ADDRESS): where to listen: host:port (port 0: any free one) or unix:/path; several with commas
+    listen (ADDRESS): where to listen: host:port (port 0: any free one) or unix:/path; separate several with commas
     metrics_listen (ADDRESS): host:port where anybody may read /-/live, /-/ready and /-/metrics, and nothing else
     socket_mode (MODE): who may open a unix socket, in octal: 0660 lets its group in too
     tls_cert (FILE): PEM certificate chain, to serve https
     tls_key (FILE): PEM private key of that certificate, without a password
     guard:
-    allowed_hosts (NAMES): further host names under which tools reach the proxy; several with commas
-    allowed_origins (ORIGINS): web pages that may use the proxy, such as https://tools.lab.example; several with commas
+    allowed_hosts (NAMES): further host names under which tools reach the proxy; separate several with commas
+    allowed_origins (ORIGINS): web pages that may use the proxy, such as https://tools.lab.example;
+        separate several with commas
     read_only: forward GET, HEAD and OPTIONS only
     pass_through (PATHS): path prefixes sent to the server's root without a token, such as /FlexicalERP/;
-        several with commas
+        separate several with commas
     limits:
     rate_limit (RATE): quota of the key pair: N/second, N/minute, N/hour, or off
-    max_wait (SECONDS): seconds that a request may wait in all: for token and quota, between and in failed attempts
+    max_wait (SECONDS): seconds that a request may wait in all: for token and quota, between attempts and in failed ones
     retries (N): further attempts for requests that are safe to repeat
     replay_limit (SIZE): largest body kept for another attempt: bytes, KiB or MiB, up to 64 MiB
     connection to Metquay:
     connect_timeout (SECONDS): seconds to connect to Metquay
-    read_timeout (SECONDS): seconds of silence between bytes; the whole has no limit
-    ca_bundle (FILE): PEM certificates trusted beside the operating system's; the CA that issued the server's will do
-    outbound_proxy: corporate proxy on the way to Metquay, in place of the system's: http://host:port; none: go directly
+    read_timeout (SECONDS): seconds without a single byte before it is given up; there is no limit on the whole
+    ca_bundle (FILE): PEM certificates to trust besides the operating system's; the issuer of the server's is enough
+    outbound_proxy: corporate proxy on the way to Metquay, in place of the system's: http://host:port;
+        none: connect directly
     outbound_proxy_file (FILE): file that holds the corporate proxy's URL
     several proxies:
     redis_password: Redis's password; only from a file
@@ -320,7 +322,7 @@ class Settings(BaseSettings):
     redis_url (URL): Redis through which replicas share quota and Idempotency-Keys: redis://, rediss:// (TLS)
         or unix:///path
     running and logging:
-    drain_timeout (SECONDS): seconds for requests in flight when the proxy is told to stop
+    drain_timeout (SECONDS): seconds that requests in flight have to finish when the proxy is told to stop
     audit_log (FILE): file that gets one JSON line for each write
     allow_quit: let POST /-/quit end the proxy
     log_level (LEVEL): debug, info, warning or error

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from metquay_proxy.settings import Settings
 
 
+SEE_SANDBOX = "see metquay-proxy sandbox --help"
 READABLE = "since every user can read a command line"
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
@@ -361,8 +362,8 @@ class TestUsage:
                 "argument --wait: give a number of seconds, 0 or more; see metquay-proxy health --help",
             ),
             (
-                ["sandbox", "--latency", "x"],
-                "latency must be seconds (0 to 86400), not 'x'; see metquay-proxy sandbox --help",
+                ["sandbox", "--reset", "x"],
+                f"--reset x is wrong: give a rate from 0 (never) to 1 (always), as in --reset 0.1; {SEE_SANDBOX}",
             ),
             (
                 ["sandbox", "--listen", "localhost:1,localhost:2"],
@@ -459,7 +460,7 @@ class TestHealth:
     @pytest.mark.parametrize(("flags", "word"), [([], "alive"), (["--ready"], "ready")])
     def test_well_is_one_word_and_0(self, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
         """By flag."""
-        with listening(b"HTTP/1.1 200 OK\r\n\r\nfine") as port:
+        with listening(b"HTTP/1.1 200 OK\r\nServer: metquay-proxy\r\n\r\nfine") as port:
             assert 0 == cli.main(["health", "--listen", f"127.0.0.1:{port}", *flags])
         assert (f"{word}\n", "") == capsys.readouterr()
 
@@ -467,10 +468,10 @@ class TestHealth:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """By .env; the environment would win."""
-        with listening(b"HTTP/1.1 503 Busy\r\n\r\n") as port:
+        with listening(b"HTTP/1.1 503 Busy\r\nServer: metquay-proxy\r\n\r\nnot ready\n") as port:
             Path(".env").write_text(f"METQUAY_LISTEN=127.0.0.1:{port}\n")
             assert 1 == cli.main(["health", "--ready"])
-        assert f"127.0.0.1:{port}/-/ready: status 503\n" == capsys.readouterr().err
+        assert re.fullmatch("not ready: .*`metquay-proxy check`.*\n", capsys.readouterr().err)
         monkeypatch.setenv("METQUAY_LISTEN", "localhost:0")
         assert 1 == cli.main(["health"])
         assert "localhost:0 leaves the port to the system" in capsys.readouterr().err

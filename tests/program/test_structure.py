@@ -67,7 +67,7 @@ OF_SEVERAL_MODULES = {
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "docs", "metquay_proxy", "tests"}
 
 CODE_LINES = {
-    "": 2373,
+    "": 2392,
     "downstream": 965,
     "exchange": 731,
     "replicas": 470,
