@@ -61,7 +61,10 @@ _IN_CLEAR: Final = (
 
 _ELSEWHERE: Final = "choose another place in {}, such as localhost:0 for any free port."
 _FORBIDDEN: Final = "is forbidden to this user.", "Choose another port above 1023, or a folder that it may write to."
-_NOT_HERE: Final = "is no address of this computer, or IPv6 is off.", "Write localhost, or 0.0.0.0 for every address."
+_NOT_HERE: Final = (
+    "is not an address of this computer, or IPv6 is off.",
+    "Write localhost, or 0.0.0.0 for every address.",
+)
 _UNKNOWN: Final = "can't be used: its name is not known.", "Check the spelling, or write localhost."
 _WHY: Final = {
     errno.EADDRINUSE: ("is taken, probably by another program.", f"Stop that one, or {_ELSEWHERE}"),

@@ -154,7 +154,7 @@ async def test_all_is_well(authority: trustme.CA, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no FIFOs")
-@pytest.mark.parametrize(("pipe", "why"), [(False, "secret: No such file"), (True, "secret: is no ordinary file")])
+@pytest.mark.parametrize(("pipe", "why"), [(False, "secret: No such file"), (True, "secret: not a regular file")])
 async def test_a_key_file_is_gone(tmp_path: Path, pipe: bool, why: str) -> None:  # noqa: FBT001 - a table
     """A secret file that can't be read (any more), or would block, is named; the network is tried all the same."""
     (tmp_path / "access").write_text(ACCESS_KEY)
@@ -235,7 +235,7 @@ async def test_no_answer() -> None:
         found = await probes(f"http://127.0.0.1:{address[1]}", connect_timeout="0.2")
         for filler in fillers:
             filler.close()
-    assert_failed(found, "tcp", "could not be reached within 0.2 seconds", "VPN.*METQUAY_OUTBOUND_PROXY")
+    assert_failed(found, "tcp", "could not be reached within 0.2 s", "VPN.*METQUAY_OUTBOUND_PROXY")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ async def test_the_keys_look_wrong() -> None:
     async with metquay() as sandbox:
         found = await probes(sandbox.url, access_key=f'"{ACCESS_KEY}"', secret_key="<secret key>")  # noqa: S106 - nobody's
     marks = (
-        "METQUAY_ACCESS_KEY has quotation marks, .* take them away .docker --env-file keeps them.*METQUAY_SECRET_KEY is"
+        "METQUAY_ACCESS_KEY has quotation marks, .* remove them .docker --env-file keeps them.*METQUAY_SECRET_KEY seems"
     )
     assert re.match(marks, found["settings"].text, re.DOTALL)
     assert ("ok", "access key ***") == found["keys"][1:3]
@@ -548,9 +548,9 @@ def test_wrong_settings_are_all_that_is_told(capsys: pytest.CaptureFixture[str],
     with pytest.raises(SettingsError) as caught:
         load({})
     first, *told, cure, last = printed(capsys, 1)
-    assert re.search(r"^failed +settings +0 ms  warning: .*line 1, is left out: .* a word .* before the name", first)
+    assert re.search(r"^failed +settings +0 ms  warning: .*line 1, is ignored: .* a word .* before the name", first)
     assert [f"{'':28}{line}" for line in caught.value.args[1:]] == told
-    assert "METQUAY_HOST (--host): is missing" in told[0]
+    assert "METQUAY_HOST (--host): not set" in told[0]
     assert f"{'':28}Correct that; `metquay-proxy settings` shows where each setting comes from." == cure
     assert "1 failed, nothing else was tried." == last
 

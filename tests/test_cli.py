@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SEE_SANDBOX = "see metquay-proxy sandbox --help"
 READABLE = "since every user can read a command line"
+CONTAINS = "to the path of a file that contains it"
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 
@@ -346,14 +347,14 @@ class TestUsage:
             (["--lis", "x"], "unknown flag --lis, did you mean --listen?; see metquay-proxy serve --help"),
             (["-khunter2"], "unknown flag -k; see metquay-proxy serve --help"),
             (["--listen"], "argument --listen: expected one argument; see metquay-proxy serve --help"),
-            (["serve", "hunter2"], "it takes no words beside its flags; see metquay-proxy serve --help"),
+            (["serve", "hunter2"], "it accepts nothing but flags; see metquay-proxy serve --help"),
             (
                 ["--secret-key", "hunter2"],
-                f"there is no --secret-key, {READABLE}: set METQUAY_SECRET_KEY, or METQUAY_SECRET_KEY_FILE",
+                f"there is no --secret-key, {READABLE}: set METQUAY_SECRET_KEY_FILE {CONTAINS}",
             ),
             (
                 ["settings", "--client_keys=hunter2"],
-                f"there is no --client_keys, {READABLE}: set METQUAY_CLIENT_KEYS, or METQUAY_CLIENT_KEYS_FILE",
+                f"there is no --client_keys, {READABLE}: set METQUAY_CLIENT_KEYS_FILE {CONTAINS}",
             ),
             (["health", "--raedy"], "unknown flag --raedy, did you mean --ready?; see metquay-proxy health --help"),
             (["health", "--wait", "x"], "argument --wait: invalid float value: 'x'; see metquay-proxy health --help"),
@@ -433,7 +434,7 @@ class TestSettings:
         assert ["true", "flag"] == rows["METQUAY_READ_ONLY"]
         assert ["20", "default"] == rows["METQUAY_MAX_WAIT"]
         assert ["-", "default"] == rows["METQUAY_CA_BUNDLE"]
-        warning = "METQUAY_MAX_WIAT (from environment) is no setting of this proxy; did you mean METQUAY_MAX_WAIT?"
+        warning = "METQUAY_MAX_WIAT (from environment) is not a setting of this proxy; did you mean METQUAY_MAX_WAIT?"
         assert f"warning: {warning}\n" == captured.err
 
     @pytest.mark.usefixtures("account")
@@ -453,7 +454,7 @@ class TestSettings:
         captured = capsys.readouterr()
         assert re.search(r"METQUAY_RETRIES +many +environment", captured.out)
         assert "METQUAY_RETRIES (--retries, found in environment): 'many' is not" in captured.err
-        assert "METQUAY_HOST (--host): is missing" in captured.err
+        assert "METQUAY_HOST (--host): not set" in captured.err
 
 
 class TestHealth:

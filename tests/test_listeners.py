@@ -98,7 +98,7 @@ class TestAddresses:
 
         monkeypatch.setattr(socket, "socket", Socket)
         assert [["127.0.0.1"], ["0.0.0.0"]] == [hosts("localhost:0"), hosts("[::]:0")]
-        with pytest.raises(CannotListen, match=r"\[::1\]:0 is no address of this computer, or IPv6 is off"):
+        with pytest.raises(CannotListen, match=r"\[::1\]:0 is not an address of this computer, or IPv6 is off"):
             bind([Address("::1", 0)])
 
     @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ class TestAddresses:
     @pytest.mark.parametrize(
         ("listen", "cause", "cure"),
         [
-            ("192.0.2.1:7000", "is no address of this computer", "0.0.0.0 for every address"),
+            ("192.0.2.1:7000", "is not an address of this computer", "0.0.0.0 for every address"),
             ("no-such-host.invalid:7000", "its name is not known", "Check the spelling"),
             ("unix:{}/none/s", "is in a folder that does not exist", "Make that folder"),
             ("unix:{}/file", "a file that is no socket is in the way", "Mend that, or choose"),
@@ -340,7 +340,7 @@ class TestTheLimitOfOpenFiles:
             for client in idle:
                 client.close()
             assert [200] == [answer.status for answer in await asked([await connect()])]
-            await eventually(lambda: "let in again" in command.log.read_text())
+            await eventually(lambda: "accepted again" in command.log.read_text())
             assert 0 == await asyncio.to_thread(command.stop)
         told = [line for line in map(json.loads, command.log.read_text().splitlines()) if line["event"] != "request"]
         assert 1 == max(Counter((line["level"], line["event"]) for line in told).values())

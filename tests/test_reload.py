@@ -219,8 +219,8 @@ async def test_a_pipe_in_the_place_of_a_file(tmp_path: Path, told: Told) -> None
     watched.path.unlink()
     os.mkfifo(watched.path)
     await asyncio.wait_for(watched.reload.look(), 5)
-    assert [f"{watched.path}: is no ordinary file"] == told.faults
-    with pytest.raises(OSError, match="is no ordinary file"):
+    assert [f"{watched.path}: not a regular file"] == told.faults
+    with pytest.raises(OSError, match="not a regular file"):
         await asyncio.wait_for(in_thread(lambda: read_file(watched.path)), 5)
 
 

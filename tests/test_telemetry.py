@@ -65,10 +65,11 @@ def metrics(telemetry: Telemetry, status: dict[str, Any]) -> dict[tuple[str, ...
         ("/customers?limit=*&name=*", "/customers?limit=5&name=ACME%20Ltd"),
         ("/customers?*", "/customers?ACME"),
         ("/customers?a=*&&*&b=*", "/customers?a=b=c&&secret&b="),
+        ("/FlexicalERP/app;*/rest;*?id=*", "/FlexicalERP/app;jsessionid=secret/rest;v=1;w=2?id=secret"),
     ],
 )
 def test_query_values_are_masked(shown: str, target: str) -> None:
-    """Names of a query stay, values go; what has no equals sign is all value."""
+    """Names of a query stay, values go; what has no equals sign is all value, as is what follows a semicolon."""
     assert shown == masked(target)
 
 

@@ -57,20 +57,6 @@ _POLICY: Final = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
-_WITHOUT_TOKEN: Final = frozenset({"token-unavailable", "credentials-rejected"})
-_TROUBLE: Final = {
-    "upstream-unreachable": (
-        "could not be reached",
-        "Check the network: cable, VPN, firewall, and the corporate proxy if there is one.",
-    ),
-    "upstream-tls": (
-        "could not be reached over TLS",
-        "Its certificate was not accepted, or it does not use TLS. Run `metquay-proxy check`, which says what to do.",
-    ),
-    "upstream-timeout": ("did not answer in time", "It may have too much to do. Wait a few minutes."),
-    "upstream-closed": ("closed the connection", "It may be restarting. Wait a few minutes."),
-    "upstream-protocol": ("sent an answer that is not valid HTTP", "Check that METQUAY_HOST names the right server."),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,22 +265,10 @@ def headline(  # noqa: PLR0911 - each state has its sentence
         what = "Logging in again" if token["renewals"] else "Starting: logging in"
         return "wait", f"{what} to {host}.", "This usually takes a few seconds; requests wait for it.", None
     trouble = standing.trouble
-    if trouble is not None and trouble.error in _WITHOUT_TOKEN:
-        why = fails if token["failures_in_a_row"] else "there is no new one yet"
-        return (
-            "bad",
-            f"Not working: {host} no longer accepts the token, and {why}.",
-            _login_cure(token),
-            standing.turned,
-        )
     if trouble is not None:
-        out_of_order = (
-            f"answered with an error (status {trouble.status})",
-            "It may be restarting. Wait a few minutes.",
-        )
-        what, cure = _TROUBLE.get(trouble.error or "", out_of_order)
-        cure = f'That was {_span(now - trouble.ended)} ago. {cure} "Test the connection" shows whether it works now.'
-        return "bad", f"The last request to Metquay failed: {host} {what}.", cure, standing.turned
+        why = trouble.reason or f"It answered with status {trouble.status}. It may be restarting: wait a few minutes."
+        cure = f'That was {_span(now - trouble.ended)} ago. {why} "Test the connection" shows whether it works now.'
+        return "bad", "The last request to Metquay failed.", cure, standing.turned
     if token["failures_in_a_row"]:
         text = f"Working for {_more(token['seconds_left'])}: {fails}."
         return "slow", text, _login_cure(token), standing.login_turned

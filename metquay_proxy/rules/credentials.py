@@ -169,7 +169,7 @@ def parse_login(status: int, body: bytes, now: float, *, pause: float | None = N
         answer = json.loads(body)
     if not isinstance(answer, dict):
         raise LoginFailed(
-            "Metquay's login answered with something other than JSON. Check METQUAY_HOST: it may be another server."
+            "Metquay's login answered with something other than JSON with a token: it may be another server."
         )
     token_type = answer.get("tokenType")
     if token_type is not None and str(token_type).lower() != "bearer":

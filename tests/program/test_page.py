@@ -193,8 +193,8 @@ WELL = "Ready: logged in to 127.0.0.1:{port} with key ...4F2A."
         (
             "down",
             "\u2715",
-            "The last request to Metquay failed: 127.0.0.1:{port} could not be reached.",
-            "Check the network",
+            "The last request to Metquay failed.",
+            "ago. 127.0.0.1:{port} could not be reached: nothing listens there. Check METQUAY_HOST and its port.",
         ),
         ("quota", "!", "Slowed down: 1 request waits for its turn.", "7 of 10 requests in 60 s are used. None was"),
         ("refused", "\u2715", "Not working: 127.0.0.1:{port} refuses the key ...4F2A.", "METQUAY_ACCESS_KEY and"),
@@ -248,7 +248,7 @@ async def test_each_state(  # noqa: PLR0913 - the columns
             await proxy.stop(1)
         for (width, scheme), page in pages.items():
             await expect(page.locator("#sentence")).to_have_text(sentence.format(port=sandbox.port), timeout=15_000)
-            await expect(page.locator("#cure")).to_contain_text(cure)
+            await expect(page.locator("#cure")).to_contain_text(cure.format(port=sandbox.port))
             await expect(page).to_have_title(f"{mark} {sentence.partition(':')[0]} \u2013 metquay-proxy")
             if state == "errors":
                 await page.locator("#requests button").nth(1).click()

@@ -38,6 +38,8 @@ FAULTS = [
     ("not-supported", "does not begin with a method that this proxy knows, so", b"BREW / HTTP/1.1" + H + END),
     ("not-supported", "Methods are written in capitals (GET)", b"get /"),
     ("not-supported", "does not begin with a method that this proxy knows", b"NONSENSE\r\n\r\n"),
+    ("not-supported", "the request before it longer than its Content-Length", b"a-secretGET / HTTP/1.1" + H + END),
+    ("bad-request", "line 3 has a space before its colon", b"GET / HTTP/1.1" + H + b"\r\na-secret : x" + END),
     ("not-supported", "longer than its Content-Length says?", b'{"secretKey":"a-secret-key-of-18"}'),
     ("not-supported", "does not begin with a method that this proxy knows", b"a-secret-key-of-18"),
     (
