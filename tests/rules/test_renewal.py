@@ -13,7 +13,7 @@ FORGERY = UpstreamDistrusted("The certificate was not accepted.")
 BUSY = LoginBusy("Metquay's login answered with status 429.", 60.0)
 DEFECT = KeyError("hunter2")
 ALMOST = 0.9999999
-BROKEN = TokenEvent("failed", "The login failed by a bug in the proxy (KeyError): please report it.", None, 1.0)
+BROKEN = TokenEvent("failed", "The login failed because of a bug in the proxy (KeyError). Please report it.", None, 1.0)
 DEAD = replace(BROKEN, text="Metquay's login took longer than the token lives, or the machine slept meanwhile.")
 TOLD = [TokenEvent("obtained", "", 2.0, 1.0), TokenEvent("rejected", str(REFUSAL), None, 60.0)]
 
