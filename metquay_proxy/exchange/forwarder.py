@@ -331,10 +331,8 @@ class Forwarder:
         )
         wait = max(1, math.ceil(refusal.retry_after))
         cure = "An earlier attempt may have been carried out: check in Metquay before you send it again."
-        if exchange.sent == "no":
-            cure = (
-                f"It was not carried out. Send it again in {wait} s. To read lists, ask for more at once (limit=500)."
-            )
+        if exchange.sent == "no" or exchange.method in retries.READING:
+            cure = f"Nothing was changed. Send it again in {wait} s. To read lists, ask for more at once (limit=500)."
         return ProxyError("quota-exceeded", f"{why} {cure}", retry_after=refusal.retry_after)
 
 

@@ -109,7 +109,7 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             assert await page.locator("#answers rect").count() > 0
             await expect(page.locator("#attempts")).to_contain_text("3 attempts in the last hour.")
             await expect(page.locator("#when")).to_have_text(
-                re.compile(r"Since \d.+\. Last request that succeeded: \d.+\.")
+                re.compile(r"Working since \d.+\. Last request that succeeded: \d.+\.")
             )
             for chart, text in (
                 ("attempts", "3 attempts."),
