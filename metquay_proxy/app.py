@@ -67,7 +67,8 @@ _TURN: Final = 0.02
 _BRIEFLY: Final = 0.001
 """Seconds in which a request that was just accepted, or was in a lane, reaches its handler, even without a drain."""
 _SHORTAGE: Final = reporter(
-    "no new clients are let in: who is connected is served, and it is tried again", "new clients are let in again"
+    "no new clients are accepted: connected ones are still served, and the proxy keeps trying",
+    "new clients are accepted again",
 )
 
 

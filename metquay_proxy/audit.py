@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from metquay_proxy.exchange.exchange import Exchange
 
-_REPORT: Final = reporter("audit log can't be written", "audit log is written again")
+_REPORT: Final = reporter("audit log can't be written", "audit log can be written again")
 
 
 def open_log(path: Path) -> io.FileIO:

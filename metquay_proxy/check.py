@@ -42,22 +42,24 @@ if TYPE_CHECKING:
 MAX_SKEW: Final = 120.0
 """Seconds by which this machine's clock may differ from Metquay's."""
 _COMPLETE: Final = "complete"
+_BREAK: Final = "\n" + 28 * " "
+"""What stands between the lines of one probe: each text begins below the one before it."""
 _ORDER: Final = ("keys", "port", "audit", "dns", "tcp", "tls", "clock", "login", "read", "quota", "redis")
 _NEEDS: Final = {"tcp": "dns", "tls": "tcp", "clock": "tls", "login": "keys tls", "read": "login", "quota": "read"}
 
 _WAIT: Final = "Metquay is restarting or has too much to do: wait a few minutes, then check again."
-_HOST: Final = "Check METQUAY_HOST: another server answers, or the network wants you to log in by a browser first."
-_KEYS: Final = "Check METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY: copied whole, not withdrawn, and of this laboratory."
-_DATE: Final = "Check this computer's date and time first; if they are right, the server's owner must renew it."
+_HOST: Final = "Check METQUAY_HOST: another server answers, or the network wants you to log in with a browser first."
+_KEYS: Final = "Check METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY: complete, still valid, and of this laboratory?"
+_DATE: Final = "Check this computer's date and time first; if they are right, the server's certificate must be renewed."
 _NAME: Final = "Check METQUAY_HOST for a typing mistake: the certificate is for another name."
 _CERTIFICATE: Final = {9: _DATE, 10: _DATE, 62: _NAME, 64: _NAME}
 _LOGIN: Final = {CredentialsRejected: _KEYS, LoginBusy: _WAIT, LoginFailed: _HOST}
 """What to do where the text of the failure does not say it."""
 _READ: Final = {
-    401: ("Metquay gave a token and then did not take it.", "Check again; if it stays so, tell Metquay's support."),
-    403: ("These keys may not read customers.", "Ask whoever looks after Metquay to allow this API client to."),
+    401: ("Metquay gave out a token and then refused it.", "Check again; if that is no help, tell Metquay's support."),
+    403: ("These keys may not read customers.", "Ask whoever looks after Metquay to allow it for this API client."),
     404: ("Metquay's API is not at {}.", "Check METQUAY_HOST: usually it is a name without a path."),
-    429: ("The quota of these keys is used up.", "Wait a minute; let all programs with these keys use one proxy."),
+    429: ("The quota of these keys is used up.", "Wait a minute, and let all programs with these keys use one proxy."),
 }
 
 
@@ -84,7 +86,8 @@ def run(load: Callable[[], Settings], tell: Callable[[str], None], *, as_json: b
             probes.append(probe)
             took = "" if probe.outcome == "skipped" else f"{probe.ms:.0f} ms"
             if not as_json:
-                tell(f"{probe.outcome:8} {probe.name:8} {took:>8}  {probe.text} {probe.cure}".rstrip())
+                cure = ("\n" if probe.name == "settings" else " ") + probe.cure
+                tell(f"{probe.outcome:8} {probe.name:8} {took:>8}  {probe.text}{cure}".rstrip().replace("\n", _BREAK))
 
     asyncio.run(probe_all())
     good = all(probe.outcome != "failed" for probe in probes)
@@ -97,8 +100,9 @@ def run(load: Callable[[], Settings], tell: Callable[[str], None], *, as_json: b
 def _summary(probes: Sequence[Probe]) -> str:
     count = Counter(probe.outcome for probe in probes)
     if count["failed"]:
-        first = "; begin with the first" if count["failed"] > 1 else ""
-        return f"{count['failed']} of {len(probes)} checks failed{first}."
+        others = f"{count['skipped']} skipped, {count['ok']} passed" if probes[1:] else "nothing else was tried"
+        first = ". Begin with the first that failed" if count["failed"] > 1 else ""
+        return f"{count['failed']} failed, {others}{first}."
     well = "All is well" if probes[0].text == _COMPLETE else "Nothing failed, but there is a warning about the settings"
     return f"{well}: {count['ok']} checks passed, {count['skipped']} had nothing to try."
 
@@ -109,9 +113,9 @@ async def probed(load: Callable[[], Settings]) -> AsyncIterator[Probe]:
         settings = load()
     except SettingsError as error:
         cure = "Correct that; `metquay-proxy settings` shows where each setting comes from."
-        yield Probe("settings", "failed", " ".join(f"{line}." for line in (*error.warnings, *error.lines)), cure)
+        yield Probe("settings", "failed", "\n".join(error.args), cure)
         return
-    yield Probe("settings", "ok", "; ".join(settings.warnings) or _COMPLETE)
+    yield Probe("settings", "ok", "\n".join(settings.warnings) or _COMPLETE)
     server = simulator.Sandbox()
     base, credentials = settings.host, settings.credentials
     if settings.sandbox:
@@ -164,19 +168,21 @@ class _Check:
             return "failed", f"The keys could not be read ({error}).", "Put them there again, one line of text each."
 
     async def port(self) -> tuple[str, ...]:
-        """Listen as the proxy would, and where it can't, look who is there: a proxy of ours, or another program."""
-        told = []
-        for address in (*self._settings.listen, *self._settings.metrics_listen):
+        """Listen as the proxy would, at all at once, and where it can't, look who is there: ours or another program."""
+        every, running = (*self._settings.listen, *self._settings.metrics_listen), list[Address]()
+        where = "METQUAY_LISTEN (--listen)" + " or METQUAY_METRICS_LISTEN" * len(self._settings.metrics_listen)
+        while free := [address for address in every if address not in running]:
             try:
-                release(bind([address], self._settings.socket_mode))
-                told.append(f"{address} can be listened on")
+                release(bind(free, self._settings.socket_mode, where))
+                break
             except CannotListen as error:
-                if not (error.taken and await self._is_ours(address)):
+                if not (error.taken and await self._is_ours(error.address)):
                     return "failed", error.cause, error.cure
-                if (wrong := self._is_another(address)) is not None:
+                if (wrong := self._is_another(error.address)) is not None:
                     return "failed", *wrong
-                told.append(f"a metquay-proxy is running at {address}")
-        return "ok", "; ".join(told)
+                running.append(error.address)
+        told = {True: "a metquay-proxy is running at {}", False: "the proxy can listen at {}"}
+        return "ok", "; ".join(told[address in running].format(address) for address in every)
 
     async def _is_ours(self, address: Address) -> bool:
         """Whether all who listen at an address are proxies of ours."""
@@ -184,7 +190,7 @@ class _Check:
         for host in address.reach:
             with contextlib.suppress(OSError):  # nobody is there, or nobody of ours
                 answers.append(await in_thread(partial(health.ask, address._replace(host=host), "/-/status", tls=tls)))
-        ours = [answer for answer in answers if b"X-Metquay-Proxy-" in answer or b'"quota"' in answer]
+        ours = [answer for answer in answers if health.is_ours(answer)]
         with contextlib.suppress(ValueError, IndexError, TypeError):
             told = json.loads(ours[0].partition(b"\r\n\r\n")[2])
             self._status = told if "upstream" in told else self._status
@@ -197,11 +203,9 @@ class _Check:
             return None
         if upstream != str(self._base):
             whom = "the built-in sandbox" if self._running("sandbox") else upstream
-            cure = "Stop it, then start it with these settings."
-            return f"{where} is in front of {whom}, and not of {self._base}.", cure
+            return f"{where} forwards to {whom}, not to {self._base}.", "Stop it, then start it with these settings."
         if self._running("token", "rejected"):
-            cure = "Start it again, so that it reads these settings."
-            return f"{where} was started with keys that Metquay refuses.", cure
+            return f"{where} was started with keys that Metquay refuses.", "Start it again, to read these settings."
         return None
 
     def _running(self, *names: str) -> Any:  # noqa: ANN401 - text or number
@@ -219,17 +223,16 @@ class _Check:
         try:
             try_log(path)
         except OSError as error:
-            cure = "Make it possible for this user, or choose another file in METQUAY_AUDIT_LOG."
-            return "failed", f"The proxy {why_not(path, error)}.", cure
+            return "failed", f"The proxy {why_not(path, error)}.", "Let this user write it, or choose another file."
         trouble, lost = self._running("audit", "trouble"), self._running("audit", "lost")
         if trouble or lost:
-            cause = f"The running proxy failed to write {path}: {trouble or 'its log says why'} ({lost} lines lost)."
-            return "failed", cause, "Mend that; it then goes on by itself, and counts anew once it is started again."
+            cause = f"The running proxy failed to write {path}: {trouble or 'its log says why'} (lines lost: {lost})."
+            return "failed", cause, "Mend that, and it goes on by itself; once restarted, it counts from 0."
         return "ok", f"{path} can be written"
 
     async def dns(self) -> tuple[str, ...]:
         found = await asyncio.get_running_loop().getaddrinfo(*self._first)
-        return "ok", f"{self._first[0]} is {found[0][4][0]}"
+        return "ok", f"{self._first[0]} has the address {found[0][4][0]}"
 
     async def tcp(self) -> tuple[str, ...]:
         async with asyncio.timeout(self._settings.connect_timeout):
@@ -249,11 +252,11 @@ class _Check:
         try:
             ahead = time.time() - parsedate_to_datetime(date.decode("latin-1")).timestamp()
         except ValueError:
-            return "skipped", "the server tells no time"
+            return "skipped", "the server does not tell the time"
         if abs(ahead) <= MAX_SKEW:
-            return "ok", f"{abs(ahead):.0f} s apart"
+            return "ok", f"{abs(ahead):.0f} s away from Metquay's clock"
         cause = f"This computer's clock is {abs(ahead) / 60:.0f} minutes {'ahead' if ahead > 0 else 'behind'}."
-        return "failed", cause, "Set its date, time and time zone; best let it set them by itself."
+        return "failed", cause, "Set its date, time and time zone, or better, let it set them by itself."
 
     async def login(self) -> tuple[str, ...]:
         token = await Login(self.transport, self._base, self._credentials, time.monotonic).token()
@@ -264,7 +267,7 @@ class _Check:
         head, body = await ask(self.transport, self._base, "GET /customers?limit=1", self._authorization)
         status = head.status
         if status == HTTPStatus.OK and body[:1] == b"[":
-            return "ok", "one customer"
+            return "ok", "one customer was read"
         cure = _WAIT if status >= HTTPStatus.INTERNAL_SERVER_ERROR else _HOST
         cause, cure = _READ.get(status, (f"A read was not answered as it should be (status {status}).", cure))
         return "failed", cause.format(self._base), cure
@@ -273,9 +276,9 @@ class _Check:
         rate, used = self._settings.rate_limit, self._running("quota", "used")
         if rate is None:
             return "skipped", "METQUAY_RATE_LIMIT is off"
-        unknown = "how many are left a running proxy says, where it needs no client key"
+        unknown = "only a running proxy that needs no client key tells how many are left"
         left = unknown if used is None else f"{max(0, rate.limit - used)} of them are left"
-        return "ok", f"{rate.limit} in {rate.window:g} s; {left}"
+        return "ok", f"{rate.limit} requests in {rate.window:g} s; {left}"
 
     async def redis(self) -> tuple[str, ...]:
         """Run a script in Redis, as each replica does, and in the time that it gets."""
@@ -292,6 +295,6 @@ class _Check:
                 await store.connect()
                 await store.ping()
         except (shared.Away, ValueError) as why:
-            cure = "Until it is mended each proxy keeps to its own part of the quota. Check METQUAY_REDIS_URL."
-            return "failed", f"Redis at {address}: {why}.", cure
+            cure = "Until that is mended, each proxy keeps to its own part of the quota. Check METQUAY_REDIS_URL."
+            return "failed", f"Redis at {address} can't be used: {why}.", cure
         return "ok", f"Redis at {address} answers in time"

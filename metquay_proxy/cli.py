@@ -36,7 +36,7 @@ SANDBOX_LISTEN: Final = "localhost:6388"
 _FAILED: Final = 1
 _WRONG: Final = 2
 _SECRETS: Final = """\
-secrets, which have no flag (set the variable, or name a file that holds the secret in ..._FILE):{}
+secrets, which have no flag (set the variable, or ..._FILE to the path of a file that contains the secret):{}
 
 A setting is taken from the first of these that has it: flag, environment, .env in the current directory, secret file.
 A secret file is one that a ..._FILE variable names, or one in $CREDENTIALS_DIRECTORY or /run/secrets that has the
@@ -74,10 +74,10 @@ class _Parser(argparse.ArgumentParser):
                 name = name[:2]  # what follows is a value
             setting = name[2:].replace("-", "_")
             if setting in self._secrets:
-                cure = f"set {variable(setting)}, or {variable(setting)}_FILE"
+                cure = f"set {variable(setting)}_FILE to the path of a file that contains it"
                 raise Refused(f"{PROGRAM}: there is no {name}, since every user can read a command line: {cure}")
             flags = re.findall("--[a-z-]+", self.format_help())
-            self.error(f"unknown flag {name}{_meant(name, flags)}" if name else "it takes no words beside its flags")
+            self.error(f"unknown flag {name}{_meant(name, flags)}" if name else "it accepts nothing but flags")
         return values
 
 
@@ -233,10 +233,10 @@ def _welcome(proxy: Proxy, settings: Settings) -> None:
         return
     lines = [f"metquay-proxy {__version__} listens on {', '.join(urls)}", f"for {whom}"]
     if any(address.hosts != address.reach for address in proxy.listening):
-        lines.append("other machines may reach it too, at the addresses of this one")
+        lines.append("other computers can reach it too, at this one's addresses")
     if page:
         lines.append(f"status page: {page}")
-    lines += [f"probes and metrics alone: {url}" for url in watched]
+    lines += [f"probes and metrics only: {url}" for url in watched]
     if settings.keys:
         lines.append("each tool must send a client key, for instance in a header X-Proxy-Key")
     _tell(*lines, f"try: {test}")
@@ -265,9 +265,9 @@ def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
     if values.tls_cert and "tls_cert" not in found:
         moved["tls_cert"] = "in clear text"
     return [
-        f"`metquay-proxy health` (a container's health check) does not see the flag --{name.replace('_', '-')}, and "
-        f'asks {how}. Set the variable in its place (docker run -e "{variable(name)}={getattr(values, name)}"), or '
-        "give health the same flag; for a port 0, with the port that is printed here."
+        f"`metquay-proxy health` (a container's health check) does not know the flag --{name.replace('_', '-')}, and "
+        f'asks {how}. Set the variable instead of the flag (docker run -e "{variable(name)}={getattr(values, name)}"), '
+        "or give health the same flag; for a port 0, with the port that is printed here."
         for name, how in moved.items()
     ]
 
@@ -282,7 +282,7 @@ def _sandbox(arguments: Sequence[str]) -> int:
     from metquay_proxy.sandbox import command  # noqa: PLC0415 - slow
 
     def report(why: str | None) -> None:
-        _tell(f"no new clients are let in: {why}" if why else "new clients are let in again", to=sys.stderr)
+        _tell(f"no new clients are accepted: {why}" if why else "new clients are accepted again", to=sys.stderr)
 
     parser = _Parser("sandbox", "Run the Metquay simulator alone, as an upstream for anything.")
     parser.add_argument("--listen", default=SANDBOX_LISTEN, metavar="ADDRESS", help="host:port (default: %(default)s)")
@@ -345,8 +345,8 @@ def _health(arguments: Sequence[str]) -> int:
     from metquay_proxy.rules.address import DEFAULT_LISTEN  # noqa: PLC0415 - the other commands can do without
 
     parser = _Parser("health", "Ask the proxy whether it is alive: exit 0 if so, else 1.")
-    parser.add_argument("--ready", action="store_true", help="ask whether it is ready: whether it has a usable token")
-    parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="ask until it is so, at most so long")
+    parser.add_argument("--ready", action="store_true", help="ask whether it is ready, that is, has a usable token")
+    parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="keep asking, for at most this long")
     where = f"where it listens; of several the first is asked [env: METQUAY_LISTEN] (default: {DEFAULT_LISTEN})"
     parser.add_argument("--listen", metavar="ADDRESS", help=where)
     parser.add_argument("--tls-cert", metavar="FILE", help="set if the proxy serves https [env: METQUAY_TLS_CERT]")
@@ -359,8 +359,7 @@ def _health(arguments: Sequence[str]) -> int:
         why = health.check(listen, ready=values.ready, tls=tls, wait=values.wait)
     except ValueError as error:
         raise Refused(f"METQUAY_LISTEN (--listen): {error}") from None
-    well = "ready" if values.ready else "alive"
-    _print(why or well, to=sys.stderr if why else sys.stdout)
+    _print(why or ("ready" if values.ready else "alive"), to=sys.stderr if why else sys.stdout)
     return _FAILED if why else 0
 
 

@@ -3,12 +3,13 @@
 Owns one small HTTP exchange. The standard library alone, and of that only
 what loads fast, because container engines run this every few seconds: no asyncio, no http.client, no pydantic.
 
-Facts: RFC 9112 section 4 (status line), 9.6 (``Connection: close``).
+Facts: RFC 9112 section 4 (status line), 9.6 (``Connection: close``). Every answer of the proxy's own has its name in
+the head, in ``Server`` or in ``X-Metquay-Proxy-Error``; a foreign one is never shown, since it may be a page.
 """
 
 from __future__ import annotations
 
-import re
+import contextlib
 import socket
 import time
 
@@ -32,8 +33,6 @@ TIMEOUT: Final = 5.0
 INTERVAL: Final = 0.1
 """Seconds between two questions of ``--wait``."""
 
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r\n]")
-
 
 def check(listen: str, *, ready: bool = False, tls: bool = False, wait: float = 0, clock: Clock = time) -> str | None:
     """Return None as soon as the proxy at the first address of ``listen`` is alive (or ready), else why it is not.
@@ -48,12 +47,14 @@ def check(listen: str, *, ready: bool = False, tls: bool = False, wait: float = 
     while True:
         timeout = min(TIMEOUT, max(INTERVAL, end - clock.monotonic())) if wait else TIMEOUT
         try:
-            why = _judge(ask(address, path, tls=tls, timeout=timeout))
+            why = _judge(ask(address, path, tls=tls, timeout=timeout), address)
         except OSError as error:
-            why = f"{error.strerror or error}; is the proxy running?"
+            why = f"no answer at {address} ({error.strerror or error}): is the proxy running?"
+            if hasattr(error, "library"):  # an ssl.SSLError, whose name would cost 20 ms
+                why = f"no https at {address}: METQUAY_TLS_CERT (--tls-cert) is set here. Is it for the proxy too?"
         left = end - clock.monotonic()
         if why is None or left <= 0:
-            return why and f"{address}{path}: {why}"
+            return why
         clock.sleep(min(INTERVAL, left))
 
 
@@ -79,11 +80,9 @@ def ask(address: Address, path: str, *, tls: bool, timeout: float = TIMEOUT) -> 
 def _answer(connection: socket.socket, path: str, end: float) -> bytes:
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     answer = b""
-    try:
+    with contextlib.suppress(ConnectionResetError):  # a TLS listener may end a clear-text question so
         while len(answer) < 1 << 20 and time.monotonic() < end and (received := connection.recv(1 << 16)):
             answer += received
-    except ConnectionResetError:
-        return answer  # a TLS listener may end a clear-text question so
     return answer
 
 
@@ -98,13 +97,17 @@ def _over_tls(connection: socket.socket) -> socket.socket:
     return context.wrap_socket(connection)
 
 
-def _judge(answer: bytes) -> str | None:
-    if not answer:
-        return "closed without an answer; does it serve TLS? Then METQUAY_TLS_CERT must be set here too"
-    match = _STATUS_LINE.match(answer)
-    if match is None:
-        return "no HTTP answer"
-    if match[1] == b"200":
-        return None
-    state = answer.partition(b"\r\n\r\n")[2].decode("ascii", "replace").strip()
-    return f"status {match[1].decode()}" + (f", {state[:200]}" if state.isprintable() and state else "")
+def is_ours(answer: bytes) -> bool:
+    """Whether a metquay-proxy answers, and no other program."""
+    return b"metquay-proxy" in answer.partition(b"\r\n\r\n")[0].lower()
+
+
+def _judge(answer: bytes, address: Address) -> str | None:
+    if answer and not is_ours(answer):
+        return f"another program answers at {address}: stop it, or give health the proxy's METQUAY_LISTEN (--listen)"
+    status = answer[9:12].decode("ascii", "replace")
+    if status in {"", "400"}:
+        return f"{address} closed the connection: if the proxy serves https, set METQUAY_TLS_CERT (--tls-cert) here too"
+    if status == "503":
+        return "not ready: the proxy has no token for Metquay, or is being stopped; `metquay-proxy check` says why"
+    return None if status == "200" else f"the proxy at {address} answers with status {status}"

@@ -7,7 +7,8 @@ has the lowest free number (POSIX, ``open``). At the limit asyncio's own server 
 attempts a second, and uvloop's closes who waits, without a word. A certificate and a key that don't belong together,
 loaded into a context in use, make every later handshake fail (OpenSSL keeps the halves). OpenSSL asks for the context
 of each handshake, with a server name or without (SSL_CTX_set_tlsext_servername_callback), so that listeners need not be
-opened anew.
+opened anew. What begins as no TLS at all it calls by three names (sslerr.h, SSL_R_), and the loop then closes without a
+word.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from metquay_proxy.log import log
 from metquay_proxy.rules.address import Address, every
-from metquay_proxy.rules.errors import shortage
+from metquay_proxy.rules.errors import ProxyError, shortage
 from metquay_proxy.rules.target import is_loopback
 
 if sys.platform != "win32":
@@ -50,12 +52,22 @@ _CALM: Final = 3
 _RESERVE: Final = 64
 """Descriptors that clients must leave to connections to Metquay and to files; a quarter where there are few."""
 
+_USE_HTTPS: Final = ProxyError("bad-request", "This is http where https is expected. Use https:// in the tool.").body()
+_IN_CLEAR: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nX-Metquay-Proxy-Error: bad-request\r\n"
+    b"X-Metquay-Proxy-Sent: no\r\nX-Metquay-Proxy-Attempts: 0\r\nCache-Control: no-store\r\nConnection: close\r\n"
+    b"Content-Length: %d\r\n\r\n%b" % (len(_USE_HTTPS), _USE_HTTPS)
+)
+
 _ELSEWHERE: Final = "choose another place in {}, such as localhost:0 for any free port."
 _FORBIDDEN: Final = "is forbidden to this user.", "Choose another port above 1023, or a folder that it may write to."
-_NOT_HERE: Final = "is no address of this computer, or IPv6 is off.", "Write localhost, or 0.0.0.0 for every address."
-_UNKNOWN: Final = "can't be listened on: its name is not known.", "Check the spelling, or write localhost."
+_NOT_HERE: Final = (
+    "is not an address of this computer, or IPv6 is off.",
+    "Write localhost, or 0.0.0.0 for every address.",
+)
+_UNKNOWN: Final = "can't be used: its name is not known.", "Check the spelling, or write localhost."
 _WHY: Final = {
-    errno.EADDRINUSE: ("is taken by another program (another metquay-proxy?).", f"Stop that one, or {_ELSEWHERE}"),
+    errno.EADDRINUSE: ("is taken, probably by another program.", f"Stop that one, or {_ELSEWHERE}"),
     errno.ENOENT: ("is in a folder that does not exist.", f"Make that folder, or {_ELSEWHERE}"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
     **dict.fromkeys(_NO_FAMILY, _NOT_HERE),
@@ -64,16 +76,18 @@ _WHY: Final = {
 
 
 class CannotListen(OSError):
-    """Why there is no listening at an address, for people: ``cause`` names it, ``cure`` says what to do."""
+    """Why there is no listening at an address, for people: ``cause`` names it, ``cure`` says what to do.
+
+    ``taken``: it is worth asking who listens there.
+    """
 
     def __init__(self, address: Address, error: OSError, setting: str) -> None:
         why, cure = shortage(error) or (error.strerror or str(error), f"Mend that, or {_ELSEWHERE}")
-        other = f"can't be listened on: {why}.", cure
+        other = f"can't be used: {why}.", cure
         cause, cure = _UNKNOWN if isinstance(error, socket.gaierror) else _WHY.get(error.errno or 0, other)
         self.cause, self.cure = f"{address} {cause}", cure.format(setting)
         super().__init__(f"{self.cause} {self.cure}")
-        self.taken = error.errno in {errno.EADDRINUSE, errno.EACCES}
-        """Whether it is worth asking who listens there."""
+        self.address, self.taken = address, error.errno in {errno.EADDRINUSE, errno.EACCES}
 
 
 def bind(
@@ -223,7 +237,24 @@ async def let_in(  # noqa: PLR0913 - who is served where, and the bounds
     how = {} if tls is None else secure
     if sys.platform == "win32":  # its loop has no readers, and it knows no such limit
         return [await loop.create_server(serve, sock=sock, backlog=_BACKLOG, **how) for sock in sockets]
-    return [Door(partial(loop.connect_accepted_socket, serve, **how), sockets, report, reserve)]
+    connect: Connect = partial(loop.connect_accepted_socket, serve, **how)
+    return [Door(partial(_secure, connect) if tls else connect, sockets, report, reserve)]
+
+
+async def _secure(connect: Connect, client: socket.socket) -> None:
+    """Connect over TLS; who speaks http in its place is answered in clear text, as far as that can be had.
+
+    The loop gets a descriptor of its own, since it has closed that by the time the handshake has failed.
+    """
+    with client:
+        client.setblocking(False)  # noqa: FBT003 - a position of the standard library's
+        try:
+            await connect(client.dup())
+        except ssl.SSLError as error:
+            if error.reason in {"HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER"}:
+                log.warning("a client speaks no TLS where https is expected", address="".join(client.getpeername()[:1]))
+                client.send(_IN_CLEAR)
+            raise
 
 
 async def listen(report: Report, serve: Serve, host: str, port: int) -> tuple[Sequence[Any], int]:

@@ -39,7 +39,7 @@ _GATHERED: Final = 0.05
 """Seconds from one write to the next: lines that come meanwhile leave together."""
 _LAST: Final = 1.0
 """Seconds for the last lines to be written, when the program ends."""
-_OF_MACHINES: Final = ("id", "user_agent", "answered_by")
+_OF_MACHINES: Final = ("id", "user_agent", "answered_by", "upstream_ms")
 _WORTH_TELLING: Final = {"waited_ms": 1, "attempts": 2}
 """From which figure on they are told to eyes."""
 

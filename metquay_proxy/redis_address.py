@@ -43,7 +43,9 @@ class RedisAddress(NamedTuple):
 def parse_redis_url(text: str) -> RedisAddress:
     """Read ``redis://``, ``rediss://`` (host, port, database, user) or ``unix:///path``; raise ``ValueError``."""
     if re.match(r"\w+://[^:]*:.*@", text):
-        raise ValueError("holds a password: put it into a file, alone, and name that in METQUAY_REDIS_PASSWORD_FILE")
+        raise ValueError(
+            "contains a password: put that alone into a file, and the file's path into METQUAY_REDIS_PASSWORD_FILE"
+        )
     parts = _REDIS_URL.fullmatch(text)
     if parts is None or int(parts["port"] or 0) > MAX_PORT:
         forms = "redis://host:6379/0, rediss://host:6379/0 (with TLS) or unix:///run/redis.sock"

@@ -174,7 +174,7 @@ class Reload:
                     changed += await source.renew(self.wall_clock(), self.bound, asked=asked)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the next look must find it mended
                     if source.fails(error):
-                        told = "files were changed and can't be used: what was read before stays in force"
+                        told = "files can't be used: the values read before stay in force"
                         self.log.error(told, settings=source.names, reason=source.told)  # noqa: TRY400 - one line, of no bug
             if asked or changed:
                 faulty = [source.names for source in self.sources if source.told or source.seen != source.used]

@@ -49,6 +49,8 @@ MAX_REPLAY_LIMIT: Final = 64 * 1024 * 1024
 """Bytes; what all kept bodies together may take."""
 
 _NAMED_KEY: Final = re.compile(r"([A-Za-z0-9_-]+):([A-Za-z0-9._~-]{16,})(:read-only)?")
+_PEM: Final = "-----BEGIN"
+"""How the text of a file begins that may hold a private key: somebody may give that in place of its path."""
 _SHORT_KEY: Final = 16
 _SHORT_SECRET: Final = 12
 _REPLAY_LIMIT: Final = TypeAdapter(Annotated[ByteSize, Field(le=MAX_REPLAY_LIMIT)])
@@ -56,9 +58,9 @@ _WRONG: Final = {
     "bool_parsing": "is neither true nor false",
     **dict.fromkeys(("float_parsing", "finite_number"), "is not a number of seconds, such as 20 or 0.5"),
     "int_parsing": "is not a whole number from 0 to 999",
-    "greater_than": "would fail each request: write a number of seconds above 0",
-    "greater_than_equal": "is less than 0, which is the least",
-    "less_than_equal": "is more than 999, which is the most",
+    "greater_than": "would make every request fail: write a number of seconds above 0",
+    "greater_than_equal": "is less than 0, the minimum",
+    "less_than_equal": "is more than 999, the maximum",
 }
 """What to say in place of pydantic's words; the other ones do, with "is not" for "Input should be"."""
 
@@ -113,9 +115,9 @@ def _list_of(pattern: str, complaint: str, written: Callable[[str], str] = str) 
 
 def _key(text: str) -> SecretStr:
     if len(text.splitlines()) > 1:
-        raise ValueError("it is of several lines: put the key there alone, without a name and in one line")
+        raise ValueError("it has several lines: put the key there alone, without a name and in one line")
     if not text.isprintable():
-        raise ValueError("it holds a character that is not seen, such as a tab or a no-break space: copy it again")
+        raise ValueError("it contains an invisible character, such as a tab or a no-break space: copy it again")
     return SecretStr(text)
 
 
@@ -131,10 +133,10 @@ def _client_keys(text: str) -> tuple[ClientKey, ...]:
         match = _NAMED_KEY.fullmatch(entry)
         if match is None:
             form = "name:key or name:key:read-only; a name is made of letters, digits, '_' and '-'"
-            raise ValueError(f"entry {number} is not {form}, a key of at least 16 letters, digits and . _ ~ -")
+            raise ValueError(f"entry {number} is not {form}; a key has at least 16 letters, digits or . _ ~ -")
         keys.append(ClientKey.of(match[1], match[2], read_only=bool(match[3])))
     if not keys:
-        raise ValueError("holds no key")
+        raise ValueError("contains no key")
     return tuple(keys)
 
 
@@ -143,7 +145,7 @@ def _all_keys(single: ClientKey | None, named: tuple[ClientKey, ...]) -> tuple[C
     if len({key.name for key in keys}) < len(keys):
         raise ValueError("names must be unique, and 'default' is the name of METQUAY_CLIENT_KEY")
     if len({key.digest for key in keys}) < len(keys):
-        raise ValueError("has a key twice; each name needs a key of its own")
+        raise ValueError("contains the same key twice; each name needs a key of its own")
     return keys
 
 
@@ -166,7 +168,8 @@ def _file(text: str) -> Path:
     try:
         read_file(path)
     except OSError as error:
-        raise ValueError(f"cannot read {text}: {error.strerror}") from None
+        shown = "what is given in place of its path" if _PEM in text else text
+        raise ValueError(f"cannot read {shown}: {error.strerror}") from None
     return path
 
 
@@ -178,10 +181,10 @@ def _ca_bundle(text: str) -> Path:
 
 def _required(value: object, info: ValidationInfo) -> object:
     if value is None and not info.data.get("sandbox"):
-        what, more = "set it", f", or name its file in {variable(str(info.field_name))}_FILE"
+        what, more = "write it", f", or name its file in {variable(str(info.field_name))}_FILE"
         if info.field_name == "host":
-            what, more = "give your Metquay server, such as lab.metquay.co,", "; to try without one: serve --sandbox"
-        raise ValueError(f"is missing: {what} in the environment or in {place_of_env_file()}{more}")
+            what, more = "write your Metquay server, such as lab.metquay.co,", "; to try without one: serve --sandbox"
+        raise ValueError(f"not set; {what} into the environment or {place_of_env_file()}{more}")
     return value
 
 
@@ -247,7 +250,7 @@ def _private(address: RedisAddress | None, info: ValidationInfo) -> RedisAddress
     guarded = address and address.scheme == "rediss" and info.data.get("redis_password", True)
     if not (address is None or address.local or guarded):
         raise ValueError(
-            f"{address} is beyond this machine, and recorded answers lie there: use rediss:// (TLS) with a "
+            f"{address} is on another machine, and the proxy keeps answers there: use rediss:// (TLS) with a "
             "password in METQUAY_REDIS_PASSWORD_FILE, or a Redis on localhost or unix:///path"
         )
     return address
@@ -264,7 +267,7 @@ _HOSTS: Final = _list_of(
 )
 _ORIGINS: Final = _list_of(
     r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?",
-    "holds something else than origins, which have a scheme, a host and no path: https://tools.lab.example",
+    "contains something other than origins, which have a scheme, a host and no path: https://tools.lab.example",
     lambda origin: re.sub(r"(?<=^http)(://.*):80$|(?<=^https)(://.*):443$", r"\1\2", origin.lower().removesuffix("/")),
 )
 _PREFIXES: Final = _list_of(
@@ -288,31 +291,33 @@ class Settings(BaseSettings):
     client keys:
     client_key: key that local tools must present
     client_key_file (FILE): file that holds the client key
-    client_keys: named client keys, name:key[:read-only], with commas or one a line
+    client_keys: named client keys, name:key[:read-only], separated by commas, or one on each line
     client_keys_file (FILE): file that holds the named client keys
     trust_network: listen beyond this machine without any client key
     listening:
-    listen (ADDRESS): where to listen: host:port (port 0: any free one) or unix:/path; several with commas
+    listen (ADDRESS): where to listen: host:port (port 0: any free one) or unix:/path; separate several with commas
     metrics_listen (ADDRESS): host:port where anybody may read /-/live, /-/ready and /-/metrics, and nothing else
     socket_mode (MODE): who may open a unix socket, in octal: 0660 lets its group in too
     tls_cert (FILE): PEM certificate chain, to serve https
     tls_key (FILE): PEM private key of that certificate, without a password
     guard:
-    allowed_hosts (NAMES): further host names under which tools reach the proxy; several with commas
-    allowed_origins (ORIGINS): web pages that may use the proxy, such as https://tools.lab.example; several with commas
+    allowed_hosts (NAMES): further host names under which tools reach the proxy; separate several with commas
+    allowed_origins (ORIGINS): web pages that may use the proxy, such as https://tools.lab.example;
+        separate several with commas
     read_only: forward GET, HEAD and OPTIONS only
     pass_through (PATHS): path prefixes sent to the server's root without a token, such as /FlexicalERP/;
-        several with commas
+        separate several with commas
     limits:
     rate_limit (RATE): quota of the key pair: N/second, N/minute, N/hour, or off
-    max_wait (SECONDS): seconds that a request may wait in all: for token and quota, between and in failed attempts
+    max_wait (SECONDS): seconds that a request may wait in all: for token and quota, between attempts and in failed ones
     retries (N): further attempts for requests that are safe to repeat
     replay_limit (SIZE): largest body kept for another attempt: bytes, KiB or MiB, up to 64 MiB
     connection to Metquay:
     connect_timeout (SECONDS): seconds to connect to Metquay
-    read_timeout (SECONDS): seconds of silence between bytes; the whole has no limit
-    ca_bundle (FILE): PEM certificates trusted beside the operating system's; the CA that issued the server's will do
-    outbound_proxy: corporate proxy on the way to Metquay, in place of the system's: http://host:port; none: go directly
+    read_timeout (SECONDS): seconds without a single byte before it is given up; there is no limit on the whole
+    ca_bundle (FILE): PEM certificates to trust besides the operating system's; the issuer of the server's is enough
+    outbound_proxy: corporate proxy on the way to Metquay, in place of the system's: http://host:port;
+        none: connect directly
     outbound_proxy_file (FILE): file that holds the corporate proxy's URL
     several proxies:
     redis_password: Redis's password; only from a file
@@ -320,7 +325,7 @@ class Settings(BaseSettings):
     redis_url (URL): Redis through which replicas share quota and Idempotency-Keys: redis://, rediss:// (TLS)
         or unix:///path
     running and logging:
-    drain_timeout (SECONDS): seconds for requests in flight when the proxy is told to stop
+    drain_timeout (SECONDS): seconds that requests in flight have to finish when the proxy is told to stop
     audit_log (FILE): file that gets one JSON line for each write
     allow_quit: let POST /-/quit end the proxy
     log_level (LEVEL): debug, info, warning or error
@@ -405,7 +410,7 @@ class Settings(BaseSettings):
             text = read_secret(path)
             single = _client_key(text)
             if len(text) < _SHORT_KEY and single not in held:
-                raise ValueError(f"{path} holds fewer than {_SHORT_KEY} characters, as though it were half-written")
+                raise ValueError(f"{path} holds fewer than {_SHORT_KEY} characters, so it may be half-written")
         if path := self._found.file("client_keys"):
             text = read_secret(path, whole=True)
             named = _client_keys(text)
@@ -483,7 +488,7 @@ def outbound_proxy(settings: Settings, base: BaseURL, warn: Callable[[str], obje
     try:
         proxy = settings.outbound_proxy or system_proxy(base)
     except ValueError as error:
-        cure = "Metquay is asked directly; METQUAY_OUTBOUND_PROXY takes its place"
+        cure = "The proxy connects to Metquay directly; set METQUAY_OUTBOUND_PROXY to change that"
         warn(f"HTTPS_PROXY, or the system's proxy setting, {error}. {cure}")
         return None
     return None if proxy == DIRECT else proxy
@@ -516,7 +521,7 @@ def load(flags: Mapping[str, str] | None = None, *, sandbox: bool = False) -> Se
     problems = {name: _line(found, *problem) for name, problem in found.problems.items()}
     problems |= {name: _line(found, name, "is empty") for name in found.texts if not found.text(name)}
     if "redis_password" in found.texts and found.file("redis_password") is None:
-        what = "is taken from a file alone: name that in METQUAY_REDIS_PASSWORD_FILE"
+        what = "is read only from a file: put the file's path into METQUAY_REDIS_PASSWORD_FILE"
         problems["redis_password"] = _line(found, "redis_password", what)
     try:
         settings = Settings.model_validate({**{name: found.text(name) for name in found.texts}, "sandbox": sandbox})
@@ -547,7 +552,8 @@ def _line(found: Found, name: str, words: str) -> str:
     place = found.texts[name].place if name in found.texts else "flag"
     hints = ", ".join(filter(None, (flag(name), "" if place == "flag" else f"found in {place}")))
     if re.match("[\"']", found.text(name)):
-        words += "; take its quotation marks away (docker --env-file keeps them)"
+        words += "; remove its quotation marks (docker --env-file keeps them)"
+    words = re.sub(r"(://)[^/@']*@", r"\1***@", words)
     if not words.isprintable():
         words = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in words)
         words += "; in .env, write a path without double quotation marks, between which a backslash is an escape"
@@ -573,7 +579,7 @@ def _masked(name: str, text: str) -> str:
             return "none" if proxy == DIRECT else f"http://{'***@' if proxy.login else ''}{proxy}"
         if name == "client_keys":
             return shown_keys(_client_keys(text))
-    if _is_secret(name) or (name.endswith("_file") and not os.path.isfile(text)):  # noqa: PTH113 - it may be the secret
+    if _is_secret(name) or _PEM in text or (name.endswith("_file") and not os.path.isfile(text)):  # noqa: PTH113 - it may be the secret
         return "***"
     path = VARIABLES[name].annotation == Path | None
     return text if path else re.sub(r"^([a-z]+://)?.*@", r"\1***@", text, flags=re.DOTALL)

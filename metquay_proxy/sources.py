@@ -26,8 +26,8 @@ PAIR: Final = ("access_key", "secret_key")
 
 _SERVICE_LINK: Final = re.compile(r"METQUAY_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_[0-9]+_\w+)")
 _NO_SETTING: Final = (
-    "it is not of the form NAME=value (has it a word or a mark before the name, a colon for =, no =, or a quotation "
-    "mark that is not closed?)"
+    "it is not of the form NAME=value (is there a word or a symbol before the name, a colon instead of =, no =, or an "
+    "unclosed quotation mark?)"
 )
 _READABLE_BY_OTHERS: Final = 0o004
 
@@ -105,7 +105,7 @@ class Found:
             if _is_left_out(line):
                 known = re.search("METQUAY_([A-Z_]+)", written.upper())
                 name = known[0] if known and known[1].lower() in self._names else "NAME"
-                self.warnings.append(f"{place}, is left out: {_NO_SETTING}; write {name}=value")
+                self.warnings.append(f"{place}, is ignored: {_NO_SETTING}; write {name}=value")
         for name, text in variables((line.key, line.value) for line in lines).items():
             self._add(name, Text(text, ENV_FILE, places[name]))
 
@@ -124,9 +124,10 @@ class Found:
             if named or (name in PAIR and path != self.file(name)):
                 self._warn_unused(name, f"{variable(name)}_FILE" if named else str(path))
         elif named and not os.path.isfile(path):  # noqa: PTH113 - for what is no path at all, too
-            cure = f"give the path of a file that holds it, or put the secret into {variable(name)}"
+            cure = "write the path of a file that contains it"
+            cure += "" if name == "redis_password" else f", or put the secret into {variable(name)}"
             hidden = "its value is not shown, since that may be the secret itself"
-            self.problems[name] = (f"{name}_file", f"names no file that is there ({hidden}): {cure}")
+            self.problems[name] = (f"{name}_file", f"does not name an existing file ({hidden}): {cure}")
         elif name not in self.problems:
             try:
                 self.texts[name] = Text(read_secret(path), f"file {path}", f"file {path}", path)
@@ -135,7 +136,7 @@ class Found:
                 return
             mounted = path.parent in self._directories or sys.platform == "win32"
             if not mounted and path.stat().st_mode & _READABLE_BY_OTHERS:
-                who = f"{path}, which holds {variable(name)}, can be read by every user"
+                who = f"{path}, which contains {variable(name)}, can be read by every user"
                 self.warnings.append(f"{who}: chmod 600 {path}")
 
     def _warn_unused(self, name: str, what: str) -> None:
@@ -146,7 +147,7 @@ class Found:
         if not _SERVICE_LINK.fullmatch(variable(name)) and not text.startswith(("tcp://", "udp://")):
             hint = nearest(name, self._names)
             meant = f"; did you mean {variable(hint)}?" if hint else ""
-            self.warnings.append(f"{variable(name)} (from {place}) is no setting of this proxy{meant}")
+            self.warnings.append(f"{variable(name)} (from {place}) is not a setting of this proxy{meant}")
 
 
 def read_file(path: Path) -> tuple[bytes, os.stat_result]:
@@ -154,7 +155,7 @@ def read_file(path: Path) -> tuple[bytes, os.stat_result]:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         about = os.fstat(file.fileno())
         if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "is no ordinary file", str(path))
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return file.read(), about
 
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from operator import add
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from metquay_proxy.log import LEVELS, log, output, to_json
 
@@ -35,12 +35,15 @@ RECENT: Final = 100
 _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
 _IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason")
+_PARAMETER: Final = re.compile(";[^/]*+")
 _REFUSALS: Final = 10_000
 _FOLDED: Final = 256
 """Exchanges that are counted together at most."""
 _OWN_PAGES: Final = frozenset({"", "events", "live", "metrics", "quit", "ready", "status", "test"})
 _RESOURCES: Final = ("customers", "customer-instrument-details", "instrument-categories", "works")
 _OUTAGE: Final = frozenset({502, 503, 504})
+_TELLING: Final = ("upstream-", "token-unavailable", "credentials-rejected")
+"""How the errors begin that an attempt ends in while Metquay is in trouble; the last two, if it takes no old token."""
 
 
 def level(exchange: Exchange) -> str:
@@ -62,7 +65,8 @@ def line(it: Exchange) -> str:
     return (
         f'{{"event": "request", "level": "{level(it)}", '
         f'"timestamp": "{_to_second(second)}.{int((it.ended - second) * 1e6):06d}Z", "id": "{it.id}", {who}, '
-        f'"ms": {it.seconds * 1000:.1f}, "waited_ms": {it.waited * 1000:.1f}, "attempts": {it.attempts}{more}}}'
+        f'"ms": {it.seconds * 1000:.1f}, "waited_ms": {it.waited * 1000:.1f}, '
+        f'"upstream_ms": {it.upstream * 1000:.1f}, "attempts": {it.attempts}{more}}}'
     )
 
 
@@ -98,6 +102,21 @@ class Histogram:
         return Histogram([*map(add, self.counts, more)], self.total + sum(durations[bisect_right(durations, 0.0) :]))
 
 
+class Standing(NamedTuple):
+    """How requests fare; times by the wall clock, in seconds."""
+
+    trouble: Exchange | None
+    """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
+    turned: float
+    """When such trouble last began or ended."""
+    login_turned: float
+    """When logins last began to fail, or to go well again."""
+    success: float | None
+    """When Metquay last answered a request with a status below 400."""
+    refused: int
+    """How many requests the quota refused in the last minute."""
+
+
 class Telemetry:
     """Takes each exchange at its end; one place for the log line and the figures."""
 
@@ -107,6 +126,9 @@ class Telemetry:
         self._pending: list[Exchange] = []
         """What has ended and is in no book yet."""
         self._trouble: Exchange | None = None
+        self._success: float | None = None
+        self._turned = self._login_turned = time.time()
+        self._login_fails = False
         self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
         self._requests: Counter[tuple[str, str, int, str]] = Counter()
         self._retries = 0
@@ -114,7 +136,7 @@ class Telemetry:
         self._recent: deque[Exchange] = deque(maxlen=RECENT)
         self._remembered = 0
         self._refusals: deque[float] = deque(maxlen=_REFUSALS)
-        self._minutes: deque[list[float]] = deque([[float("-inf"), 0, 0, 0, 0, 0]], maxlen=60)
+        self._minutes: deque[list[float]] = deque([[float("-inf"), 0, 0, 0, 0, 0, 0]], maxlen=60)
 
     def opened(self) -> None:
         """Count an exchange that begins."""
@@ -150,11 +172,11 @@ class Telemetry:
         if not told:
             return
         self._refusals.extend([each.ended for each in told if each.error == "quota-exceeded"])
-        for each in reversed(told):
-            answered = each.answered_by == "metquay"
-            if answered or (each.error is not None and each.error.startswith("upstream-")):
-                self._trouble = each if not answered or each.status in _OUTAGE else None
-                break
+        good = (each.ended for each in reversed(told) if each.answered_by == "metquay" and each.status < 400)  # noqa: PLR2004 - RFC 9110 section 15
+        self._success = next(good, self._success)
+        if self._trouble is not None or not _OUTAGE.isdisjoint([status for _, _, status, _ in kinds]):
+            for each in told:
+                self._judge(each)
         if len({each.ended // 60 for each in told}) == 1:
             self._enter(told)
         else:
@@ -163,16 +185,28 @@ class Telemetry:
         self._recent.extend(told)
         self._remembered += len(told)
 
+    def _judge(self, each: Exchange) -> None:
+        """Note what an exchange says of Metquay."""
+        answered = each.answered_by == "metquay"
+        failed = each.status in _OUTAGE and (
+            answered or (each.attempts > 0 and (each.error or "").startswith(_TELLING))
+        )
+        if failed or answered:
+            if failed == (self._trouble is None):
+                self._turned = each.ended
+            self._trouble = each if failed else None
+
     def _enter(self, told: list[Exchange]) -> None:
         """Enter exchanges of one minute into its row."""
         row, minute, seconds = self._minutes[-1], int(told[0].ended // 60), [each.seconds for each in told]
         if row[0] != minute:
-            row = [minute, 0, 0, 0, 0, 0]
+            row = [minute, 0, 0, 0, 0, 0, 0]
             self._minutes.append(row)
         for status, number in Counter([each.status for each in told]).items():
             row[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += number  # noqa: PLR2004 - classes of status
         row[4] += sum(seconds) * 1000
         row[5] = max(row[5], max(seconds) * 1000)
+        row[6] += sum([each.attempts for each in told])
 
     @property
     def finished(self) -> int:
@@ -180,11 +214,11 @@ class Telemetry:
         self._fold()
         return self._requests.total()
 
-    @property
-    def trouble(self) -> Exchange | None:
-        """The last exchange with Metquay, if it failed on the way or Metquay was out of order."""
+    def standing(self) -> Standing:
+        """Return how requests fare now."""
         self._fold()
-        return self._trouble
+        refused = sum(ended > time.time() - 60 for ended in self._refusals)
+        return Standing(self._trouble, self._turned, self._login_turned, self._success, refused)
 
     def _route(self, path: str) -> str:
         """Return the template of a path; of these there are few, whatever is asked for."""
@@ -202,30 +236,31 @@ class Telemetry:
         lines = [line(each) for each in exchanges]
         return lines, first - number, first + len(lines)
 
-    def refused(self) -> int:
-        """Return how many requests the quota refused in the last minute."""
-        self._fold()
-        return sum(ended > time.time() - 60 for ended in self._refusals)
-
     def hour(self) -> list[list[float]]:
-        """Return [minute since 1970, good, refused (4xx), failed, average in ms, slowest in ms] for each minute.
+        """Return a row for each minute, of numbers.
 
-        Minutes without exchanges are left out, and so is what is older than an hour.
+        They are the minute since 1970, how many exchanges were good, refused (4xx) and failed, the average of their
+        times and the longest one in milliseconds, and the attempts, which count against the quota. Minutes without
+        exchanges are left out, and so is what is older than an hour.
         """
         self._fold()
         rows = [row for row in self._minutes if row[0] > time.time() // 60 - 60]
-        return [[*row[:4], round(row[4] / sum(row[1:4]), 1), round(row[5], 1)] for row in rows]
+        return [[*row[:4], round(row[4] / sum(row[1:4]), 1), round(row[5], 1), row[6]] for row in rows]
 
     def token_event(self, event: TokenEvent) -> None:
         """Log what became of a login."""
-        told = f"token {event.kind}"
-        if event.kind in {"failed", "rejected"}:
+        failure = {"failed": "login failed", "rejected": "key pair refused"}.get(event.kind)
+        failed = failure is not None
+        if failed != self._login_fails:
+            self._login_fails, self._login_turned = failed, time.time()
+        if failed:
             tell = log.error if event.kind == "rejected" else log.warning
-            tell(told, reason=event.text, next_attempt_s=round(event.wait, 1))
+            tell(failure, reason=event.text, next_attempt_s=round(event.wait, 1))
         else:
             self._fold()
-            self._trouble = None
-            log.info(told, lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
+            if self._trouble is not None:
+                self._trouble, self._turned = None, time.time()
+            log.info(f"token {event.kind}", lifetime_s=event.lifetime, renewal_in_s=round(event.wait, 1))
 
     def exposition(self, status: Mapping[str, Any]) -> Callable[[], bytes]:
         """Return what returns the figures, and those of ``/-/status``, as Prometheus reads them.
@@ -291,8 +326,12 @@ class Telemetry:
 
 
 def masked(target: str) -> str:
-    """Return a target without the values of its query; what has no equals sign is all value."""
+    """Return a target without the values of its query (what has no equals sign is all value) and of path parameters.
+
+    The latter, as in ``;jsessionid=...``, let some servers know who asks (RFC 3986 section 3.3).
+    """
     path, mark, query = target.partition("?")
+    path = _PARAMETER.sub(";*", path) if ";" in path else path
     if not mark:
         return path
     parts = query.split("&")

@@ -140,4 +140,4 @@ class Writer:
         news = (trouble is None) != (self.trouble is None)
         self.trouble = trouble
         if news:
-            self.report(trouble and f"{trouble}; {self.kept} lines are kept until that is mended, more are lost")
+            self.report(trouble and f"{trouble}; {self.kept} lines are kept until this is fixed, any more are lost")

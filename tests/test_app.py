@@ -540,7 +540,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     warning, error = [json.loads(line) for line in run.stderr.splitlines()]
     assert ("warning", "error") == (warning["level"], error["level"])
     assert "METQUAY_CLIENT_KEY is short" in warning["event"]
-    assert f"127.0.0.1:{other_port} is taken by another program" in error["reason"]
+    assert f"127.0.0.1:{other_port} is taken, probably by another program" in error["reason"]
     assert [] == list(tmp_path.iterdir())
 
 

@@ -9,6 +9,7 @@ import re
 import socket
 import ssl
 import sys
+from collections import Counter
 from email.utils import formatdate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from metquay_proxy.check import Probe, probed, run
 from metquay_proxy.listeners import CannotListen
 from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
-from metquay_proxy.settings import Settings, load
+from metquay_proxy.settings import Settings, SettingsError, load
 from tests.redis_server import needs_redis, redis_server
 from tests.running import running
 from tests.wire import eventually
@@ -153,7 +154,7 @@ async def test_all_is_well(authority: trustme.CA, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no FIFOs")
-@pytest.mark.parametrize(("pipe", "why"), [(False, "secret: No such file"), (True, "secret: is no ordinary file")])
+@pytest.mark.parametrize(("pipe", "why"), [(False, "secret: No such file"), (True, "secret: not a regular file")])
 async def test_a_key_file_is_gone(tmp_path: Path, pipe: bool, why: str) -> None:  # noqa: FBT001 - a table
     """A secret file that can't be read (any more), or would block, is named; the network is tried all the same."""
     (tmp_path / "access").write_text(ACCESS_KEY)
@@ -234,7 +235,7 @@ async def test_no_answer() -> None:
         found = await probes(f"http://127.0.0.1:{address[1]}", connect_timeout="0.2")
         for filler in fillers:
             filler.close()
-    assert_failed(found, "tcp", "could not be reached within 0.2 seconds", "VPN.*METQUAY_OUTBOUND_PROXY")
+    assert_failed(found, "tcp", "could not be reached within 0.2 s", "VPN.*METQUAY_OUTBOUND_PROXY")
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ async def test_no_answer() -> None:
         ({"name": "localhost"}, "localhost.*certificate was not accepted", "company inspects.*METQUAY_CA_BUNDLE"),
         ({"name": "other", "ca_bundle": "ca.pem"}, "was not accepted", "METQUAY_HOST for a typing mistake"),
         ({"name": "localhost", "ca_bundle": "ca.pem", "expired": True}, "has expired", "date and time first"),
-        ({}, "localhost.* no secure connection", "Check the address, and that it speaks TLS"),
+        ({}, "localhost.* TLS could not be set up", "Check the address, and that the server uses TLS"),
     ],
 )
 async def test_tls(authority: trustme.CA, tmp_path: Path, server: dict[str, Any], cause: str, cure: str) -> None:
@@ -277,7 +278,7 @@ async def test_the_keys_are_refused() -> None:
     """Keys that Metquay refuses: which ones, and what may be wrong with them."""
     async with metquay() as sandbox:
         found = await probes(sandbox.url, secret_key="a-key-that-is-wrong")  # noqa: S106 - nobody's
-    assert_failed(found, "login", "refused the key pair", "METQUAY_SECRET_KEY: copied whole")
+    assert_failed(found, "login", "refused the key pair", "METQUAY_SECRET_KEY: complete")
 
 
 async def test_the_keys_look_wrong() -> None:
@@ -285,9 +286,9 @@ async def test_the_keys_look_wrong() -> None:
     async with metquay() as sandbox:
         found = await probes(sandbox.url, access_key=f'"{ACCESS_KEY}"', secret_key="<secret key>")  # noqa: S106 - nobody's
     marks = (
-        "METQUAY_ACCESS_KEY has quotation marks, .* take them away .docker --env-file keeps them.*METQUAY_SECRET_KEY is"
+        "METQUAY_ACCESS_KEY has quotation marks, .* remove them .docker --env-file keeps them.*METQUAY_SECRET_KEY seems"
     )
-    assert re.match(marks, found["settings"].text)
+    assert re.match(marks, found["settings"].text, re.DOTALL)
     assert ("ok", "access key ***") == found["keys"][1:3]
     assert_failed(found, "login", "refused the key pair", marks)
     assert ACCESS_KEY not in str(found)
@@ -299,14 +300,14 @@ MOVED = "https://eu.metquay.co/api/v1"
 @pytest.mark.parametrize(
     ("answer", "text", "cure"),
     [
-        ("429 No\r\nRetry-After: 60", "status 429 and asks to be left alone for 60 s", "wait a few minutes"),
+        ("429 No\r\nRetry-After: 60", "status 429 and asks the proxy to wait 60 s", "wait a few minutes"),
         ("503 No", "status 503", "wait a few minutes"),
         (
             f"301 Moved\r\nLocation: {MOVED}/authenticate",
             f"redirected .* to {MOVED}/authenticate.$",
             f"should .* be {MOVED}.$",
         ),
-        ("200 OK\r\nContent-Type: text/html", "something other than JSON", "METQUAY_HOST.*log in by a browser"),
+        ("200 OK\r\nContent-Type: text/html", "something other than JSON", "METQUAY_HOST.*log in with a browser"),
     ],
 )
 async def test_the_login_says_what_is_wrong(answer: str, text: str, cure: str) -> None:
@@ -318,8 +319,8 @@ async def test_the_login_says_what_is_wrong(answer: str, text: str, cure: str) -
 @pytest.mark.parametrize(
     ("status", "cause", "cure"),
     [
-        (401, "did not take it", "support"),
-        (403, "may not read customers", "allow this API client"),
+        (401, "then refused it", "support"),
+        (403, "may not read customers", "allow it for this API client"),
         (429, "quota of these keys is used up", "one proxy"),
         (500, "not answered as it should be .status 500", "wait a few minutes"),
         (410, "not answered as it should be .status 410", "METQUAY_HOST"),
@@ -339,12 +340,16 @@ async def test_the_port_is_taken() -> None:
         for taken in (port, silent.sockets[0].getsockname()[1]):
             found = await probes(sandbox.url, listen=f"127.0.0.1:{taken}")
             assert_failed(
-                found, "port", f"127.0.0.1:{taken} is taken by another program", "Stop that one.*METQUAY_LISTEN"
+                found,
+                "port",
+                f"127.0.0.1:{taken} is taken, probably by another program",
+                "Stop that one.*METQUAY_LISTEN",
             )
 
 
 @pytest.mark.parametrize(
-    ("keys", "left"), [("", "99 of them are left"), ("a-long-client-key", "where it needs no client key")]
+    ("keys", "left"),
+    [("", "99 of them are left"), ("a-long-client-key", "only a running proxy that needs no client key")],
 )
 async def test_a_proxy_is_running(keys: str, left: str) -> None:
     """One of ours is no program in the way, and says how much is left; one with client keys is known by its refusal."""
@@ -371,10 +376,11 @@ async def test_a_proxy_is_running(keys: str, left: str) -> None:
 )
 async def test_who_is_running_tells_nonsense(told: str) -> None:
     """Whatever a program says that looks like ours, there is a line for each step, and no traceback."""
-    async with metquay() as sandbox, answering("200 OK", told.replace("{base}", sandbox.url)) as port:
+    ours = "200 OK\r\nServer: metquay-proxy"
+    async with metquay() as sandbox, answering(ours, told.replace("{base}", sandbox.url)) as port:
         found = await probes(sandbox.url, listen=f"127.0.0.1:{port}", audit_log=os.devnull)
     assert {"port", "audit", "quota", "redis"} <= found.keys()
-    assert "where it needs no client key" in found["quota"].text
+    assert "only a running proxy that needs no client key" in found["quota"].text
 
 
 async def test_another_proxy_is_running() -> None:
@@ -387,7 +393,7 @@ async def test_another_proxy_is_running() -> None:
     ):
         place, figures = url.removeprefix("http://"), str(proxy.watched[0])
         found = await probes(sandbox.url, listen=place)
-        assert_failed(found, "port", f"that runs at {place} is in front of {other.url}, and not of", "Stop it")
+        assert_failed(found, "port", f"that runs at {place} forwards to {other.url}, not to", "Stop it")
         found = await probes(other.url, listen=place, metrics_listen=figures)
         ours = "a metquay-proxy is running at"
         assert ("ok", f"{ours} {place}; {ours} {figures}") == found["port"][1:3]
@@ -406,7 +412,7 @@ async def test_proxies_are_running_at_all_addresses(tmp_path: Path) -> None:
         found = await probes(sandbox.url, listen=f"unix:{tmp_path}/s,{place}")
         assert f"{ours} unix:{tmp_path}/s; {ours} {place}" == found["port"].text
         found = await probes(sandbox.url, listen=f"unix:{tmp_path}/t,{place}")
-        assert f"unix:{tmp_path}/t can be listened on; {ours} {place}" == found["port"].text
+        assert f"the proxy can listen at unix:{tmp_path}/t; {ours} {place}" == found["port"].text
         assert proxy.ready()
     assert [] == list(tmp_path.iterdir())
 
@@ -426,6 +432,22 @@ async def test_what_serve_could_not_listen_on(tmp_path: Path, listen: str) -> No
     assert [] == list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("setting", ["listen", "metrics_listen"])
+async def test_two_addresses_collide(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    """Addresses that are free one by one, and not all at once, as ``serve`` needs them."""
+    port, look_up = closed_port(), socket.getaddrinfo
+
+    def known(host: str, *rest: Any, **more: Any) -> Any:  # noqa: ANN401 - the standard library's own
+        return look_up("127.0.0.1" if host == "box" else host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", known)
+    listen = {"listen": f"127.0.0.1:{port}"}
+    listen[setting] = f"{listen.get(setting, '')},box:{port}".strip(",")
+    async with metquay() as sandbox:
+        found = await probes(sandbox.url, trust_network="true", **listen)
+    assert_failed(found, "port", f"box:{port} is taken", f"METQUAY_{setting.upper()}")
+
+
 NTLM = "Proxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM"
 
 
@@ -433,8 +455,12 @@ NTLM = "Proxy-Authenticate: Negotiate\r\nProxy-Authenticate: NTLM"
     ("head", "cause", "cure"),
     [
         ("407 Proxy Authentication Required", "company|corporate", "user name and password.*METQUAY_OUTBOUND_PROXY"),
-        ("403 Forbidden", "refused the way to metquay.example:443", "allow this address"),
-        (f"407 No\r\n{NTLM}", "refused the way", "login by Negotiate or NTLM.*px .or cntlm.*_OUTBOUND_PROXY=http://"),
+        ("403 Forbidden", "refused to connect to metquay.example:443", "allow this address"),
+        (
+            f"407 No\r\n{NTLM}",
+            "refused to connect",
+            "login with Negotiate or NTLM.*px .or cntlm.*_OUTBOUND_PROXY=http://",
+        ),
     ],
 )
 async def test_the_corporate_proxy_refuses(head: str, cause: str, cure: str) -> None:
@@ -505,18 +531,33 @@ def test_a_failure_is_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, 1, host="metquay.invalid", access_key=ACCESS_KEY, secret_key=SECRET_KEY, listen="localhost:0"
     )
     assert re.search("failed +dns .*Check METQUAY_HOST for a typing mistake", "\n".join(lines))
-    assert "1 of 12 checks failed." == lines[-1]
+    assert "1 failed, 8 skipped, 3 passed." == lines[-1]
 
 
 def test_a_warning_is_not_all_well(capsys: pytest.CaptureFixture[str]) -> None:
     """The last line says only what is so: there is a warning above it."""
-    lines = printed(capsys, 0, client_key="short", **NOWHERE)
+    lines = printed(capsys, 0, client_key="short", retires="1", **NOWHERE)
+    assert re.search(r"retires.* did you mean METQUAY_RETRIES\?$", lines[0], re.IGNORECASE)
+    assert lines[1] == f"{'':28}METQUAY_CLIENT_KEY is short: make it 16 random characters or more"
     assert f"Nothing failed, but there is a warning about the settings: {PASSED}" == lines[-1]
 
 
 def test_wrong_settings_are_all_that_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Nothing else was tried; a line of .env that is left out is told first, since it may be why."""
     (tmp_path / ".env").write_text("set METQUAY_HOST=lab.metquay.co\n")
-    told, last = printed(capsys, 1)
-    assert re.search(r"line 1, is left out: .* a word .* before the name.*METQUAY_HOST \(--host\): is missing", told)
-    assert "1 of 1 checks failed." == last
+    with pytest.raises(SettingsError) as caught:
+        load({})
+    first, *told, cure, last = printed(capsys, 1)
+    assert re.search(r"^failed +settings +0 ms  warning: .*line 1, is ignored: .* a word .* before the name", first)
+    assert [f"{'':28}{line}" for line in caught.value.args[1:]] == told
+    assert "METQUAY_HOST (--host): not set" in told[0]
+    assert f"{'':28}Correct that; `metquay-proxy settings` shows where each setting comes from." == cure
+    assert "1 failed, nothing else was tried." == last
+
+
+def test_two_failures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The last line says with which of them to begin; what was skipped has not failed, and has not passed."""
+    lines = printed(capsys, 1, **NOWHERE | {"listen": "192.0.2.1:7000", "audit_log": str(tmp_path)})
+    count = Counter(line.split()[0] for line in lines)
+    assert f"2 failed, {count['skipped']} skipped, {count['ok']} passed. Begin with the first that failed." == lines[-1]
+    assert 12 == sum(count[outcome] for outcome in ("failed", "skipped", "ok"))

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from metquay_proxy.settings import Settings
 
 
+SEE_SANDBOX = "see metquay-proxy sandbox --help"
 READABLE = "since every user can read a command line"
+CONTAINS = "to the path of a file that contains it"
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 
@@ -345,14 +347,14 @@ class TestUsage:
             (["--lis", "x"], "unknown flag --lis, did you mean --listen?; see metquay-proxy serve --help"),
             (["-khunter2"], "unknown flag -k; see metquay-proxy serve --help"),
             (["--listen"], "argument --listen: expected one argument; see metquay-proxy serve --help"),
-            (["serve", "hunter2"], "it takes no words beside its flags; see metquay-proxy serve --help"),
+            (["serve", "hunter2"], "it accepts nothing but flags; see metquay-proxy serve --help"),
             (
                 ["--secret-key", "hunter2"],
-                f"there is no --secret-key, {READABLE}: set METQUAY_SECRET_KEY, or METQUAY_SECRET_KEY_FILE",
+                f"there is no --secret-key, {READABLE}: set METQUAY_SECRET_KEY_FILE {CONTAINS}",
             ),
             (
                 ["settings", "--client_keys=hunter2"],
-                f"there is no --client_keys, {READABLE}: set METQUAY_CLIENT_KEYS, or METQUAY_CLIENT_KEYS_FILE",
+                f"there is no --client_keys, {READABLE}: set METQUAY_CLIENT_KEYS_FILE {CONTAINS}",
             ),
             (["health", "--raedy"], "unknown flag --raedy, did you mean --ready?; see metquay-proxy health --help"),
             (["health", "--wait", "x"], "argument --wait: invalid float value: 'x'; see metquay-proxy health --help"),
@@ -361,8 +363,8 @@ class TestUsage:
                 "argument --wait: give a number of seconds, 0 or more; see metquay-proxy health --help",
             ),
             (
-                ["sandbox", "--latency", "x"],
-                "latency must be seconds (0 to 86400), not 'x'; see metquay-proxy sandbox --help",
+                ["sandbox", "--reset", "x"],
+                f"--reset x is wrong: give a rate from 0 (never) to 1 (always), as in --reset 0.1; {SEE_SANDBOX}",
             ),
             (
                 ["sandbox", "--listen", "localhost:1,localhost:2"],
@@ -432,7 +434,7 @@ class TestSettings:
         assert ["true", "flag"] == rows["METQUAY_READ_ONLY"]
         assert ["20", "default"] == rows["METQUAY_MAX_WAIT"]
         assert ["-", "default"] == rows["METQUAY_CA_BUNDLE"]
-        warning = "METQUAY_MAX_WIAT (from environment) is no setting of this proxy; did you mean METQUAY_MAX_WAIT?"
+        warning = "METQUAY_MAX_WIAT (from environment) is not a setting of this proxy; did you mean METQUAY_MAX_WAIT?"
         assert f"warning: {warning}\n" == captured.err
 
     @pytest.mark.usefixtures("account")
@@ -452,14 +454,14 @@ class TestSettings:
         captured = capsys.readouterr()
         assert re.search(r"METQUAY_RETRIES +many +environment", captured.out)
         assert "METQUAY_RETRIES (--retries, found in environment): 'many' is not" in captured.err
-        assert "METQUAY_HOST (--host): is missing" in captured.err
+        assert "METQUAY_HOST (--host): not set" in captured.err
 
 
 class TestHealth:
     @pytest.mark.parametrize(("flags", "word"), [([], "alive"), (["--ready"], "ready")])
     def test_well_is_one_word_and_0(self, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
         """By flag."""
-        with listening(b"HTTP/1.1 200 OK\r\n\r\nfine") as port:
+        with listening(b"HTTP/1.1 200 OK\r\nServer: metquay-proxy\r\n\r\nfine") as port:
             assert 0 == cli.main(["health", "--listen", f"127.0.0.1:{port}", *flags])
         assert (f"{word}\n", "") == capsys.readouterr()
 
@@ -467,10 +469,10 @@ class TestHealth:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """By .env; the environment would win."""
-        with listening(b"HTTP/1.1 503 Busy\r\n\r\n") as port:
+        with listening(b"HTTP/1.1 503 Busy\r\nServer: metquay-proxy\r\n\r\nnot ready\n") as port:
             Path(".env").write_text(f"METQUAY_LISTEN=127.0.0.1:{port}\n")
             assert 1 == cli.main(["health", "--ready"])
-        assert f"127.0.0.1:{port}/-/ready: status 503\n" == capsys.readouterr().err
+        assert re.fullmatch("not ready: .*`metquay-proxy check`.*\n", capsys.readouterr().err)
         monkeypatch.setenv("METQUAY_LISTEN", "localhost:0")
         assert 1 == cli.main(["health"])
         assert "localhost:0 leaves the port to the system" in capsys.readouterr().err

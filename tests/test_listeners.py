@@ -15,19 +15,20 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 import trustme
 
-from metquay_proxy.listeners import CannotListen, bind, let_in, own_names, release, serving_context
+from metquay_proxy.listeners import CannotListen, bind, let_in, own_names, release, serving_context, sockets_of
 from metquay_proxy.rules.address import Address, parse_listen
 from metquay_proxy.settings import SettingsError, load
 from tests.running import process
 from tests.wire import OK, Broken, Client, Upstream, answered, certified, eventually, get, running
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
     from tests.running import Process
     from tests.wire import Message
@@ -97,7 +98,7 @@ class TestAddresses:
 
         monkeypatch.setattr(socket, "socket", Socket)
         assert [["127.0.0.1"], ["0.0.0.0"]] == [hosts("localhost:0"), hosts("[::]:0")]
-        with pytest.raises(CannotListen, match=r"\[::1\]:0 is no address of this computer, or IPv6 is off"):
+        with pytest.raises(CannotListen, match=r"\[::1\]:0 is not an address of this computer, or IPv6 is off"):
             bind([Address("::1", 0)])
 
     @pytest.mark.parametrize(
@@ -110,7 +111,9 @@ class TestAddresses:
         family = socket.AF_INET6 if ":" in taken_at else socket.AF_INET
         with socket.create_server((taken_at, 0), family=family) as taken:
             address = Address(host, taken.getsockname()[1])
-            with pytest.raises(CannotListen, match=re.escape(f"{address} is taken by another program")) as caught:
+            with pytest.raises(
+                CannotListen, match=re.escape(f"{address} is taken, probably by another program")
+            ) as caught:
                 bind([Address("127.0.0.1", 0), address])
             assert caught.value.taken
         release(bind([address]))
@@ -118,7 +121,7 @@ class TestAddresses:
     @pytest.mark.parametrize(
         ("listen", "cause", "cure"),
         [
-            ("192.0.2.1:7000", "is no address of this computer", "0.0.0.0 for every address"),
+            ("192.0.2.1:7000", "is not an address of this computer", "0.0.0.0 for every address"),
             ("no-such-host.invalid:7000", "its name is not known", "Check the spelling"),
             ("unix:{}/none/s", "is in a folder that does not exist", "Make that folder"),
             ("unix:{}/file", "a file that is no socket is in the way", "Mend that, or choose"),
@@ -138,7 +141,8 @@ class TestAddresses:
         assert [folder / "file"] == list(folder.iterdir())
 
     @pytest.mark.parametrize(
-        ("number", "cause"), [(errno.EACCES, "is forbidden to this user"), (errno.EMFILE, "may open no more files")]
+        ("number", "cause"),
+        [(errno.EACCES, "is forbidden to this user"), (errno.EMFILE, "has reached its limit of open files")],
     )
     def test_refused_by_the_system(self, monkeypatch: pytest.MonkeyPatch, number: int, cause: str) -> None:
         """A port that is not for everybody, and a limit of open files, are told as such."""
@@ -186,7 +190,7 @@ class TestUnixSockets:
                 for filler in fillers:
                     filler.setblocking(False)  # noqa: FBT003 - the standard library's own
                     filler.connect_ex(str(path))
-            with pytest.raises(CannotListen, match=f"unix:{path} is taken by another program"):
+            with pytest.raises(CannotListen, match=f"unix:{path} is taken, probably by another program"):
                 bind([Address("", 0, str(path))])
             assert path.exists()
         assert not path.exists()
@@ -230,14 +234,69 @@ def test_a_pair_that_does_not_fit(tmp_path: Path) -> None:
         serving_context(tmp_path / "server.pem", tmp_path / "none.pem")
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.skipif(sys.platform == "win32", reason="asyncio itself accepts there, and closes without a word")
+class TestClearTextWhereTLSIsExpected:
+    @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "CONNECT"])
+    def test_http(self, tmp_path: Path, loop: str, method: str) -> None:
+        """Who writes http:// in place of https:// is told so, in clear text, and so is the log."""
+        request = f"{method} /x HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        with structlog.testing.capture_logs() as told:
+            head, _, body = on(loop, sent_to_tls(tmp_path, request)).partition(b"\r\n\r\n")
+        assert b"HTTP/1.1 400 Bad Request" == head.splitlines()[0]
+        fields = {b"X-Metquay-Proxy-Error: bad-request", b"X-Metquay-Proxy-Sent: no", b"Connection: close"}
+        assert fields | {b"Content-Length: %d" % len(body)} <= set(head.splitlines())
+        message = "This is http where https is expected. Use https:// in the tool."
+        assert {"code": 400, "message": message} == json.loads(body)
+        why = "a client speaks no TLS where https is expected"
+        assert [{"event": why, "address": "127.0.0.1", "log_level": "warning"}] == told
+
+    def test_silence(self, tmp_path: Path, loop: str) -> None:
+        """Who says nothing within the time for a handshake gets no answer."""
+        assert b"" == on(loop, sent_to_tls(tmp_path, b""))
+
+
+def on(loop: str, what: Coroutine[Any, Any, bytes]) -> bytes:
+    """Run it on a loop of this kind."""
+    library = pytest.importorskip(loop, reason=f"{loop} is not installed")
+    with asyncio.Runner(loop_factory=library.new_event_loop) as runner:
+        return runner.run(what)
+
+
+async def sent_to_tls(folder: Path, clear: bytes) -> bytes:
+    """Return all that is answered to clear text where TLS is served; others are served before and after."""
+    options = certified(folder, client_tls=True)
+    context = serving_context(Path(options["tls_cert"]), Path(options["tls_key"]))
+    bound = bind([Address("127.0.0.1", 0)])
+    [door] = await let_in(Greeting, sockets_of(bound), context, lambda _: None, handshake=0.2)
+
+    async def answer(sent: bytes, **more: Any) -> bytes:  # noqa: ANN401 - of asyncio.open_connection
+        reader, writer = await asyncio.open_connection("127.0.0.1", bound[0][0].port, **more)
+        writer.write(sent)
+        got = await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+        return got
+
+    secure = {"ssl": options["client_tls"], "server_hostname": "localhost"}
+    assert b"hello" == await answer(b"", **secure)
+    got = await answer(clear)
+    assert b"hello" == await answer(b"", **secure)
+    door.close()
+    return got
+
+
+class Greeting(asyncio.Protocol):
+    """Says hello to whoever comes, and closes."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Say so."""
+        transport.write(b"hello")  # type: ignore[attr-defined]
+        transport.close()
+
+
 @pytest.mark.slow
 async def test_accepting_fails() -> None:
     """Where it fails for want of a descriptor it is told once, tried again each second, and told when it is over."""
-
-    class Greeting(asyncio.Protocol):
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            transport.write(b"hello")  # type: ignore[attr-defined]
-            transport.close()
 
     class Failing(socket.socket):
         def accept(self) -> tuple[socket.socket, object]:
@@ -255,7 +314,7 @@ async def test_accepting_fails() -> None:
     writer.close()
     assert 1.8 < tries[2] - tries[0] < 4
     await eventually(lambda: len(told) == 2)
-    assert "may open no more files" in str(told[0])
+    assert "has reached its limit of open files" in str(told[0])
     assert (None, 4) == (told[1], len(tries))  # the last one finds nobody
     door.close()
 
@@ -281,12 +340,12 @@ class TestTheLimitOfOpenFiles:
             for client in idle:
                 client.close()
             assert [200] == [answer.status for answer in await asked([await connect()])]
-            await eventually(lambda: "let in again" in command.log.read_text())
+            await eventually(lambda: "accepted again" in command.log.read_text())
             assert 0 == await asyncio.to_thread(command.stop)
         told = [line for line in map(json.loads, command.log.read_text().splitlines()) if line["event"] != "request"]
         assert 1 == max(Counter((line["level"], line["event"]) for line in told).values())
         [why] = [line["reason"] for line in told if line["level"] in {"warning", "error"}]
-        assert "may open no more files and connections (limit 60). Raise the limit" in why
+        assert "has reached its limit of open files and connections (limit 60). Raise the limit" in why
 
     async def test_too_many_connections_to_metquay(self, tmp_path: Path, loop: str) -> None:
         """Where a request finds no descriptor left it is told so, and what to do; the next one finds one again."""
@@ -299,7 +358,9 @@ class TestTheLimitOfOpenFiles:
             assert 0 < len(done) < 30
             for answer in [task.result() for task in done]:
                 assert (502, "upstream-unreachable") == (answer.status, answer.slug)
-                assert b"this program may open no more files and connections. Raise the limit" in answer.body
+                assert (
+                    b"this program has reached its limit of open files and connections. Raise the limit" in answer.body
+                )
             upstream.plays(OK)
             for peer in upstream.peers:
                 await peer.send(answered("Connection: close"))

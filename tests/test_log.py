@@ -71,9 +71,9 @@ def test_json_log() -> None:
     assert all(line.startswith('{"event": ') for line in text.splitlines())
     assert all(["event", "level", "timestamp"] == list(line)[:3] for line in lines)
     events = [line["event"] for line in lines]
-    assert ["request", "token renewed", "token failed", "a message of aiohttp"] == events[:4]
+    assert ["request", "token renewed", "login failed", "a message of aiohttp"] == events[:4]
     assert "a warning of Python's" in events[4]
-    assert ["internal error", "also of aiohttp", "token rejected", "request"] == events[5:]
+    assert ["internal error", "also of aiohttp", "key pair refused", "request"] == events[5:]
     assert ["info", "error", "warning"] == [lines[place]["level"] for place in (0, 7, 8)]
     assert "Excel\x9b31m" == lines[0]["user_agent"]
     assert "no network" == lines[2]["reason"]

@@ -219,8 +219,8 @@ async def test_a_pipe_in_the_place_of_a_file(tmp_path: Path, told: Told) -> None
     watched.path.unlink()
     os.mkfifo(watched.path)
     await asyncio.wait_for(watched.reload.look(), 5)
-    assert [f"{watched.path}: is no ordinary file"] == told.faults
-    with pytest.raises(OSError, match="is no ordinary file"):
+    assert [f"{watched.path}: not a regular file"] == told.faults
+    with pytest.raises(OSError, match="not a regular file"):
         await asyncio.wait_for(in_thread(lambda: read_file(watched.path)), 5)
 
 
@@ -383,7 +383,7 @@ class Command:
     @property
     def faults(self) -> list[str]:
         """The reasons for which files were not taken."""
-        return [line["reason"] for line in self.log if line["event"].startswith("files were changed")]
+        return [line["reason"] for line in self.log if line["event"].startswith("files can't be used")]
 
     async def hang_up(self) -> dict[str, Any]:
         """Send SIGHUP, and return what was logged when the files were read."""
@@ -534,7 +534,7 @@ async def test_a_key_pair_is_rotated(tmp_path: Path, loop: dict[str, str], sandb
     secret.write_text(SECRET_KEY)
     files = {"access_key": "", "secret_key": "", "access_key_file": access, "secret_key_file": secret}
     with command(tmp_path, loop, sandbox.url, **files) as running:
-        await eventually(lambda: running.count("token rejected"))
+        await eventually(lambda: running.count("key pair refused"))
         access.write_text(ACCESS_KEY)
         assert (["METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY"], []) == named(await running.hang_up())
         await eventually(lambda: running.count("token obtained"))

@@ -94,7 +94,7 @@ def test_the_sdks_env_file_works_as_it_is(write: Write) -> None:
 def test_an_unknown_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str, hint: str | None) -> None:
     """It is told with the nearest known one, never with its value; Kubernetes' own are nobody's mistake."""
     monkeypatch.setenv(name, value)
-    told = [] if hint is None else [f"{name} (from environment) is no setting of this proxy{hint}"]
+    told = [] if hint is None else [f"{name} (from environment) is not a setting of this proxy{hint}"]
     assert told == search().warnings
 
 
@@ -102,7 +102,7 @@ def test_an_unknown_file(write: Write) -> None:
     """It is told with its folder, unless it is nobody's business."""
     folder = write("run-secrets/METQUAY_HSOT", "hunter2").parent
     write("run-secrets/other", "x")
-    told = f"METQUAY_HSOT (from {folder}) is no setting of this proxy; did you mean METQUAY_HOST?"
+    told = f"METQUAY_HSOT (from {folder}) is not a setting of this proxy; did you mean METQUAY_HOST?"
     assert [told] == search().warnings
 
 
@@ -113,7 +113,7 @@ def test_a_secret_that_everyone_can_read(monkeypatch: pytest.MonkeyPatch, write:
     monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", str(file := write("key", "S")))
     assert [] == search().warnings
     file.chmod(0o644)
-    told = f"{file}, which holds METQUAY_SECRET_KEY, can be read by every user: chmod 600 {file}"
+    told = f"{file}, which contains METQUAY_SECRET_KEY, can be read by every user: chmod 600 {file}"
     assert [told] == search().warnings
 
 
@@ -158,9 +158,9 @@ def test_a_line_of_env_that_is_no_setting(monkeypatch: pytest.MonkeyPatch, write
     """It is told with folder, number and what it should be, never with its value; a bare name is the system's."""
     monkeypatch.setenv("METQUAY_ACCESS_KEY", "A")
     file = write("current/.env", f"\nA='1\n2'\n# ours\n{line}\n")
-    why = "it is not of the form NAME=value .has it a word or a mark before the name.*"
+    why = "it is not of the form NAME=value .is there a word or a symbol before the name.*"
     assert len(told := search().warnings) == bool(name)
-    assert all(re.fullmatch(f"{file}, line 5, is left out: {why}; write {name}=value", line) for line in told)
+    assert all(re.fullmatch(f"{file}, line 5, is ignored: {why}; write {name}=value", line) for line in told)
 
 
 def test_a_folder_of_secrets_that_cannot_be_listed(write: Write) -> None:
@@ -174,7 +174,7 @@ def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("bad-secret-0123456789", "x" * 5000, "bad\0secret"):
         found = search(secret_key_file=text)
         (name, why) = found.problems["secret_key"]
-        assert ("secret_key_file", True) == (name, why.startswith("names no file that is there"))
+        assert ("secret_key_file", True) == (name, why.startswith("does not name an existing file"))
         assert text not in why
     monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", "none")
     assert [] == search().warnings

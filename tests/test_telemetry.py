@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -64,18 +65,20 @@ def metrics(telemetry: Telemetry, status: dict[str, Any]) -> dict[tuple[str, ...
         ("/customers?limit=*&name=*", "/customers?limit=5&name=ACME%20Ltd"),
         ("/customers?*", "/customers?ACME"),
         ("/customers?a=*&&*&b=*", "/customers?a=b=c&&secret&b="),
+        ("/FlexicalERP/app;*/rest;*?id=*", "/FlexicalERP/app;jsessionid=secret/rest;v=1;w=2?id=secret"),
     ],
 )
 def test_query_values_are_masked(shown: str, target: str) -> None:
-    """Names of a query stay, values go; what has no equals sign is all value."""
+    """Names of a query stay, values go; what has no equals sign is all value, as is what follows a semicolon."""
     assert shown == masked(target)
 
 
 def test_a_line_tells_the_contract() -> None:
-    """Id, client, method, path, status, who answered, ms, waited, attempts; an error where there was one."""
+    """Id, client, method, path, status, who answered, times, attempts; an error and why, where there was one."""
     made = exchange(status=429, answered_by="proxy", error="quota-exceeded", attempts=2)
     made.admission = Admission("workbook")
     made.caller, made.waited, made.seconds, made.ended = "Excel", 1.5, 2.0123, 1700000000.25
+    made.upstream, made.reason = 0.25, "More is asked for."
     made.agent, made.address, made.replayed = 'Excel/16 "{%s}\\', "192.0.2.7", True
     assert {
         "event": "request",
@@ -91,9 +94,11 @@ def test_a_line_tells_the_contract() -> None:
         "answered_by": "proxy",
         "ms": 2012.3,
         "waited_ms": 1500.0,
+        "upstream_ms": 250.0,
         "attempts": 2,
         "replayed": True,
         "error": "quota-exceeded",
+        "reason": "More is asked for.",
     } == json.loads(line(made))
 
 
@@ -242,9 +247,8 @@ def figures(telemetry: Telemetry) -> dict[tuple[str, ...], float]:
 
 READS: tuple[Callable[[Telemetry], object], ...] = (
     lambda telemetry: telemetry.finished,
-    lambda telemetry: telemetry.trouble,
+    Telemetry.standing,
     lambda telemetry: telemetry.since(0),
-    Telemetry.refused,
     Telemetry.hour,
     figures,
 )
@@ -265,9 +269,9 @@ def test_it_matters_to_nobody_when_exchanges_are_counted(
 ) -> None:
     """What is read is the same whether somebody reads after each exchange, now and then, or never before."""
     now = 1_700_000_000.0
-    seldom, always, never = Telemetry(), Telemetry(), Telemetry()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("metquay_proxy.telemetry.time.time", lambda: now)
+        seldom, always, never = Telemetry(), Telemetry(), Telemetry()
         patch.setattr("metquay_proxy.telemetry.time.perf_counter", lambda: now)
         for step in steps:
             if isinstance(step, TokenEvent):
@@ -359,7 +363,8 @@ def test_the_last_hour(monkeypatch: pytest.MonkeyPatch) -> None:
         made.began -= 0.7 if status == 404 else 0.0
         telemetry.closed(made)
     assert [28_333_333, 3, 2, 2] == telemetry.hour()[0][:4]
-    average, slowest = telemetry.hour()[0][4:]
+    average, slowest, attempts = telemetry.hour()[0][4:]
+    assert 7 == attempts
     assert 700 <= slowest < 800
     assert 100 <= average < 120
     now += 60
@@ -391,28 +396,65 @@ def test_how_many_the_quota_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(200):
         telemetry.closed(exchange(status=429, answered_by="proxy", error="quota-exceeded", attempts=0))
         telemetry.closed(exchange())
-    assert 200 == telemetry.refused()
+    assert 200 == telemetry.standing().refused
     now += 60
-    assert 0 == telemetry.refused()
+    assert 0 == telemetry.standing().refused
 
 
-def test_trouble_with_metquay() -> None:
-    """The last exchange counts: an outage is trouble until Metquay answers, or a login goes well."""
+@pytest.fixture
+def wall(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return what sets the wall clock."""
+
+    def put(now: float) -> None:
+        monkeypatch.setattr("metquay_proxy.telemetry.time.time", lambda: now)
+
+    put(0.0)
+    return put
+
+
+UNREACHABLE = partial(exchange, status=502, answered_by="proxy", error="upstream-unreachable")
+REFUSED = partial(exchange, status=429, answered_by="proxy", error="quota-exceeded", attempts=0)
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_trouble_with_metquay(wall: Callable[[float], None], *, read: bool) -> None:
+    """The last exchange counts: an outage is trouble until Metquay answers, or a login goes well; since its first."""
     telemetry = Telemetry()
-    failed = exchange(status=502, answered_by="proxy", error="upstream-unreachable")
-    telemetry.closed(failed)
-    assert failed is telemetry.trouble
-    telemetry.closed(exchange(status=429, answered_by="proxy", error="quota-exceeded"))
-    assert failed is telemetry.trouble
-    telemetry.closed(exchange(status=404))
-    assert telemetry.trouble is None
-    busy = exchange(status=503)
-    telemetry.closed(busy)
-    assert busy is telemetry.trouble
-    telemetry.token_event(TokenEvent("failed", "no network", None, 4.0))
-    assert busy is telemetry.trouble
-    telemetry.token_event(TokenEvent("recovered", "", 900.0, 720.0))
-    assert telemetry.trouble is None
+    for now, outcome, turned, success in (
+        (10.0, exchange(), 0.0, 10.0),
+        (20.0, UNREACHABLE(), 20.0, 10.0),
+        (30.0, UNREACHABLE(), 20.0, 10.0),
+        (40.0, REFUSED(), 20.0, 10.0),
+        (50.0, exchange(status=404), 50.0, 10.0),
+        (60.0, exchange(status=503), 60.0, 10.0),
+        (65.0, TokenEvent("failed", "no network", None, 4.0), 60.0, 10.0),
+        (70.0, TokenEvent("recovered", "", 900.0, 720.0), 70.0, 10.0),
+        (80.0, exchange(), 70.0, 80.0),
+        (90.0, TokenEvent("renewed", "", 900.0, 720.0), 70.0, 80.0),
+        (95.0, exchange(status=503, answered_by="proxy", error="token-unavailable", attempts=0), 70.0, 80.0),
+        (97.0, exchange(status=503, answered_by="proxy", error="token-unavailable"), 97.0, 80.0),
+    ):
+        wall(now)
+        if isinstance(outcome, TokenEvent):
+            telemetry.token_event(outcome)
+        else:
+            telemetry.closed(outcome)
+        if read or now == 97.0:
+            found = telemetry.standing()
+            assert (turned, success) == (found.turned, found.success), now
+            assert (turned in {20.0, 60.0, 97.0}) == (found.trouble is not None), now
+
+
+def test_since_when_logins_fail(wall: Callable[[float], None]) -> None:
+    """From the first failure in a row to the login that goes well again."""
+    telemetry = Telemetry()
+    for now, kind, turned in (
+        *((1.0, "obtained", 0.0), (2.0, "failed", 2.0), (3.0, "rejected", 2.0)),
+        *((4.0, "recovered", 4.0), (5.0, "renewed", 4.0)),
+    ):
+        wall(now)
+        telemetry.token_event(TokenEvent(kind, "", 900.0, 720.0))  # type: ignore[arg-type] # one of the kinds
+        assert turned == telemetry.standing().login_turned
 
 
 def test_nobody_pays_for_metrics_who_does_not_ask() -> None:

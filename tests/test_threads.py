@@ -85,7 +85,7 @@ def test_nobody_waits_and_what_is_too_much_is_lost() -> None:
     for number in range(5):
         writer.put(b"%d" % number)
     assert (3, 2) == (writer.waiting, writer.lost)
-    assert ["writing takes too long; 3 lines are kept until that is mended, more are lost"] == out.reports
+    assert ["writing takes too long; 3 lines are kept until this is fixed, any more are lost"] == out.reports
     out.open.set()
     soon(lambda: len(out.reports) == 2)
     assert ([b"0", b"1", b"2"], None) == (out.lines, out.reports[1])
@@ -119,7 +119,7 @@ def test_a_line_that_failed_is_tried_again() -> None:
     out.error = None
     soon(lambda: writer.trouble is None)
     assert [b"a", b"b"] == out.lines
-    assert ["No space left on device; 1000 lines are kept until that is mended, more are lost", None] == out.reports
+    assert ["No space left on device; 1000 lines are kept until this is fixed, any more are lost", None] == out.reports
     assert writer.close(5)
 
 

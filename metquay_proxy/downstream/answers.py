@@ -62,10 +62,10 @@ class OwnAnswers:
         secret = _secret_key(body)
         placeholder = self._gate.login(client, secret or "", now)
         if placeholder is None:
-            msg = "This proxy takes its own client keys for a login: put one into secretKey (any accessKey will do)."
+            msg = "To log in to this proxy, send one of its client keys as secretKey; accessKey can be anything."
             raise ProxyError("client-key-required", msg)
         if secret is None:
-            msg = 'A login is a JSON object with two texts, {"accessKey": "...", "secretKey": "..."}; here any will do.'
+            msg = 'The body of a login is a JSON object with two strings, {"accessKey": "...", "secretKey": "..."}.'
             raise ProxyError("bad-request", msg)
         granted = {"accessToken": placeholder, "tokenType": "bearer", "expiresIn": PLACEHOLDER_LIFETIME}
         return json.dumps(granted).encode()
@@ -82,8 +82,7 @@ async def preflight(client: ClientConnection, exchange: Exchange) -> None:
 
 def write_error(client: ClientConnection, exchange: Exchange, error: ProxyError) -> None:
     """Write one of the proxy's own errors (part 8 of the contract)."""
-    exchange.note_sent(error.sent)
-    exchange.error = error.slug
+    exchange.note_error(error)
     fields = [
         ("Content-Type", "application/json"),
         ("X-Metquay-Proxy-Error", error.slug),

@@ -264,8 +264,8 @@ class ClientConnection(Receiver):
             return
         self._deadline = math.inf
         if self._reader.begun and not self._deaf:
-            why = f"The head of this request was not complete {self._bounds.head:g} seconds after its first byte."
-            self._refuse(ProxyError("request-timeout", why))
+            why = f"The headers of this request were not complete {self._bounds.head:g} s after its first byte."
+            self._refuse(ProxyError("request-timeout", f"{why} Nothing was sent; send the request again."))
         else:
             self.close()
 

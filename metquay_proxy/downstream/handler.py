@@ -124,10 +124,8 @@ class Handler:
         try:
             if large and self._heads > _HEADS_TOTAL:
                 exchange.keep = False
-                msg = (
-                    "The heads of all requests under way are too large together. Nothing was sent. Send a shorter one."
-                )
-                raise ProxyError("head-too-large", msg)
+                msg = "The requests in progress have too many bytes of headers in all. Nothing was sent."
+                raise ProxyError("head-too-large", f"{msg} Send shorter ones, or try again in a few seconds.")
             response = await self._judge(client, exchange, head)
             if response is not None and not self._begin(client, exchange, response):
                 await self._pass_on(client, exchange, response)
@@ -164,7 +162,6 @@ class Handler:
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""
         exchange = Exchange("-", client.address)
-        exchange.reason = error.message
         exchange.quiet = self._only is not None
         self._telemetry.opened()
         try:
@@ -188,7 +185,7 @@ class Handler:
             exchange.answered_by = "metquay"
         except ProxyError as error:
             exchange.status = error.status
-            exchange.error = error.slug
+            exchange.note_error(error)
             return {"ok": False, "text": error.message}
         finally:
             exchange.let_go()
@@ -234,8 +231,9 @@ class Handler:
         target = exchange.target = self._rules.parse(method, head.target)
         exchange.path = target.path
         admission = exchange.admission = gate.check(method, target, fields, now)
+        gate.permit(method, target, admission)
         if self._only is not None and not (target.own and target.local in self._only and fields.length == 0):
-            msg = f"At this address there is nothing but {', '.join(sorted(self._only))}, for requests without a body."
+            msg = f"This address offers only {', '.join(sorted(self._only))}, and only to requests without a body."
             raise ProxyError("no-such-page", msg)
         upgrade = (fields.text(b"upgrade") or "").lower() if b"upgrade" in fields.options else ""
         if upgrade == "websocket" and not admission.preflight:
@@ -323,15 +321,16 @@ class Handler:
         """Answer a request that can't be carried out, or break the connection where its answer has begun."""
         if isinstance(failure, ProxyError):
             error = failure
-            exchange.error = error.slug
+            exchange.note_error(error)
         elif isinstance(failure, ConnectionError):
             exchange.error = "client-left"
             error = ProxyError("bad-request", "The client left in the middle of its request.", sent=exchange.sent)
         else:
             exchange.error = "internal-error"
             log.error("internal error", id=exchange.id, exc_info=failure)
-            why = f"The proxy made a mistake with this request; its log says more under id {exchange.id}."
-            error = ProxyError("internal-error", why, sent="unknown")
+            why = f"An error inside the proxy stopped this request; its log says more under id {exchange.id}."
+            cure = "Please report it. Before you repeat a change, check in Metquay whether it was made."
+            error = ProxyError("internal-error", f"{why} {cure}", sent="unknown")
         if exchange.head_sent or client.gone:
             exchange.keep = False
             exchange.note_sent(error.sent)
@@ -353,7 +352,7 @@ def _framed(piece: bytes, *, last: bool) -> bytes:
 
 
 def _shutting_down(*, doubtful: bool = False) -> ProxyError:
-    what_to_do = "Send the request again when it runs again."
+    what_to_do = "Send the request again once it is back."
     if doubtful:
-        what_to_do = "Nobody knows whether Metquay carried this request out: look there before you send it again."
-    return ProxyError("shutting-down", f"The proxy is being stopped. {what_to_do}", retry_after=5)
+        what_to_do = "Metquay may have carried out this request: check there before you send it again."
+    return ProxyError("shutting-down", f"The proxy is shutting down. {what_to_do}", retry_after=5)

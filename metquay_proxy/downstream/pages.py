@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from metquay_proxy.downstream.connection import ClientConnection
     from metquay_proxy.exchange.exchange import Exchange
+    from metquay_proxy.telemetry import Standing
 
     _Sending = tuple[Exchange, "Answer", asyncio.Future[None]]
 
@@ -56,16 +57,6 @@ _POLICY: Final = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
 )
-_TROUBLE: Final = {
-    "upstream-unreachable": ("could not be reached", "Check the network: cable, VPN, firewall, company proxy."),
-    "upstream-tls": (
-        "could not be reached securely",
-        "Its certificate is not trusted here: see what `metquay-proxy check` says about it.",
-    ),
-    "upstream-timeout": ("did not answer in time", "It may have too much to do. Wait a few minutes."),
-    "upstream-closed": ("broke off its answer", "It may be restarting. Wait a few minutes."),
-    "upstream-protocol": ("gave an answer that makes no sense", "Check that METQUAY_HOST names the right server."),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +134,14 @@ class Pages:
         """Return the answer; raise ``ProxyError`` no-such-page, pass-through-off or method-not-allowed."""
         if path.startswith(OLDER_INTERFACE):
             msg = (
-                f"Metquay's older interface below {OLDER_INTERFACE} is not passed through, so that nothing was sent: "
-                "METQUAY_PASS_THROUGH does not list this path. Set METQUAY_PASS_THROUGH=/FlexicalERP/ and start the "
-                "proxy again."
+                "Nothing was sent: METQUAY_PASS_THROUGH does not list this path of Metquay's older interface. Add "
+                f"{OLDER_INTERFACE} to METQUAY_PASS_THROUGH and start the proxy again."
             )
             raise ProxyError("pass-through-off", msg)
         page = self._pages.get(path)
         if page is None:
             known = ", ".join(sorted(path for path in self._pages if path.startswith(OWN_PREFIX)))
-            msg = f"There is no page {path} on this proxy; there are: {known}. None below /-/ is ever asked of Metquay."
+            msg = f"This proxy has no such page. Its pages are: {known}. Paths below /-/ are never sent to Metquay."
             raise ProxyError("no-such-page", msg)
         allowed, make = page
         if method != allowed and not (method == "HEAD" and allowed == "GET"):
@@ -212,8 +202,10 @@ class Pages:
 
     def _state(self) -> dict[str, Any]:
         status = self._status()
-        level, text, cure = headline(status, self._telemetry.trouble, self._telemetry.refused(), time.time())
-        return {"headline": {"level": level, "text": text, "cure": cure}, **status, "hour": self._telemetry.hour()}
+        standing = self._telemetry.standing()
+        level, text, cure, since = headline(status, standing, time.time())
+        told = {"level": level, "text": text, "cure": cure, "since": since, "last_success": standing.success}
+        return {"headline": told, **status, "hour": self._telemetry.hour()}
 
     def _figures(self) -> str:
         lines = ",\n    ".join(self._telemetry.since(0)[0])
@@ -247,18 +239,17 @@ class Pages:
 
 def wrong_method(method: str, path: str, allow: str) -> ProxyError:
     """Return the refusal of a method that a path of the proxy's own does not take."""
-    msg = f"{path} of this proxy takes {allow}, not {method}."
+    msg = f"This proxy's {path} accepts {allow}, not {method}."
     return ProxyError("method-not-allowed", msg, headers=(("Allow", allow),))
 
 
 def headline(  # noqa: PLR0911 - each state has its sentence
-    status: Mapping[str, Any], trouble: Exchange | None, refused: int, now: float
-) -> tuple[str, str, str]:
-    """Return how things stand: a level (ok, slow, wait or bad), a sentence, and what to do about it.
+    status: Mapping[str, Any], standing: Standing, now: float
+) -> tuple[str, str, str, float | None]:
+    """Return how things stand: a level (ok, slow, wait or bad), a sentence, what to do about it, and since when.
 
-    ``status`` is what ``/-/status`` tells, ``trouble`` the last exchange with Metquay if it failed, ``refused`` how
-    many requests the quota refused in the last minute, ``now`` the wall clock in seconds. No sentence says more than
-    these figures do.
+    ``status`` is what ``/-/status`` tells, ``now`` the wall clock in seconds, as is the time that is returned (None:
+    this is a matter of the moment). No sentence says more than these figures do.
     """
     token, quota = status["token"], status["quota"]
     host = status["upstream"].partition("://")[2].partition("/")[0]
@@ -266,45 +257,46 @@ def headline(  # noqa: PLR0911 - each state has its sentence
         host = "the built-in sandbox (made-up data)"
     key = f"key {status['key']}" if status.get("key") not in {None, "***"} else ""
     if status.get("draining"):
-        return "wait", "Stopping: no new requests are taken.", "Start the proxy again when you need it."
+        return "wait", "Stopping: no new requests are accepted.", "Start the proxy again when you need it.", None
     fails = f"{host} refuses the {key or 'key pair'}" if token["rejected"] else f"the login to {host} fails"
     if not status["ready"]:
         if token["failures_in_a_row"]:
-            return "bad", f"Not working: {fails}.", _login_cure(token)
+            return "bad", f"Not working: {fails}.", _login_cure(token), standing.login_turned
         what = "Logging in again" if token["renewals"] else "Starting: logging in"
-        return "wait", f"{what} to {host}.", "This usually takes a few seconds; requests wait for it."
+        return "wait", f"{what} to {host}.", "This usually takes a few seconds; requests wait for it.", None
+    trouble = standing.trouble
     if trouble is not None:
-        out_of_order = (f"was out of order (status {trouble.status})", "It may be restarting. Wait a few minutes.")
-        what, cure = _TROUBLE.get(trouble.error or "", out_of_order)
-        cure = f"That was {_span(now - trouble.ended)} ago. {cure} The button tests whether it works now."
-        return "bad", f"The last request failed: {host} {what}.", cure
+        why = trouble.reason or f"It answered with status {trouble.status}. It may be restarting: wait a few minutes."
+        cure = f'That was {_span(now - trouble.ended)} ago. {why} "Test the connection" shows whether it works now.'
+        return "bad", "The last request to Metquay failed.", cure, standing.turned
     if token["failures_in_a_row"]:
-        return "slow", f"Working for {_more(token['seconds_left'])}: {fails}.", _login_cure(token)
-    if refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
-        return "slow", *_slowed(quota, refused, host)
-    return "ok", f"Ready: connected to {host}{key and f' with {key}'}.", ""
+        text = f"Working for {_more(token['seconds_left'])}: {fails}."
+        return "slow", text, _login_cure(token), standing.login_turned
+    if standing.refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
+        return "slow", *_slowed(quota, standing.refused, host), None
+    since = max(standing.turned, standing.login_turned)
+    return "ok", f"Ready: logged in to {host}{key and f' with {key}'}.", "", since
 
 
 def _login_cure(token: Mapping[str, Any]) -> str:
     if token["rejected"]:
         doubts = (token["last_error"] or "").partition(". ")[2]
-        return (doubts and f"{doubts} Correct that, and start the proxy again.") or (
-            "Ask whoever looks after Metquay for a valid key pair, put it into METQUAY_ACCESS_KEY and "
-            "METQUAY_SECRET_KEY, and start the proxy again. (Keys in files are read anew every minute, without that.)"
-        )
+        ask = "Ask whoever looks after Metquay for a valid key pair"
+        cure = f"{doubts} Correct that" if doubts else f"{ask}: METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY"
+        return f"{cure}. Then start the proxy again; keys in files are read again every minute, without a restart."
     wait = token["next_login_in"]
     coming = f"Next attempt in {math.ceil(wait)} s." if wait else "The next attempt is under way."
-    return f"{token['last_error'] or ''} {coming}"
+    return f"{token['last_error'] or ''} {coming}".lstrip()
 
 
 def _slowed(quota: Mapping[str, Any] | None, refused: int, host: str) -> tuple[str, str]:
     """Return why requests don't go at once, and what to do about it."""
     faster = "It goes faster if tools ask for more records at once (limit=500), or if fewer run at the same time."
     told = f"Too busy: {_count(refused, 'request was', 'requests were')} refused in the last minute (429)."
-    again = f"Tools that were refused must ask again, after the seconds that Retry-After told them. {faster}"
-    counted = f"{host} counted too many requests (429)"
+    again = f"Refused requests must be sent again, after the time given in Retry-After. {faster}"
+    counted = "Metquay counted too many requests (429)"
     if quota is None:
-        return told, f"{counted}, and METQUAY_RATE_LIMIT is off, so that none waits here. {again}"
+        return told, f"{counted}, and METQUAY_RATE_LIMIT is off, so requests do not wait here. {again}"
     number = quota["waiting"]
     waiting = number and _count(number, "request waits for its turn", "requests wait for their turn")
     used = f"{quota['used']} of {quota['limit']} requests in {quota['window']:g} s are used."
@@ -313,12 +305,12 @@ def _slowed(quota: Mapping[str, Any] | None, refused: int, host: str) -> tuple[s
     if refused:
         return told, f"{f'{waiting}. ' if waiting else ''}{used} {again}"
     if quota["closed_for"]:
-        text = f"Slowed down: {host} takes no requests for {_span(quota['closed_for'])}"
+        text = f"Slowed down: {host} accepts no requests for another {_span(quota['closed_for'])}"
         return f"{text}; {waiting}." if waiting else f"{text}.", used
     if waiting:
         return f"Slowed down: {waiting}.", f"{used} None was refused in the last minute. {faster}"
     text = f"Slowed down: a request that came now would wait {_span(quota['next_free_in'])}."
-    return text, f"{used} What is left is spread over the time. {faster}"
+    return text, f"{used} The rest of the quota is spread over the remaining time. {faster}"
 
 
 def _count(number: int, one: str, many: str) -> str:
@@ -330,4 +322,4 @@ def _span(seconds: float) -> str:
 
 
 def _more(seconds: float) -> str:
-    return f"{int(seconds // 60)} more minutes" if seconds >= 120 else f"{int(seconds)} more seconds"  # noqa: PLR2004 - two
+    return f"another {int(seconds // 60)} min" if seconds >= 120 else f"another {int(seconds)} s"  # noqa: PLR2004 - two

@@ -211,9 +211,10 @@ class RequestBody:
         too_large = self._limit - self._size <= self._budget.left
         self.close()  # at once, so that another one has room
         if too_large:
-            msg = f"The body of this request is larger than the {self._limit} bytes that are accepted here."
-            raise ProxyError("body-too-large", f"{msg} Nothing was sent.")
-        msg = "The proxy holds as many bytes of requests as it may. Nothing was sent; send it again in a few seconds."
+            msg = f"The body of this request is larger than {self._limit} bytes, more than the proxy can keep."
+            cure = "Send a smaller one, or raise METQUAY_REPLAY_LIMIT if it has an Idempotency-Key."
+            raise ProxyError("body-too-large", f"{msg} Nothing was sent. {cure}")
+        msg = "The proxy already keeps as many bodies as it can. Nothing was sent; send it again in a few seconds."
         raise ProxyError("idempotency-full", msg, retry_after=5)
 
     async def all(self, limit: int) -> bytes:
@@ -242,7 +243,7 @@ class RequestBody:
                 return await self._source.read()
         except TimeoutError:
             msg = (
-                f"The tool announced a body and then sent nothing for {self._timeout:g} seconds. "
+                f"The tool stopped sending this request's body: nothing came for {self._timeout:g} s. "
                 "The request was dropped; send it again."
             )
             raise ProxyError("request-timeout", msg) from None

@@ -91,8 +91,9 @@ class Exchange:
     note: str | None = None
     """The value of ``X-Metquay-Proxy-Note``."""
     error: str | None = None
+    """The slug of what went wrong,"""
     reason: str | None = None
-    """What was wrong with a request that could not be read: whoever sent that may not read the answer either."""
+    """and its text: who looks into the log or at the status page has not seen the answer."""
     audited: bool = False
     """Whether the audit log tells of it."""
     head_sent: bool = False
@@ -128,6 +129,11 @@ class Exchange:
         """Remember the worst that an attempt may have done."""
         if _CERTAINTY[sent] > _CERTAINTY[self.sent]:
             self.sent = sent
+
+    def note_error(self, error: ProxyError) -> None:
+        """Remember what went wrong."""
+        self.note_sent(error.sent)
+        self.error, self.reason = error.slug, error.message
 
 
 class Response(Stream):

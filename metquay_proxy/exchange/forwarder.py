@@ -187,7 +187,7 @@ class Forwarder:
                     await self._waiting(exchange, self._sleep(pause))
                 now = self._clock()
         except BaseException as error:  # noqa: BLE001 - it goes on, unless the last attempt left something better
-            return _end(exchange, self._quota_exceeded(error) if isinstance(error, QuotaExceeded) else error)
+            return _end(exchange, self._quota_exceeded(exchange, error) if isinstance(error, QuotaExceeded) else error)
 
     async def _turn(self, line: Line, ticket: Ticket, exchange: Exchange) -> AccessToken:
         """Wait for the quota, and return a token: the wait may have outlived the one before."""
@@ -208,8 +208,8 @@ class Forwarder:
             if exchange.failed and self._is_overtaken(exchange):
                 raise ProxyError(
                     "outcome-unknown",
-                    "This request is not sent again, since another one that changes the same record may have been sent "
-                    "after it: look in Metquay whether it was executed, and send it again if it was not.",
+                    "This request failed and was not repeated, because another change to the same record may have "
+                    "followed. Check in Metquay what is there now. Send this one again only if you still want it.",
                     sent=exchange.sent,
                 )
             self._latest.pop(exchange.path, None)
@@ -268,8 +268,8 @@ class Forwarder:
             self._refusals.mark(resource, token)
             raise ProxyError(
                 "retry-with-new-token",
-                "Metquay did not accept the token, so that nothing was changed, and this body was not kept for a "
-                "second attempt (METQUAY_REPLAY_LIMIT). The proxy is getting a new token: send the request again.",
+                "Metquay did not accept the token, so nothing was changed, and this body was not kept for a second "
+                "attempt (METQUAY_REPLAY_LIMIT). The proxy is getting a new token: send the request again.",
                 retry_after=self._tokens.state.next_login_in,
             )
         return 0.0
@@ -323,15 +323,19 @@ class Forwarder:
         finally:
             exchange.waited += self._clock() - began
 
-    def _quota_exceeded(self, refusal: QuotaExceeded) -> ProxyError:
+    def _quota_exceeded(self, exchange: Exchange, refusal: QuotaExceeded) -> ProxyError:
         why = (
-            "Metquay says that its limit is reached (429); something else may use it too."
+            "Metquay answered that its limit is reached (429); another program may be using the same keys."
             if self._line is None or self._line.snapshot().closed_for > 0
-            else "More is asked for than Metquay grants this key pair."
+            else "This request would wait too long: more is sent than the quota (METQUAY_RATE_LIMIT) allows."
         )
         wait = max(1, math.ceil(refusal.retry_after))
-        msg = f"{why} Nothing was changed. Send it again in {wait} s, or ask for more records at once (limit=500)."
-        return ProxyError("quota-exceeded", msg, retry_after=refusal.retry_after)
+        cure = "An earlier attempt may have been carried out: check in Metquay before you send it again."
+        if exchange.sent == "no":
+            cure = (
+                f"It was not carried out. Send it again in {wait} s. To read lists, ask for more at once (limit=500)."
+            )
+        return ProxyError("quota-exceeded", f"{why} {cure}", retry_after=refusal.retry_after)
 
 
 def _is_repeatable(exchange: Exchange) -> bool:

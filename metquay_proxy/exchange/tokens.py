@@ -167,7 +167,7 @@ class TokenCache:
             try:
                 token = await self._within(self._source.token(), LOGIN_TIMEOUT)
                 if token is None:
-                    raise LoginFailed("Metquay's login did not come to an end in time.")
+                    raise LoginFailed("Metquay's login did not finish in time.")
                 event = self._renewal.obtained(self._clock(), token, self._random())
             except Exception as error:  # noqa: BLE001 - whatever a source raises is a failed login, never the task's end
                 event = self._renewal.failed(self._clock(), error, self._random())

@@ -325,14 +325,14 @@ class Replica:
             if share.replied(self._clock(), call, reply):
                 self.records.heard()
                 if local:
-                    log.info("the quota is shared through Redis", replicas=share.heard.replicas, after_s=round(away, 1))
+                    log.info("sharing through Redis", replicas=share.heard.replicas, after_s=round(away, 1))
             elif share.refusals > 1:
                 raise Away("it carries out no call: its clock is being set, or it is too slow")
         except Away as error:
             self._missed(str(error))
         except Exception:
             log.exception("the shared quota failed")
-            self._missed("a mistake of this program, which its log tells")
+            self._missed("an error of this program, which its log tells")
         self._line.poll()
 
     async def _report(self, *, leaving: bool = False) -> tuple[dict[str, Any], Reply]:
@@ -345,4 +345,4 @@ class Replica:
         if self._share.missed(self._clock()):
             limit, replicas = self._line.snapshot().limit, self._share.heard.replicas or "unknown"
             told = {"reason": why, "requests_in_a_window": limit, "replicas": replicas}
-            log.warning("going on without Redis, with a share of the quota", **told)
+            log.warning("working without Redis, with this proxy's own share", **told)

@@ -39,11 +39,11 @@ _NAME: Final = r"(?i)^[{\s\"']*(export\s+|set\s+|\$env:)?\w*(key|secret)\w*[\"']
 _MARKS: Final = "[\"'`´“”„‟‘’‚‛«»‹›]+"  # noqa: RUF001 - also those that word processors put in their place
 _QUOTED: Final = f"^{_MARKS}|{_MARKS}$"
 _ODD: Final = {
-    r"\s+#.*": "is followed by a comment, which is sent as a part of it: take the comment away",
-    _NAME: "holds a name, as in NAME=value: only the value belongs there",
-    _QUOTED: "has quotation marks, which are sent as a part of it: take them away (docker --env-file keeps them)",
-    r"\s+": "holds a blank: copy it again",
-    r"[^\x00-\x7f]+": "holds an accent, a long dash or another sign that is unusual in a key: copy it again",
+    r"\s+#.*": "is followed by a comment, which is sent as a part of it: remove the comment",
+    _NAME: "contains a name, as in NAME=value: only the value belongs there",
+    _QUOTED: "has quotation marks, which are sent as a part of it: remove them (docker --env-file keeps them)",
+    r"\s+": "contains a space: copy it again",
+    r"[^\x00-\x7f]+": "contains an accent, a long dash or another character that is unusual in a key: copy it again",
 }
 """Each pattern takes away what it explains, so that the next one is not put out by it."""
 _TOKEN: Final = re.compile(r"[!-~]{1,16384}")
@@ -55,7 +55,7 @@ def oddities(key: str) -> str:
     It shows no part of the key. Whether a key is right, only who takes it knows.
     """
     if _PLACEHOLDER.fullmatch(key):
-        return "is a placeholder: put the key in its place"
+        return "seems to be a placeholder: replace it with the key"
     found = []
     for pattern, words in _ODD.items():
         key, count = re.subn(pattern, "", key)
@@ -109,7 +109,9 @@ class LoginFailed(Exception):
     """A login brought no token; the next one may. The text is shown to people and must hold no secret."""
 
     slug: ClassVar = "token-unavailable"
-    told: ClassVar = "No access token can be had: {why} The proxy goes on trying; send the request again in {wait} s."
+    told: ClassVar = (
+        "The proxy has no access token for Metquay. {why} It keeps trying; send the request again in {wait} s."
+    )
     """The answer to a request that needs a token, and its text."""
     pause: float = 0.0
     """Seconds in which the next login must not be made, whoever waits for it."""
@@ -120,8 +122,8 @@ class CredentialsRejected(LoginFailed):
 
     slug = "credentials-rejected"
     told = (
-        "{why} Check METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY, and that METQUAY_HOST is the tenant that they belong "
-        "to. Secret files are read again in {wait} s; other changes need a restart."
+        "{why} Check METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY, and that METQUAY_HOST is the server they belong to. "
+        "Secret files are read again in {wait} s; other changes need a restart."
     )
     pause = 60.0
 
@@ -156,7 +158,7 @@ def parse_login(status: int, body: bytes, now: float, *, pause: float | None = N
     if status in {400, 401, 403}:
         raise CredentialsRejected(f"Metquay refused the key pair (status {status}).")
     if status in {429, *range(500, 600)}:
-        asked = "" if pause is None else f" and asks to be left alone for {pause:.0f} s"
+        asked = "" if pause is None else f" and asks the proxy to wait {pause:.0f} s"
         raise LoginBusy(f"Metquay's login answered with status {status}{asked}.", pause or 0.0)
     if status in range(300, 400):
         raise LoginFailed(_redirected(status, location))
@@ -166,7 +168,9 @@ def parse_login(status: int, body: bytes, now: float, *, pause: float | None = N
     with contextlib.suppress(ValueError, RecursionError):
         answer = json.loads(body)
     if not isinstance(answer, dict):
-        raise LoginFailed("Metquay's login answered with something other than JSON with a token: is it another server?")
+        raise LoginFailed(
+            "Metquay's login answered with something other than JSON with a token: it may be another server."
+        )
     token_type = answer.get("tokenType")
     if token_type is not None and str(token_type).lower() != "bearer":
         raise LoginFailed("Metquay's login granted a token of a type other than bearer.")
@@ -185,7 +189,7 @@ def _redirected(status: int, location: str) -> str:
     with contextlib.suppress(ValueError):
         url = urlsplit(location)
     if not url.netloc:
-        return f"Metquay's login was redirected (status {status}) without saying where to. Check METQUAY_HOST."
+        return f"Metquay's login was redirected (status {status}) without a new address. Check METQUAY_HOST."
     place = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path.partition(';')[0]}".rstrip("/")
     place = re.sub(r"[^!-~]", "?", place)[:200]
     base = place.removesuffix("/authenticate")
@@ -193,8 +197,9 @@ def _redirected(status: int, location: str) -> str:
         base = re.sub("^http:", "https:", base)
     cure = f"METQUAY_HOST should probably be {base}."
     if not place.endswith("/authenticate"):
+        place = "/".join(place.split("/")[:3])  # what follows may let somebody in
         cure = (
-            "That is a page for people: METQUAY_HOST should probably be another address, or the network (of a hotel or "
-            "a company) wants you to log in by a browser first."
+            "That is a web page: METQUAY_HOST should probably be another address, or the network (of a hotel or a "
+            "company) wants you to log in with a browser first."
         )
     return f"Metquay's login was redirected (status {status}) to {place}. {cure}"

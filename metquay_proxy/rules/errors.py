@@ -51,14 +51,15 @@ STATUS: Final[dict[str, int]] = {
 """Slug (``X-Metquay-Proxy-Error``) to status."""
 
 _WAITABLE: Final = frozenset({429, 503})
+_BEFORE_A_REPEAT: Final = "A read can be sent again. Before you repeat a change, check in Metquay whether it was made."
 
 
 _PROGRAM_SHORT: Final = (
-    "this program may open no more files and connections",
+    "this program has reached its limit of open files and connections",
     "Raise the limit (ulimit -n, LimitNOFILE= of systemd, docker run --ulimit), or close tools that stay connected.",
 )
 _COMPUTER_SHORT: Final = (
-    "this computer has no room for more files and connections",
+    "this computer cannot open more files and connections",
     "Close programs that it can do without.",
 )
 _SHORTAGE: Final = {
@@ -106,15 +107,16 @@ class ProxyError(Exception):
 
 
 class UpstreamFailure(ProxyError):
-    """An exchange that broke. ``repeatable``: a request whose method allows it may be sent again.
+    """An exchange that broke, and ``why``; what that means for whoever sent the request is told behind it.
 
-    ``stale``: it broke on a connection that had idled, before any byte of an answer, as happens when the server closes
-    an idle one.
+    ``repeatable``: a request whose method allows it may be sent again. ``stale``: it broke on a connection that had
+    idled, before any byte of an answer, as happens when the server closes an idle one.
     """
 
     def __init__(
-        self, slug: str, message: str, *, sent: Sent = "no", repeatable: bool = False, stale: bool = False
+        self, slug: str, why: str, *, sent: Sent = "no", repeatable: bool = False, stale: bool = False
     ) -> None:
-        super().__init__(slug, message, sent=sent)
+        super().__init__(slug, why if sent == "no" else f"{why} {_BEFORE_A_REPEAT}", sent=sent)
+        self.why = why
         self.repeatable = repeatable
         self.stale = stale

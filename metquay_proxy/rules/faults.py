@@ -40,9 +40,12 @@ _ASKED: Final = re.compile(rb"[^ ]++ ([^ ](?:.*?[^ ])??)(?: ++([A-Za-z]++/[0-9][
 _NAMED: Final = re.compile(rb"(" + TOKEN + rb")([ \t]*+):(.*+)", re.DOTALL)
 _LENGTH: Final = re.compile(rb"0|[1-9][0-9]{0,17}+")
 _OTHER_PROTOCOLS: Final = (
-    ((b"\x16",), "the tool speaks https where http is expected. Write http:// in the tool's settings"),
+    ((b"\x16",), "the tool uses https, but this proxy uses http. Write http:// in the tool's settings"),
     ((b"PRI ",), "the tool begins with HTTP/2, and this proxy speaks HTTP/1.1. Switch HTTP/2 off in the tool"),
-    ((b"\x04", b"\x05"), "the tool takes this for a SOCKS proxy. Enter it as the address of the API: http://host:port"),
+    (
+        (b"\x04", b"\x05"),
+        "the tool uses this proxy as a SOCKS proxy. Enter it as the address of the API instead: http://host:port",
+    ),
 )
 _FORM: Final = "its first line must be method, one space, address, one space, version, as in GET /customers HTTP/1.1"
 CRLF: Final = b"\r\n"
@@ -51,7 +54,7 @@ BLANK_LINE: Final = b"\r\n\r\n"
 
 def broken_body() -> ProxyError:
     """Return the refusal of a body that ended too soon, or whose chunks are malformed."""
-    why = "The body of this request broke off, or its chunks were not valid HTTP. Correct the tool, or send it again."
+    why = "The body of this request ended too early, or its chunks were not valid HTTP. Correct the tool, or try again."
     return ProxyError("bad-request", why)
 
 
@@ -64,7 +67,7 @@ def head_fault(  # noqa: PLR0911 - one return for each kind of error
     """
     for name, value in judged.items():
         if value is None and name in NAMES.once:
-            return _bad_request(f"{_shown(name)} stands in it more than once. Send it once")
+            return _bad_request(f"it has more than one {name.decode().title()} field. Send only one")
     coding, length = judged.get(b"transfer-encoding"), judged.get(b"content-length")
     if coding is not None:
         if not minor:
@@ -72,14 +75,14 @@ def head_fault(  # noqa: PLR0911 - one return for each kind of error
         if length is not None:
             return _bad_request("it has both Content-Length and Transfer-Encoding. Send one of them")
         if coding.lower() != b"chunked":
-            why = "Only the transfer encoding chunked is supported, so that nothing was sent."
+            why = "Only the transfer encoding chunked is supported, so nothing was sent."
             return ProxyError("not-supported", why)
     if length is not None and not _LENGTH.fullmatch(length):
         return _bad_request(
             "its Content-Length is not a plain number (at most 18 digits, without sign or leading zeros)"
         )
     if minor and b"host" not in judged:
-        return _bad_request("it has no Host field, which HTTP/1.1 asks for")
+        return _bad_request("it has no Host field, which HTTP/1.1 requires")
     return None
 
 
@@ -98,12 +101,13 @@ def request_fault(head: bytes, *, large: bool) -> ProxyError:
     method = _WORD.findall(head)[0].decode("latin-1")
     begun = BEGUN.match(head)
     if not begun and method and method not in _KNOWN and not method.startswith("/"):
-        return _unknown_method(method, asked)
+        return _unknown_method(method)
     if foul is not None and foul[0] in CRLF:
-        return _bad_request("one of its lines ends in CR or LF alone, where both must stand (CR LF)")
+        return _bad_request("one of its lines ends with only CR or only LF; it must end with CR LF")
     if begun and large and foul is None:
         bounds = "64 KiB for the first line, 128 KiB and 128 fields in all"
-        return ProxyError("head-too-large", f"The head of this request is too large: {bounds}. Nothing was sent.")
+        why = f"The address and headers of this request are too large (at most {bounds}). Nothing was sent."
+        return ProxyError("head-too-large", f"{why} Send fewer or shorter ones.")
     if not begun or asked is None:
         return _bad_request(_FORM)
     whole = head.endswith(BLANK_LINE)
@@ -111,7 +115,7 @@ def request_fault(head: bytes, *, large: bool) -> ProxyError:
     if fault is None and whole:
         fault = head_fault(int(asked[2] != b"HTTP/1.0"), RequestFields(head[len(line) : -len(BLANK_LINE)]).judged)
     if fault is None and method == "CONNECT":
-        why = "This proxy makes no tunnels. Send plain http:// requests to it; it speaks TLS to Metquay by itself."
+        why = "This proxy opens no tunnels (CONNECT). Enter it in the tool as the address of the API, not as a proxy."
         fault = ProxyError("not-supported", why)
     return fault or _bad_request(_FORM)
 
@@ -121,42 +125,35 @@ def _line_fault(asked: re.Match[bytes], *, ended: bool) -> ProxyError | None:
     if fault is None and ended and asked[2] is None:
         return _bad_request(_FORM)
     if fault is None and ended and asked[2] not in {b"HTTP/1.0", b"HTTP/1.1"}:
-        return _bad_request("its version is none that this proxy knows, which are HTTP/1.1 and HTTP/1.0")
+        return _bad_request("this proxy supports only HTTP/1.1 and HTTP/1.0")
     return fault
 
 
 def _lines_fault(lines: list[bytes], *, whole: bool) -> ProxyError | None:
     for number, text in enumerate(lines, 2):
         if text[:1] in {b" ", b"\t"}:
-            return _bad_request(f"line {number} begins with a blank, but each field must stand in one line")
+            return _bad_request(f"line {number} begins with a space or a tab, but each field must be on one line")
         field = _NAMED.fullmatch(text)
         if field is None:
             if text and (whole or text is not lines[-1] or not re.fullmatch(TOKEN, text)):
-                return _bad_request(f"line {number} is no field, which is a name without blanks, a colon and a value")
+                return _bad_request(f"line {number} is not a field (a name without spaces, a colon and a value)")
         elif field[2]:
-            return _bad_request(f"there is a blank between {_shown(field[1])} and its colon")
+            return _bad_request(f"line {number} has a space before its colon")
         elif FOUL.search(field[3]):
-            return _bad_request(f"the value of {_shown(field[1])} holds a control character")
+            return _bad_request(f"the value in line {number} contains a control character")
     return None
 
 
 def _bad_request(why: str) -> ProxyError:
-    return ProxyError("bad-request", f"This is no valid HTTP/1.1 request: {why}. Nothing was sent.")
+    return ProxyError("bad-request", f"This is not a valid HTTP request: {why}. Nothing was sent.")
 
 
-def _unknown_method(method: str, asked: re.Match[bytes] | None) -> ProxyError:
-    """Say so; the method is shown only where it is one: it may also be a part of a body, and hold a secret."""
-    whole = asked is not None and asked[2] is not None and re.fullmatch("[A-Za-z-]{1,20}", method)
-    if whole or method.upper() in _KNOWN:
-        capitals = f" (methods are written in capitals: {method.upper()})" if method.upper() in _KNOWN else ""
-        why = f"The method {method} is none that HTTP knows{capitals}, so that nothing was sent."
-    else:
-        why = (
-            "This request begins with no method that HTTP knows, so that nothing was sent. Was the body of the one "
-            "before it longer than its Content-Length says?"
-        )
+def _unknown_method(method: str) -> ProxyError:
+    """Say so, and show nothing of what nobody knows: it may be a part of a body, and hold a secret."""
+    why = (
+        f"Methods are written in capitals ({method.upper()}), so nothing was sent. Correct the tool."
+        if method.upper() in _KNOWN
+        else "This request does not begin with a method that this proxy knows, so nothing was sent. Correct the tool. "
+        "Was the body of the request before it longer than its Content-Length says?"
+    )
     return ProxyError("not-supported", why)
-
-
-def _shown(name: bytes) -> str:
-    return name[:40].decode("ascii").title()

@@ -136,7 +136,10 @@ class Gate:
         return (("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "*"), ("Vary", "Origin"))
 
     def check(self, method: str, target: Target, head: RequestFields, now: float) -> Admission:
-        """Admit the request, or raise ``ProxyError``. ``now`` is the wall clock in seconds (placeholders expire)."""
+        """Return who asks, or raise ``ProxyError`` where nobody may who asks so. What they may do, ``permit`` judges.
+
+        ``now`` is the wall clock in seconds (placeholders expire).
+        """
         judged = head.judged
         if b"host" in judged and (host := judged[b"host"]) not in self._good_hosts:
             self._check_host(host, target)
@@ -144,18 +147,20 @@ class Gate:
             if self._is_foreign(method, target, head):
                 msg = (
                     "A web page of another site tried to use this proxy, and was refused. If that page is a tool of "
-                    "yours, add its origin (like https://tools.lab.example) to METQUAY_ALLOWED_ORIGINS."
+                    "yours, add its origin (like https://tools.lab.example) to METQUAY_ALLOWED_ORIGINS, and restart."
                 )
                 raise ProxyError("origin-not-allowed", msg)
             if method == "OPTIONS" and b"access-control-request-method" in judged and self.cors(head):
                 return Admission(preflight=True)
-        admission = self._check_key(method, target, judged, now) if self.keys else self._open
+        return self._check_key(method, target, judged, now) if self.keys else self._open
+
+    def permit(self, method: str, target: Target, admission: Admission) -> None:
+        """Raise ``ProxyError`` where those who were admitted may not do that."""
         if admission.read_only and method not in READING_METHODS:
             self._check_read_only(method, target, admission)
         if method == "TRACE" and not (target.own or target.pass_through):
-            msg = "TRACE would show the token that this proxy attaches, so that it was not sent. Use another method."
+            msg = "TRACE would show the token that this proxy attaches, so it was not sent. Use another method."
             raise ProxyError("method-not-allowed", msg, headers=(("Allow", _SENT_METHODS),))
-        return admission
 
     def login(self, client: str | None, secret: str, now: float) -> str | None:
         """Return the placeholder that ``POST /authenticate`` hands out, or None where the secret is no client key.
@@ -190,8 +195,8 @@ class Gate:
                 return
         raise ProxyError(
             "host-not-allowed",
-            "This proxy was asked for under a host name that it does not know, which a web page could misuse. "
-            "Ask for it as localhost or by its IP address, or add the name to METQUAY_ALLOWED_HOSTS.",
+            "This request was sent to a host name that the proxy does not accept, because web pages could misuse it. "
+            "Use localhost or the IP address, or add the name to METQUAY_ALLOWED_HOSTS and restart the proxy.",
         )
 
     def _is_foreign(self, method: str, target: Target, head: RequestFields) -> bool:
@@ -223,7 +228,7 @@ class Gate:
             raise ProxyError("login-required", msg, headers=(_LOGIN_PROMPT,))
         raise ProxyError(
             "client-key-required",
-            "This proxy needs a client key, and the request has none that it knows. Send the key in an X-Proxy-Key "
+            "This proxy needs a client key, and the request has none, or a wrong one. Send the key in an X-Proxy-Key "
             "header, as a bearer token, or as a Basic password.",
         )
 
@@ -233,7 +238,7 @@ class Gate:
             return
         why, other = "METQUAY_READ_ONLY is set", "a proxy"
         if limited:
-            why, other = f'the client key "{admission.client}" may only read', "one"
+            why, other = f'the client key "{admission.client}" may only read', "a client key"
         msg = f"{method} was refused, because {why}. Nothing was sent to Metquay. Use {other} that may write."
         raise ProxyError("read-only", msg)
 

@@ -184,12 +184,12 @@ def judged(digest: bytes, record: bytes, age: float = 0.0) -> Answer:
     if readable and record[:_DIGEST] != digest:
         raise ProxyError(
             "idempotency-key-reused",
-            "This Idempotency-Key was used for another request body. Nothing was sent; a new one needs a new key.",
+            "This Idempotency-Key was already used with a different body. Nothing was sent. New records need new keys.",
         )
     if running and age < ABANDONED:
         raise ProxyError(
             "in-progress",
-            "The first request with this Idempotency-Key is still under way. Ask again with it in a few seconds.",
+            "The first request with this Idempotency-Key is still in progress. Repeat this one in a few seconds.",
             sent="unknown",
         )
     if answer is None or answer.body is None:
@@ -201,8 +201,8 @@ def full(most: int, wait: float) -> ProxyError:
     """Return the refusal where there is no room for one more among ``most``; the first of them goes in ``wait`` s."""
     return ProxyError(
         "idempotency-full",
-        f"The proxy remembers {most} requests with an Idempotency-Key for a day, of which each client key has its "
-        "share, and forgets none sooner. Nothing was sent.",
+        f"The proxy cannot remember another Idempotency-Key of this client now: it keeps {most} in all, each for a "
+        "day. Nothing was sent. Send the request again after the time in Retry-After.",
         retry_after=wait,
     )
 
@@ -235,14 +235,14 @@ def _unknown(answer: Answer | None) -> ProxyError:
     if answer is None:
         return ProxyError(
             "outcome-unknown",
-            "The first request with this Idempotency-Key broke off, and nobody knows whether Metquay executed it. "
-            "Look there whether the record exists; if it does not, send the request with a new key.",
+            "The first request with this Idempotency-Key had no clear result, so Metquay may have carried it out. "
+            "Check there whether the record exists. If it does not, send the request with a new key.",
             sent="unknown",
         )
     return ProxyError(
         "outcome-unknown",
-        f"The first request with this Idempotency-Key was executed (status {answer.head.status}). Its answer is not "
-        "kept (too long, broken off, or too many came since). Look in Metquay for the record; do not send it again.",
+        f"The first request with this Idempotency-Key was carried out (status {answer.head.status}). Its answer is not "
+        "kept (too long, incomplete, or too many came since). Look for the record in Metquay; do not send it again.",
         sent="yes",
     )
 

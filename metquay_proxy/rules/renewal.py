@@ -140,7 +140,7 @@ class Renewal:
         if not isinstance(error, LoginFailed):
             # Its text may quote anything, a key included.
             error = LoginFailed(
-                f"The login failed by a defect of the proxy ({type(error).__name__}): please report it."
+                f"The login failed because of a bug in the proxy ({type(error).__name__}). Please report it."
             )
         self.failure = error
         self._failures += 1

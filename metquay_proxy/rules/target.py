@@ -100,14 +100,14 @@ class BaseURL:
         try:
             parts = urlsplit(url)
         except ValueError:
-            raise ValueError("it is no valid address; write it like lab.metquay.co") from None
+            raise ValueError("it is not a valid address; write it like lab.metquay.co") from None
         scheme = parts.scheme
         if scheme not in _DEFAULT_PORT:
             raise ValueError("it must be a host name, or an address that begins with https://")
         if "@" in parts.netloc:
-            raise ValueError("it must not hold a user name or password; the keys have settings of their own")
+            raise ValueError("it must not contain a user name or password; the keys have settings of their own")
         if "?" in url or "#" in url:
-            raise ValueError("it must not hold a question mark or a number sign")
+            raise ValueError("it must not contain a question mark or a number sign")
         authority = split_authority(parts.netloc, scheme)
         if authority is None or authority[1] == 0 or parts.netloc.endswith(":"):
             raise ValueError("it needs a host name and, if any, a port from 1 to 65535")
@@ -166,9 +166,9 @@ def _ascii_host(host: str) -> str:
     except UnicodeError:
         host = ""
     except ValueError:
-        raise ValueError("the address in brackets is no IPv6 address") from None
+        raise ValueError("the address in brackets is not an IPv6 address") from None
     if not HOST_NAME.fullmatch(host):
-        raise ValueError("its host name holds characters that host names can't have")
+        raise ValueError("its host name contains characters that host names can't have")
     return host
 
 

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _FAULTS: Final[tuple[tuple[str, str, str, dict[str, Any]], ...]] = (
     ("--latency", "SECONDS", "seconds before each answer", {}),
-    ("--jitter", "SECONDS", "up to so many seconds more, by chance", {}),
+    ("--jitter", "SECONDS", "up to so many seconds more, at random", {}),
     ("--retry-after", "on|off", "whether a 429 carries Retry-After (default: off)", {}),
-    ("--lose-answer", "RATE", "requests (0 to 1) that are executed and then dropped without an answer", {}),
-    ("--reset", "RATE", "answers (0 to 1) whose connection is reset in mid-body", {}),
-    ("--slow-body", "BYTES/S", "bytes a second of an answer's body", {}),
-    ("--fail", "STATUS=RATE", "requests that get that status; repeatable", {"action": "append"}),
-    ("--login-outage", "SECONDS", "answer logins with 503", {"nargs": "?", "const": "on"}),
+    ("--lose-answer", "RATE", "share of requests (0 to 1) that are executed, but get no answer", {}),
+    ("--reset", "RATE", "share of answers (0 to 1) whose connection is reset in mid-body", {}),
+    ("--slow-body", "BYTES/S", "bytes a second at which the body of an answer comes", {}),
+    ("--fail", "STATUS=RATE", "share of requests (0 to 1) that get this status; repeatable", {"action": "append"}),
+    ("--login-outage", "SECONDS", "answer logins with 503, so long or to the end", {"nargs": "?", "const": "on"}),
 )
 
 
@@ -44,8 +44,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def simulator(values: dict[str, Any], parse_rate: Callable[[str], Any]) -> Sandbox:
     """Return one that is as the flags say; raise ``ValueError`` with a text for people."""
     rate_limit, seed_file = parse_rate(values.pop("rate_limit")), values.pop("seed_file")
-    faults = Faults().changed({name: value for name, value in values.items() if value is not None})
+    faults = Faults().changed({name: value for name, value in values.items() if value is not None}, _as_flag)
     return Sandbox(rate_limit=rate_limit, records=load_seed(seed_file) if seed_file else None, faults=faults)
+
+
+def _as_flag(name: str, value: Any) -> str:  # noqa: ANN401 - a flag's text, or an example in JSON
+    """Return how a fault is written on the command line."""
+    if isinstance(value, dict):
+        value = [f"{status}={rate}" for status, rate in value.items()]
+    texts = value if isinstance(value, list) else ["on" if value is True else value]
+    return " ".join(f"--{name.replace('_', '-')} {text}" for text in texts)
 
 
 async def run(made: Sandbox, host: str, port: int, listen: Listen, tell: Callable[..., None]) -> None:

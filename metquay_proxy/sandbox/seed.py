@@ -59,7 +59,7 @@ def load_seed(path: str | PathLike[str]) -> Records:
     if not isinstance(lists, dict) or not all(isinstance(lists.get(name, []), list) for name in LISTS):
         raise SeedError(f"{path}: must be one JSON object with lists named {', '.join(LISTS)}")
     if unknown := next((name for name in lists if name not in LISTS), None):
-        raise SeedError(f"{path}: unknown list {unknown!r}; known are {', '.join(LISTS)}")
+        raise SeedError(f"{path}: there is no list {unknown!r}; the lists are {', '.join(LISTS)}")
     for name, kind in LISTS.items():
         for index, entry in enumerate(lists.get(name, [])):
             try:

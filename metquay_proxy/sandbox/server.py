@@ -107,35 +107,38 @@ class Faults:
     slow_body: float = 0.0
     """Bytes a second of an answer's body; 0: at once."""
 
-    def changed(self, wanted: Mapping[str, object]) -> Faults:
-        """Return these faults with some set anew, by snake_case or kebab-case names. Raises ValueError, one line."""
+    def changed(self, wanted: Mapping[str, object], spelled: Callable[[str, Any], str] | None = None) -> Faults:
+        """Return these faults with some set anew, by snake_case or kebab-case names.
+
+        Raises ValueError, one line; in it a fault and its value are ``spelled`` as whoever asked writes them (as JSON).
+        """
+        spelled = spelled or (lambda name, value: json.dumps({name: value}))
         new = {}
         for given, value in wanted.items():
             name = given.replace("-", "_")
             if name not in _READERS:
-                raise ValueError(f"unknown fault {given!r}; known are {', '.join(_READERS).replace('_', '-')}")
+                raise ValueError(f"there is no fault {given!r}; the faults are {', '.join(_READERS)}")
+            read, right, example = _READERS[name]
             try:
-                new[name] = _READERS[name](value)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{given} must be {error}, not {value!r}") from None
+                new[name] = read(value)
+            except (TypeError, ValueError, ArithmeticError, AttributeError):
+                text = f"{spelled(given, value)} is wrong: {right}, as in {spelled(given, example)}"
+                raise ValueError(text) from None
         return replace(self, **new)
 
 
-def _figure(what: str, least: float, most: float) -> Callable[[Any], float]:
+def _figure(most: float) -> Callable[[Any], float]:
     def read(value: Any) -> float:  # noqa: ANN401 - JSON or a flag's text
-        try:
-            figure = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            figure = math.nan
-        if not least <= figure <= most:
-            raise ValueError(what)
+        figure = math.nan if isinstance(value, bool) else float(value)
+        if not 0 <= figure <= most:
+            raise ValueError
         return figure
 
     return read
 
 
-_seconds = _figure("seconds (0 to 86400)", 0, 86400)
-_rate = _figure("a rate from 0 to 1", 0, 1)
+_seconds = _figure(86400)
+_rate = _figure(1)
 
 
 def _switch(value: Any) -> bool:  # noqa: ANN401 - JSON or a flag's text
@@ -143,41 +146,42 @@ def _switch(value: Any) -> bool:  # noqa: ANN401 - JSON or a flag's text
         return value
     if value in ("on", "off"):
         return bool(value == "on")
-    raise ValueError("on or off")
+    raise ValueError
 
 
 def _outage(value: Any) -> bool | float:  # noqa: ANN401 - JSON or a flag's text
     try:
         return _switch(value)
     except ValueError:
-        return _figure("on, off or seconds (0 to 86400)", 0, 86400)(value)
+        return _seconds(value)
 
 
 def _failures(value: Any) -> dict[int, float]:  # noqa: ANN401 - JSON or a flag's text
-    what = "STATUS=RATE with statuses from 400 to 599 and rates that add up to at most 1"
-    try:
-        texts = value.split(",") if isinstance(value, str) else value
-        pairs = texts.items() if isinstance(texts, dict) else [text.split("=") for text in texts if text]
-        fail = {int(status): _rate(rate) for status, rate in pairs}
-    except (TypeError, ValueError, AttributeError):
-        raise ValueError(what) from None
+    texts = value.split(",") if isinstance(value, str) else value
+    pairs = texts.items() if isinstance(texts, dict) else [text.split("=") for text in texts if text]
+    fail = {int(status): _rate(rate) for status, rate in pairs}
     if sum(fail.values()) > 1 or not all(400 <= status <= 599 for status in fail):  # noqa: PLR2004 - error statuses
-        raise ValueError(what)
+        raise ValueError
     return fail
 
 
-_READERS: Final[dict[str, Callable[[Any], Any]]] = {
-    "latency": _seconds,
-    "jitter": _seconds,
-    "fail": _failures,
-    "expire_tokens": _switch,
-    "token_lifetime": lambda value: None if value is None else _seconds(value),
-    "login_outage": _outage,
-    "retry_after": _switch,
-    "lose_answer": _rate,
-    "reset": _rate,
-    "slow_body": _figure("bytes a second (0: no limit)", 0, 1e12),
+_SECONDS: Final = "give seconds from 0 to 86400"
+_RATE: Final = "give a rate from 0 (never) to 1 (always)"
+_STATUSES: Final = "give each status (400 to 599) its rate, at most 1 in all"
+_SWITCH: Final = "switch it on or off"
+_READERS: Final[dict[str, tuple[Callable[[Any], Any], str, Any]]] = {
+    "latency": (_seconds, _SECONDS, 0.5),
+    "jitter": (_seconds, _SECONDS, 0.5),
+    "fail": (_failures, _STATUSES, {"503": 0.1}),
+    "expire_tokens": (_switch, _SWITCH, True),
+    "token_lifetime": (lambda value: None if value is None else _seconds(value), _SECONDS, 60),
+    "login_outage": (_outage, f"{_SECONDS}, or {_SWITCH}", True),
+    "retry_after": (_switch, _SWITCH, True),
+    "lose_answer": (_rate, _RATE, 0.1),
+    "reset": (_rate, _RATE, 0.1),
+    "slow_body": (_figure(1e12), "give bytes a second, or 0 for no limit", 1000),
 }
+"""Name to what reads its value, and to what is right: in words, and as an example."""
 
 
 class _Answer(NamedTuple):
@@ -522,9 +526,11 @@ class Sandbox:
                 self.faults = Faults()
             elif method == "POST":
                 if not isinstance(wanted := _parsed(body), dict):
-                    return _error(400, "the faults must be a JSON object")
+                    refuse("the body is not a JSON object")
                 self.faults = self.faults.changed(wanted)
-        except (Refusal, ValueError) as error:
+        except Refusal:
+            return _error(400, 'the faults must be a JSON object, such as {"latency": 0.5, "fail": {"503": 0.1}}')
+        except ValueError as error:
             return _error(400, str(error))
         return _json(200, asdict(self.faults))
 

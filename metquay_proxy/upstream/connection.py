@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _NO_MORE: Final = 300
 """An answer with this status or a higher one says that the rest of the request's body is not wanted."""
-_BEFORE_A_REPEAT: Final = "A read can simply be repeated; before you repeat a change, look whether it was made."
 
 
 class Connection(Receiver):
@@ -103,9 +102,9 @@ class Connection(Receiver):
         except ProtocolError as error:
             if not response.begun and reader.head is not None:
                 response.begin(reader.head)
-            message = f"Metquay's answer was not valid HTTP ({error}). {_BEFORE_A_REPEAT}"
+            cause = f"Metquay's answer was not valid HTTP ({error})."
             left_over = self.bodiless is not None and reader.head is None  # of the exchange before, a moment late
-            self._fail(response, "upstream-protocol", message, repeatable=left_over, stale=left_over)
+            self._fail(response, "upstream-protocol", cause, repeatable=left_over, stale=left_over)
             return
         if not response.begun:
             head = reader.head
@@ -142,11 +141,11 @@ class Connection(Receiver):
             response.end()
             self._finish(response)
         elif self._reader.head is not None:
-            self._fail(response, "upstream-closed", "Metquay broke the connection in the middle of its answer.")
+            self._fail(response, "upstream-closed", "Metquay closed the connection in the middle of its answer.")
         else:
-            message = f"Metquay closed the connection without an answer. {_BEFORE_A_REPEAT}"
+            cause = "Metquay closed the connection without an answer."
             stale = self.idle_since > -math.inf and not self._reader.started
-            self._fail(response, "upstream-closed", message, repeatable=True, stale=stale)
+            self._fail(response, "upstream-closed", cause, repeatable=True, stale=stale)
 
     def pause_writing(self) -> None:
         """Note that the upstream is slower than the client."""
@@ -178,8 +177,7 @@ class Connection(Receiver):
         elif (silent := self._silent + interval) <= timeout:
             self._silent = silent
         else:
-            message = f"Metquay did not answer: nothing came for {timeout:g} seconds. {_BEFORE_A_REPEAT}"
-            self._fail(response, "upstream-timeout", message)
+            self._fail(response, "upstream-timeout", f"Metquay did not answer: nothing came for {timeout:g} s.")
         self._unsent = unsent
 
     def send(self, method: str, head: bytes, body: RequestBody) -> Response:
@@ -232,11 +230,12 @@ class Connection(Receiver):
             self.abort()
 
     def _fail(
-        self, response: Response, slug: str, message: str, *, repeatable: bool = False, stale: bool = False
+        self, response: Response, slug: str, cause: str, *, repeatable: bool = False, stale: bool = False
     ) -> None:
         """End the exchange, which the upstream broke."""
         sent: Sent = "yes" if self._reader.head is not None else "unknown" if response.sent else "no"
-        self._end(response, UpstreamFailure(slug, message, sent=sent, repeatable=repeatable, stale=stale))
+        why = f"{cause} Nothing was changed: send the request again." if sent == "no" else cause
+        self._end(response, UpstreamFailure(slug, why, sent=sent, repeatable=repeatable, stale=stale))
 
     def _end(self, response: Response, error: ProxyError) -> None:
         self._response = None
@@ -262,7 +261,7 @@ class Connection(Receiver):
                 transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if body.chunked else chunk)
                 await self._writable.wait()
         except Exception as error:  # noqa: BLE001 - whatever the client's side raised, the upstream is not to blame
-            broke = "The body of this request ended early or was not valid HTTP; nothing was sent to Metquay."
+            broke = "The body of this request ended early or was not valid HTTP, so Metquay did not get all of it."
             self._end(response, error if isinstance(error, ProxyError) else ProxyError("bad-request", broke))
             return
         if body.chunked:

@@ -57,21 +57,21 @@ _GATEWAY_FAULTS: Final = (502, 503, 504)
 _REFUSALS: Final = {
     (400, 404, 405, 501): "It seems to be a web server, or a proxy that opens no tunnels: check METQUAY_OUTBOUND_PROXY "
     "(or the system's proxy setting) and its port.",
-    _GATEWAY_FAULTS: "The fault lies behind it: check METQUAY_HOST for a typing mistake, then ask whoever runs it.",
-    (301, 302, 303, 307, 308, 511): "It wants you to log in by a browser first: open any page in one, then try again.",
+    _GATEWAY_FAULTS: "The problem lies beyond it: check METQUAY_HOST for a typing mistake, then ask whoever runs it.",
+    (301, 302, 303, 307, 308, 511): "It wants you to log in with a browser first: open any page there, then try again.",
 }
 """What to do about a corporate proxy's status."""
-_PROXY_SETTING: Final = "METQUAY_OUTBOUND_PROXY (or the system's)"
-_NETWORK: Final = "Check the network (cable, VPN, firewall); behind a corporate proxy, set METQUAY_OUTBOUND_PROXY."
-_CA: Final = "If your company inspects TLS or runs its own Metquay, put the issuing CA (PEM) into METQUAY_CA_BUNDLE."
+_PROXY_SETTING: Final = "METQUAY_OUTBOUND_PROXY (or the system's proxy setting)"
+_NETWORK: Final = "Check the network (cable, VPN, firewall), and METQUAY_OUTBOUND_PROXY if it has a corporate proxy."
+_CA: Final = "`metquay-proxy check` says more. If your company inspects TLS, METQUAY_CA_BUNDLE must name its CA's file."
 _CAUSES: Final = (
     (ssl.SSLCertVerificationError, ": its certificate was not accepted ({told})", _CA),
-    (ssl.SSLError, ": no secure connection came about ({told})", f"Check the address, and that it speaks TLS. {_CA}"),
-    (TimeoutError, " within {timeout:g} seconds", _NETWORK),
+    (ssl.SSLError, ": TLS could not be set up ({told})", f"Check the address, and that the server uses TLS. {_CA}"),
+    (TimeoutError, " within {timeout:g} s", _NETWORK),
     (socket.gaierror, ": its name could not be looked up", "Check {setting} for a typing mistake, and the network."),
     (ConnectionRefusedError, ": nothing listens there", "Check {setting} and its port."),
-    (ConnectionResetError, ": the connection was closed at once", "Try again."),
-    (OSError, ": the network gives no way to it", _NETWORK),
+    (ConnectionResetError, ": the connection was closed at once", "Check the firewall and the address, and try again."),
+    (OSError, ": the network has no connection to it", _NETWORK),
 )
 """Why something could not be reached (``told``: by OpenSSL), and what to do about it."""
 _SCHEME: Final = re.compile(rb"(?:\A|,)[ \t]*(basic|digest|negotiate|ntlm|kerberos|bearer)(?=[ \t,]|\Z)")
@@ -160,7 +160,7 @@ class Dialer:
         cure = next(known, "Ask whoever runs it to allow this address.")
         if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             cure = _what_it_wants(reader.head)
-        did = "found no way to" if status in _GATEWAY_FAULTS else "refused the way to"
+        did = "could not reach" if status in _GATEWAY_FAULTS else "refused to connect to"
         message = f"The corporate proxy {proxy} {did} {authority} (status {status}). {cure}"
         raise UpstreamFailure("upstream-unreachable", message, repeatable=status in _GATEWAY_FAULTS)
 
@@ -243,12 +243,12 @@ def _what_it_wants(answer: ResponseHead) -> str:
     if schemes and "basic" not in schemes:
         wanted = " or ".join("NTLM" if scheme == "ntlm" else scheme.title() for scheme in schemes)
         return (
-            f"It wants a login by {wanted}, which metquay-proxy does not speak. px (or cntlm, for NTLM) does: let one "
-            "of them run on this computer, and set METQUAY_OUTBOUND_PROXY=http://127.0.0.1:3128."
+            f"It asks for a login with {wanted}, which metquay-proxy does not support. Run px (or cntlm, for NTLM) on "
+            "this computer, and set METQUAY_OUTBOUND_PROXY=http://127.0.0.1:3128."
         )
     return (
-        "It wants a user name and password, or others than it got: put them into METQUAY_OUTBOUND_PROXY "
-        "(http://user:password@host:port); a % in them is written %25."
+        "It asks for a user name and password, or for different ones. Put them into METQUAY_OUTBOUND_PROXY "
+        "(http://user:password@host:port, each % in them written as %25), and start the proxy again."
     )
 
 
@@ -270,7 +270,7 @@ def tls_context(ca_bundle: Path | None) -> ssl.SSLContext:
         if paths.cafile is None and paths.capath is None and known:  # an OpenSSL that was built for another system
             context.load_verify_locations(known[0])
     context.set_alpn_protocols(["http/1.1"])
-    # as curl does: the CA that issued the server's certificate will do, without the root above it
+    # as curl does: the CA that issued the server's certificate is enough, without the root above it
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if ca_bundle is not None:
         trust(context, ca_bundle)

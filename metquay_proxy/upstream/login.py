@@ -15,7 +15,7 @@ from urllib.parse import urljoin
 
 from metquay_proxy.exchange.body import ReplayBudget, RequestBody, Stream
 from metquay_proxy.rules.credentials import CredentialsRejected, LoginFailed, UpstreamDistrusted, parse_login
-from metquay_proxy.rules.errors import ProxyError
+from metquay_proxy.rules.errors import UpstreamFailure
 from metquay_proxy.rules.quota import retry_after_seconds
 from metquay_proxy.threads import in_thread
 
@@ -56,7 +56,7 @@ class Login:
                 self._keys = await in_thread(self._credentials)
         except (OSError, ValueError) as error:
             if self._keys is None:
-                msg = f"The keys could not be read: {error}" if str(error) else "The keys could not be read in time."
+                msg = f"The keys could not be read: {error}." if str(error) else "The keys could not be read in time."
                 raise LoginFailed(msg) from None
         keys = self._keys
         data = json.dumps({"accessKey": keys.access_key, "secretKey": keys.secret_key}).encode()
@@ -64,9 +64,9 @@ class Login:
         began = self._clock()
         try:
             head, answer = await ask(self._pool, self._base, "POST /authenticate", fields, data)
-        except ProxyError as error:
+        except UpstreamFailure as error:
             failure = UpstreamDistrusted if error.slug == "upstream-tls" else LoginFailed
-            raise failure(error.message) from None
+            raise failure(error.why) from None
         pause = retry_after_seconds(head.headers, answer if head.status == _TOO_MANY else b"", time.time())
         location = b"".join(value for name, value in head.headers if name.lower() == b"location").decode("latin-1")
         with contextlib.suppress(ValueError):  # it is judged as it came
@@ -93,5 +93,5 @@ async def ask(pool: Pool, base: BaseURL, what: str, fields: str = "", data: byte
         while piece := await response.read():
             answer += piece
             if len(answer) > _ANSWER_LIMIT:
-                raise LoginFailed("the answer is far too long; is METQUAY_HOST right?")
+                raise LoginFailed("The answer is far too long. Check METQUAY_HOST.")
     return response.head, answer

@@ -30,12 +30,12 @@ _URL: Final = re.compile(
 """In user and password any sign may stand as it is, but for a colon in the user."""
 
 _UNUSABLE: Final = {
-    r"socks\w*://": "is a SOCKS proxy, which can't be used: give the company's HTTP proxy, or let a program stand "
-    "between that speaks HTTP on this side and SOCKS on the other, such as privoxy",
-    r"https://": "is a proxy that is itself spoken to over TLS (https://), which can't be used: most take http:// too, "
-    "and what goes through it to Metquay is encrypted all the same",
-    r".*\.(pac|dat)\Z": "is a script (PAC) for browsers, which can't be used: look into it for the proxy's address, "
-    "after PROXY",
+    r"socks\w*://": "is a SOCKS proxy, which is not supported: give the company's HTTP proxy, or run a program, "
+    "such as privoxy, that accepts HTTP and forwards to the SOCKS proxy",
+    r"https://": "is an https:// proxy, which is not supported: try http://, which most accept too; what goes through "
+    "it to Metquay is encrypted either way",
+    r".*\.(pac|dat)\Z": "is a script (PAC) for browsers, which is not supported: look in it for the address after the "
+    "word PROXY",
     r"": "must be the address of an HTTP proxy, such as http://proxy.lab.example:3128, or none to go directly",
 }
 """What an address begins with that can't be used, and what to tell its owner."""

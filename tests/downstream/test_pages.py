@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -14,7 +15,7 @@ from metquay_proxy.exchange.exchange import Exchange
 from metquay_proxy.rules.credentials import Credentials
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.sandbox.server import Faults, Sandbox
-from metquay_proxy.telemetry import Telemetry
+from metquay_proxy.telemetry import Standing, Telemetry
 from tests import wire
 from tests.running import FastTime, running
 
@@ -45,10 +46,11 @@ STATUS: dict[str, Any] = {
     "requests": {"active": 0, "finished": 9},
 }
 FAILING = {**TOKEN, "failures_in_a_row": 2, "last_error": "lab.metquay.co cannot be found.", "next_login_in": 3.2}
-DOUBT = "METQUAY_ACCESS_KEY is a placeholder: put the key in its place."
+DOUBT = "METQUAY_ACCESS_KEY seems to be a placeholder: replace it with the key."
 REJECTED = {**FAILING, "rejected": True, "last_error": "Metquay refused the key pair (status 401)."}
 NEVER = {"renewals": 0, "seconds_left": 0.0}
 NOW = 1_700_000_000.0
+TURNED, LOGIN_TURNED = NOW - 100, NOW - 50
 LAB = "lab.metquay.co"
 SANDBOX = {"sandbox": True, "key": None}
 FASTER = "more records at once (limit=500)"
@@ -58,6 +60,7 @@ def trouble(error: str | None, status: int, ago: float = 5.0) -> Exchange:
     """Make an exchange with Metquay that went wrong so many seconds ago."""
     exchange = Exchange("GET", path="/api/v1/customers")
     exchange.error, exchange.status, exchange.ended = error, status, NOW - ago
+    exchange.reason = error and "It could not be reached. Check the network."
     return exchange
 
 
@@ -66,18 +69,19 @@ def quota(**changed: float) -> dict[str, Any]:
     return {"quota": QUOTA | changed}
 
 
+LAST_FAILED = "The last request to Metquay failed."
 LOGIN_FAILS = f"Not working: the login to {LAB} fails."
 AT_ONCE = {"ready": False, "token": FAILING | {"next_login_in": 0.0}}
 UNREACHABLE = trouble("upstream-unreachable", 502)
 STATES: list[tuple[str, str, str, dict[str, Any]]] = [
     # nothing is the matter
-    ("ok", f"Ready: connected to {LAB} with key ...4F2A.", "", {}),
-    ("ok", f"Ready: connected to {LAB}.", "", {"key": None}),
-    ("ok", "Ready: connected to the built-in sandbox (made-up data).", "", SANDBOX),
-    ("ok", "Ready: connected to", "", {"read_only": True}),
-    ("ok", "Ready: connected to", "", {"quota": None}),
-    ("ok", "Ready: connected to", "", quota(used=69)),
-    ("ok", "Ready: connected to", "", {"redis": {"shared": False, "alone_for": 3.0, "share": 50}}),
+    ("ok", f"Ready: logged in to {LAB} with key ...4F2A.", "", {}),
+    ("ok", f"Ready: logged in to {LAB}.", "", {"key": None}),
+    ("ok", "Ready: logged in to the built-in sandbox (made-up data).", "", SANDBOX),
+    ("ok", "Ready: logged in to", "", {"read_only": True}),
+    ("ok", "Ready: logged in to", "", {"quota": None}),
+    ("ok", "Ready: logged in to", "", quota(used=69)),
+    ("ok", "Ready: logged in to", "", {"redis": {"shared": False, "alone_for": 3.0, "share": 50}}),
     # no token
     ("wait", f"Starting: logging in to {LAB}.", "a few seconds", {"ready": False, "token": TOKEN | NEVER}),
     ("wait", f"Logging in again to {LAB}.", "wait for it", {"ready": False}),
@@ -88,27 +92,18 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
         {"ready": False, "token": REJECTED},
     ),
     # the token of before still serves
-    ("slow", f"Working for 14 more minutes: the login to {LAB} fails.", "attempt in 4 s.", {"token": FAILING}),
-    ("slow", "Working for 59 more seconds: the login", "Next attempt", {"token": {**FAILING, "seconds_left": 59.9}}),
-    ("slow", f"Working for 14 more minutes: {LAB} refuses the key", "valid key pair", {"token": REJECTED}),
+    ("slow", f"Working for another 14 min: the login to {LAB} fails.", "attempt in 4 s.", {"token": FAILING}),
+    ("slow", "Working for another 59 s: the login", "Next attempt", {"token": {**FAILING, "seconds_left": 59.9}}),
+    ("slow", f"Working for another 14 min: {LAB} refuses the key", "valid key pair", {"token": REJECTED}),
     (
         *("bad", f"Not working: {LAB} refuses the key pair."),
-        "METQUAY_ACCESS_KEY is a placeholder: put the key in its place. Correct that, and start the proxy again.",
+        f"{DOUBT} Correct that. Then start the proxy again; keys in files",
         {"ready": False, "key": "***", "token": {**REJECTED, "last_error": f"{REJECTED['last_error']} {DOUBT}"}},
     ),
     # Metquay is out of order
-    (
-        "bad",
-        f"The last request failed: {LAB} could not be reached.",
-        "5 s ago. Check the network",
-        {"last": UNREACHABLE},
-    ),
-    ("bad", "The last request failed: lab", "Check the network", {"token": FAILING, "last": UNREACHABLE, "refused": 9}),
-    ("bad", f"{LAB} was out of order (status 503).", "That was 12 min ago.", {"last": trouble(None, 503, 720.0)}),
-    ("bad", "could not be reached securely.", "certificate", {"last": trouble("upstream-tls", 502)}),
-    ("bad", "did not answer in time.", "Wait", {"last": trouble("upstream-timeout", 504)}),
-    ("bad", "broke off its answer.", "Wait", {"last": trouble("upstream-closed", 502)}),
-    ("bad", "gave an answer that makes no sense.", "METQUAY_HOST", {"last": trouble("upstream-protocol", 502)}),
+    ("bad", LAST_FAILED, "That was 5 s ago. It could not be reached. Check the network. ", {"last": UNREACHABLE}),
+    ("bad", LAST_FAILED, "Check the network", {"token": FAILING, "last": UNREACHABLE, "refused": 9}),
+    ("bad", LAST_FAILED, "12 min ago. It answered with status 503. It may", {"last": trouble(None, 503, 720.0)}),
     # the quota
     (
         *("slow", "Slowed down: 7 requests wait for their turn."),
@@ -118,22 +113,22 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("slow", "Slowed down: 1 request waits for its turn.", FASTER, quota(waiting=1)),
     (
         *("slow", "Slowed down: a request that came now would wait 2 s."),
-        "73 of 100 requests in 60 s are used. What is left is spread over the time.",
+        "73 of 100 requests in 60 s are used. The rest of the quota is spread over the remaining time.",
         quota(used=73, next_free_in=1.9),
     ),
     (
-        *("slow", f"Slowed down: {LAB} takes no requests for 12 s."),
+        *("slow", f"Slowed down: {LAB} accepts no requests for another 12 s."),
         "counted too many requests (429). Something else may use the same keys",
         quota(closed_for=12.0, next_free_in=12.0),
     ),
     (
-        *("slow", f"Slowed down: {LAB} takes no requests for 12 s; 3 requests wait for their turn."),
+        *("slow", f"Slowed down: {LAB} accepts no requests for another 12 s; 3 requests wait for their turn."),
         "Something else may use the same keys",
         quota(closed_for=12.0, waiting=3, next_free_in=14.0),
     ),
     (
         *("slow", "Too busy: 31 requests were refused in the last minute (429)."),
-        "7 requests wait for their turn. 100 of 100 requests in 60 s are used. Tools that were refused must",
+        "7 requests wait for their turn. 100 of 100 requests in 60 s are used. Refused requests must be",
         quota(used=100, waiting=7, next_free_in=24.0) | {"refused": 31},
     ),
     (
@@ -143,7 +138,7 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
     ),
     ("slow", "Too busy: 2 requests were refused in the last minute (429).", "is off", {"quota": None, "refused": 2}),
     # the end
-    ("wait", "Stopping: no new requests are taken.", "Start the proxy again", {"draining": True, "ready": False}),
+    ("wait", "Stopping: no new requests are accepted.", "Start the proxy again", {"draining": True, "ready": False}),
 ]
 
 
@@ -151,12 +146,21 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
 def test_the_sentence(level: str, text: str, cure: str, change: dict[str, Any]) -> None:
     """Each state has one sentence that says how things stand, and one that says what to do; each is true in it."""
     state = STATUS | {"last": None, "refused": 0} | change
-    found = headline(state, state.pop("last"), state.pop("refused"), NOW)
+    *found, since = headline(state, Standing(state.pop("last"), TURNED, LOGIN_TURNED, None, state.pop("refused")), NOW)
     assert level == found[0]
     assert text in found[1]
     assert cure in found[2]
     assert bool(cure) == bool(found[2])
     assert "  " not in " ".join(found)
+    login = any(word in text for word in ("login", "Working", "refuses"))
+    of_the_moment = text.startswith(("Slowed", "Too busy", "Starting", "Logging", "Stopping"))
+    assert since == (None if of_the_moment else LOGIN_TURNED if level == "ok" or login else TURNED)
+
+
+def test_since_when_all_is_well() -> None:
+    """That is since the last trouble ended, be it one of logins or of requests."""
+    for turned, login_turned in ((NOW - 7, NOW - 9), (NOW - 9, NOW - 7)):
+        assert NOW - 7 == headline(STATUS, Standing(None, turned, login_turned, None, 0), NOW)[3]
 
 
 def admin(telemetry: Telemetry | None = None, *, allow_quit: bool = False, tick: float = 0.01) -> Pages:
@@ -197,8 +201,12 @@ def test_what_browsers_ask_for_by_themselves(status: int, path: str) -> None:
 @pytest.mark.parametrize(
     ("slug", "text", "paths"),
     [
-        ("no-such-page", r"no page .*/-/status", "/robots.txt /apple-touch-icon.png /-/nothing /-/quit /-/page.html"),
-        ("pass-through-off", r"METQUAY_PASS_THROUGH=/FlexicalERP/", "/FlexicalERP/rest/customer"),
+        (
+            "no-such-page",
+            r"no such page.*/-/status",
+            "/robots.txt /apple-touch-icon.png /-/nothing /-/quit /-/page.html",
+        ),
+        ("pass-through-off", r"Add /FlexicalERP/ to METQUAY_PASS_THROUGH", "/FlexicalERP/rest/customer"),
     ],
 )
 def test_what_is_no_page(slug: str, text: str, paths: str) -> None:
@@ -334,14 +342,17 @@ async def test_status_is_the_single_source(sandbox: Sandbox, session: aiohttp.Cl
         async with session.get(f"{url}/-/status") as response:
             assert "application/json" == response.content_type
             status = await response.json()
-    assert f"Ready: connected to 127.0.0.1:{sandbox.port}" in status["headline"]["text"]
+    assert f"Ready: logged in to 127.0.0.1:{sandbox.port}" in status["headline"]["text"]
     assert (True, False, False) == (status["read_only"], status["sandbox"], status["draining"])
     assert 1 == status["quota"]["used"]
     assert [1, 1, 0] == status["hour"][-1][1:4]
+    assert 1 == status["hour"][-1][6]
     read, write = status["recent"]
     assert ("Excel", 200, "metquay") == (read["client"], read["status"], read["answered_by"])
     assert "/api/v1/customers?limit=*&name=*" == read["path"]
     assert (403, "proxy", "read-only") == (write["status"], write["answered_by"], write["error"])
+    assert "DELETE was refused, because METQUAY_READ_ONLY is set. Nothing was sent to Metquay." in write["reason"]
+    assert status["headline"]["since"] <= status["headline"]["last_success"] <= time.time()
     assert isinstance(status["settings"], list)
 
 
@@ -355,7 +366,7 @@ async def test_refusals_are_told(sandbox: Sandbox, session: aiohttp.ClientSessio
         async with session.get(f"{url}/-/status") as response:
             text = (await response.json())["headline"]["text"]
         refused = statuses.count(429)
-        assert refused == proxy.telemetry.refused() > 1
+        assert refused == proxy.telemetry.standing().refused > 1
         assert f"Too busy: {refused} requests were refused in the last minute (429)." in text
 
 
@@ -398,7 +409,7 @@ async def test_the_connection_is_tested(sandbox: Sandbox, session: aiohttp.Clien
         assert "could not be reached" in down["text"]
         async with session.get(f"{url}/-/status") as response:
             status = await response.json()
-        assert "could not be reached" in status["headline"]["text"]
+        assert "could not be reached" in status["headline"]["cure"]
         assert "test of the connection" == status["recent"][-1]["client"]
 
 

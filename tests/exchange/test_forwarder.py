@@ -676,10 +676,17 @@ async def test_an_answer_that_came_sooner_than_expected() -> None:
 @pytest.mark.parametrize(
     ("setting", "earlier", "outcome", "body", "retry_after", "why"),
     [
-        ({"rate": (1, 60.0)}, 1, 200, b"", 61, "More is asked for than"),
-        (MINUTE, 0, Reply(429, b"Please try again in 30 seconds."), b"", 30, "Metquay says that its limit is reached"),
-        (MINUTE, 0, 429, LARGE, 61, "Metquay says that its limit is reached"),
-        ({}, 0, Reply(429, Retry_After="30"), b"", 30, "Metquay says that its limit is reached"),
+        ({"rate": (1, 60.0)}, 1, 200, b"", 61, "This request would wait too long: more is sent than"),
+        (
+            MINUTE,
+            0,
+            Reply(429, b"Please try again in 30 seconds."),
+            b"",
+            30,
+            "Metquay answered that its limit is reached",
+        ),
+        (MINUTE, 0, 429, LARGE, 61, "Metquay answered that its limit is reached"),
+        ({}, 0, Reply(429, Retry_After="30"), b"", 30, "Metquay answered that its limit is reached"),
     ],
 )
 async def test_what_a_refusal_says(  # noqa: PLR0913 - the columns of the table
@@ -694,7 +701,7 @@ async def test_what_a_refusal_says(  # noqa: PLR0913 - the columns of the table
         assert ("quota-exceeded", 1 - earlier, "no") == asked.outcome
         assert retry_after == asked.error.retry_after
         assert asked.error.message.startswith(why)
-        assert f"Nothing was changed. Send it again in {retry_after} s" in asked.error.message
+        assert f"It was not carried out. Send it again in {retry_after} s" in asked.error.message
         assert 1000 == rig.time.now()
         rig.upstream.outcomes = [200]
         await rig.time.advance(retry_after)

@@ -188,7 +188,7 @@ class TestTokenCache:
         await bench.time.advance(62)
         assert [] == bench.events
         await bench.time.advance(1)
-        assert "did not come to an end in time" in bench.events[0].text
+        assert "did not finish in time" in bench.events[0].text
         bench.duration = bench.farewell = 0.0
         await bench.time.advance(1)
         assert "token-2" == bench.usable().value

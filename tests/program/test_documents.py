@@ -175,7 +175,11 @@ def settings(block: Block, proxy: Running, folder: Path) -> None:
     clean = {name: value for name, value in proxy.environment.items() if not name.startswith("METQUAY_")}
     words = [sys.executable, "-m", "metquay_proxy", "settings", "--json"]
     run = subprocess.run(words, env=clean, cwd=folder, capture_output=True, text=True, timeout=30, check=False)  # noqa: S603 - our own words
-    told = [line for line in run.stderr.splitlines() if not line.endswith("is a placeholder: put the key in its place")]
+    told = [
+        line
+        for line in run.stderr.splitlines()
+        if not line.endswith("seems to be a placeholder: replace it with the key")
+    ]
     assert (0, []) == (run.returncode, told)
     found = {name for name, setting in json.loads(run.stdout).items() if setting["source"] == ".env"}
     assert {line.partition("=")[0] for line in block.text.splitlines()} == found

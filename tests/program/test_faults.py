@@ -453,7 +453,7 @@ async def test_a_login_that_asks_to_be_left_alone(status: str, when: str) -> Non
             assert (503, "token-unavailable", left, 0.0) == (
                 answer.status, answer.error, answer.retry_after, answer.took
             )  # fmt: skip
-            assert "asks to be left alone for 60 s" in answer.text
+            assert "asks the proxy to wait 60 s" in answer.text
             await lab.time.advance(9.0)
         assert 1 == metquay.logins
         metquay.login = None
@@ -484,7 +484,7 @@ async def test_a_429_by_another_clock() -> None:
             "v1/authenticate. METQUAY_HOST should probably be https://eu.metquay.co/api/v1. ",
         ),
         ("/api/v2/authenticate", "METQUAY_HOST should probably be http://127.0.0.1:{}/api/v2. "),
-        ("/login.html?next=%2F", "to http://127.0.0.1:{}/login.html. That is a page for people: "),
+        ("/login.html?next=%2F", "to http://127.0.0.1:{}. That is a web page: "),
     ],
 )
 async def test_a_login_that_has_moved(location: str, told: str) -> None:
@@ -652,7 +652,7 @@ async def test_a_black_hole() -> None:
         line.link.swallow()
         answer = await line.tool.create("Never")
         assert (502, "upstream-unreachable", "no", "3") == (answer.status, answer.error, answer.sent, answer.attempts)
-        assert "could not be reached within 0.1 seconds" in answer.text
+        assert "could not be reached within 0.1 s" in answer.text
         assert 0.3 <= answer.took < 3
         line.link.listen()
         assert await line.tool.until_served() < HEALED

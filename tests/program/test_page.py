@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from metquay_proxy.rules.credentials import Credentials
-from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Sandbox
+from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY, Faults, Sandbox
 from tests.redis_server import needs_redis, redis_server
 from tests.running import process, running
 
@@ -73,7 +73,7 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
     with process(tmp_path, "serve", "--sandbox", METQUAY_LISTEN="127.0.0.1:0") as proxy:
         async with opened(browser, proxy.url) as page:
             await expect(page.locator("#sentence")).to_have_text(
-                "Ready: connected to the built-in sandbox (made-up data)."
+                "Ready: logged in to the built-in sandbox (made-up data)."
             )
             await expect(page.locator("#sandbox")).to_be_visible()
             await expect(page.locator("#read-only")).to_be_hidden()
@@ -90,7 +90,7 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             writer.write(b"\x16\x03\x01\x02\x00\x01")
             await reader.read()
             writer.close()
-            await expect(rows.first).to_contain_text("the tool speaks https where http is expected")
+            await expect(rows.first).to_contain_text("the tool uses the tool uses https, but this proxy uses http")
             await page.fill("#filter", "excel 404")
             await expect(rows).to_have_count(1)
             await page.fill("#filter", "")
@@ -103,10 +103,29 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             await page.click("#pause")
             await expect(rows).to_have_count(4)
 
-            await expect(page.locator("#used")).to_have_text("3 of 100 requests in 60 s used", timeout=5000)
+            await expect(page.locator("#used")).to_have_text("3 of 100requests in 60 s used", timeout=5000)
             await expect(page.locator("#callers")).to_contain_text("excel")
-            await expect(page.locator("#answers")).to_contain_text("2 good, 2 refused (4xx), 0 failed")
-            assert await page.locator("#statuses rect").count() > 0
+            await expect(page.locator("#answers")).to_contain_text("2 good, 2 refused, 0 failed in the last hour")
+            assert await page.locator("#answers rect").count() > 0
+            await expect(page.locator("#attempts")).to_contain_text("3 attempts in the last hour.")
+            await expect(page.locator("#when")).to_have_text(
+                re.compile(r"Since \d.+\. Last request that succeeded: \d.+\.")
+            )
+            for chart, text in (
+                ("attempts", "3 attempts."),
+                ("answers", "2 good, 2 refused, 0 failed."),
+                ("times", r"(< 1|\d+) ms on average, (< 1|\d+) ms the slowest."),
+            ):
+                plot, values = page.locator(f"#{chart} svg"), page.locator(f"#{chart} figcaption")
+                box = await plot.bounding_box()
+                await plot.hover(position={"x": box["width"] - 1, "y": 20})
+                await expect(values).to_have_text(re.compile(rf"At \d\d:\d\d [AP]M: {text}"))
+                await page.mouse.move(0, 0)
+                await expect(values).to_contain_text("in the last hour")
+                await plot.focus()
+                await page.keyboard.press("ArrowLeft")
+                await page.keyboard.press("ArrowLeft")
+                await expect(values).to_have_text(re.compile(r"At \d\d:\d\d [AP]M: no request."))
             await expect(page.locator("#token")).to_contain_text("1 login, no failure")
             await page.click("text=Settings, and where each comes from")
             await expect(page.locator("#settings")).to_contain_text("METQUAY_LISTEN127.0.0.1:0environment")
@@ -140,7 +159,7 @@ async def test_a_request_is_looked_into(browser: Browser, session: aiohttp.Clien
         await rows.locator("button").press("Enter")
         detail = page.locator("#requests .detail")
         await expect(detail).to_contain_text(vba)
-        await expect(detail).to_contain_text("none of it waiting")
+        await expect(detail).to_contain_text("none waiting for the token and its turn, ")
         await expect(detail.locator("code")).to_have_text(f'curl "{url}/api/v1/customers?limit=*"')
         await expect(rows.locator("button").first).to_be_focused()
         await page.keyboard.press("Enter")
@@ -160,62 +179,81 @@ async def test_a_request_is_looked_into(browser: Browser, session: aiohttp.Clien
         assert 0 == await page.locator("img").count()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-async def test_screenshots(
-    browser: Browser, session: aiohttp.ClientSession, scheme: str, width: int, sandbox: Sandbox
-) -> None:
-    """Wide and narrow, light and dark: nothing sticks out of the page; a picture of each is kept."""
-    ARTEFACTS.mkdir(exist_ok=True)
-    async with running(sandbox.url) as (_, url):
-        for path in ("/customers?limit=5", "/works", "/nothing", "/customer-instrument-details?first=50&limit=50"):
-            for agent in ("Excel", "python-requests/2.32", "PowerShell/7.4"):
-                await get(session, url + path, headers={"User-Agent": agent})
-        size = {"width": width, "height": 900}
-        async with opened(browser, url, viewport=size, color_scheme=scheme) as page:
-            await expect(page.locator("#requests tbody tr")).to_have_count(12)
-            await page.screenshot(path=ARTEFACTS / f"page-{width}-{scheme}.png", full_page=True)
-            assert width >= await page.evaluate("document.documentElement.scrollWidth")
+VIEWS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
+KEYS = ("the-access-key-of-4F2A", "the-secret-key")
+WELL = "Ready: logged in to 127.0.0.1:{port} with key ...4F2A."
 
 
 @pytest.mark.parametrize(
-    ("state", "sentence", "cure"),
+    ("state", "mark", "sentence", "cure"),
     [
+        ("fresh", "\u2713", WELL, ""),
+        ("busy", "\u2713", WELL, ""),
+        ("errors", "\u2713", WELL, ""),
         (
-            "refused",
-            "Not working: 127.0.0.1:{port} refuses the key ...4F2A.",
-            "METQUAY_ACCESS_KEY and METQUAY_SECRET_KEY",
+            "down",
+            "\u2715",
+            "The last request to Metquay failed.",
+            "ago. 127.0.0.1:{port} could not be reached: nothing listens there. Check METQUAY_HOST and its port.",
         ),
-        ("down", "The last request failed: 127.0.0.1:{port} could not be reached.", "Check the network"),
-        ("quota", "Slowed down: 1 request waits for its turn.", "7 of 10 requests in 60 s are used. None was refused"),
+        ("quota", "!", "Slowed down: 1 request waits for its turn.", "7 of 10 requests in 60 s are used. None was"),
+        ("refused", "\u2715", "Not working: 127.0.0.1:{port} refuses the key ...4F2A.", "METQUAY_ACCESS_KEY and"),
+        ("gone", "\u2715", "No answer: this page cannot reach the proxy.", "Start metquay-proxy again"),
     ],
 )
-async def test_what_is_wrong(
-    browser: Browser, session: aiohttp.ClientSession, state: str, sentence: str, cure: str
+async def test_each_state(  # noqa: PLR0913 - the columns
+    browser: Browser, session: aiohttp.ClientSession, state: str, mark: str, sentence: str, cure: str
 ) -> None:
-    """Keys refused, Metquay away, quota used up: the first sentence says so, and the second what to do."""
+    """Its first sentence says how things stand, the second what to do; nothing sticks out of the page; pictures stay.
+
+    Each is seen wide and narrow, light and dark.
+    """
     ARTEFACTS.mkdir(exist_ok=True)
-    keys = ("the-access-key-of-4F2A", "the-secret-key")
-    sandbox = Sandbox(
-        rate_limit=(10, 60.0), access_key=keys[0], secret_key="another" if state == "refused" else keys[1]
-    )
+    quota = 10 if state == "quota" else 1000
+    secret = "another" if state == "refused" else KEYS[1]
+    sandbox = Sandbox(rate_limit=(quota, 60.0), access_key=KEYS[0], secret_key=secret)
     await sandbox.start()
-    async with running(
-        sandbox.url, credentials=lambda: Credentials(*keys), access_key=keys[0], rate_limit="10/minute"
-    ) as (_, url):
-        waiting = []
-        if state == "quota":
-            waiting = [asyncio.ensure_future(get(session, f"{url}/customers")) for _ in range(8)]
+    waiting: list[asyncio.Future[None]] = []
+    async with contextlib.AsyncExitStack() as stack:
+        more = {"access_key": KEYS[0], "rate_limit": f"{quota}/minute"}
+        proxy, url = await stack.enter_async_context(
+            running(sandbox.url, credentials=lambda: Credentials(*KEYS), **more)
+        )
+        pages = {}
+        for width, scheme in VIEWS:
+            view = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme, "strict": state != "gone"}
+            pages[width, scheme] = await stack.enter_async_context(opened(browser, url, **view))
+        asked = 0 if state in {"fresh", "refused"} else 8
+        tools = ("Excel", "python-requests/2.32", "PowerShell/7.4", "LabVIEW")
+        waiting = [
+            asyncio.ensure_future(get(session, f"{url}/customers?limit=5", headers={"User-Agent": tools[number % 4]}))
+            for number in range(asked)
+        ]
+        if state != "quota":
+            await asyncio.gather(*waiting)
+        if state == "errors":
+            for status in (0, 0, 0, 500, 503):
+                sandbox.faults = Faults(fail={status: 1.0} if status else {})
+                await get(
+                    session, f"{url}/customers/1{'?token=x' * (status == 500)}", headers={"User-Agent": "LabVIEW"}
+                )
+                async with session.post(f"{url}/customers", data="{") as answer:
+                    await answer.read()
+            sandbox.faults = Faults()
+            await get(session, f"{url}/nothing/{'very-' * 40}long")
         if state == "down":
-            await get(session, f"{url}/customers")
             await sandbox.stop()
             await get(session, f"{url}/customers")
-        async with opened(browser, url) as page:
-            await expect(page.locator("#sentence")).to_have_text(sentence.format(port=sandbox.port))
-            await expect(page.locator("#cure")).to_contain_text(cure)
-            mark = "!" if state == "quota" else "\u2715"
+        if state == "gone":
+            await proxy.stop(1)
+        for (width, scheme), page in pages.items():
+            await expect(page.locator("#sentence")).to_have_text(sentence.format(port=sandbox.port), timeout=15_000)
+            await expect(page.locator("#cure")).to_contain_text(cure.format(port=sandbox.port))
             await expect(page).to_have_title(f"{mark} {sentence.partition(':')[0]} \u2013 metquay-proxy")
-            await page.screenshot(path=ARTEFACTS / f"page-{state}.png")
+            if state == "errors":
+                await page.locator("#requests button").nth(1).click()
+            await page.screenshot(path=ARTEFACTS / f"page-{state}-{width}-{scheme}.png", full_page=True)
+            assert width >= await page.evaluate("document.documentElement.scrollWidth")
         for one in waiting:
             one.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
@@ -240,7 +278,7 @@ async def test_with_whom_the_quota_is_shared(browser: Browser, redis: RedisServe
             begin("two", "serve", METQUAY_REDIS_URL=redis.url)
             await expect(sharing).to_have_text("Shared through Redis with 1 other replica.")
             redis.kill()
-            alone = r"! Alone for \d+ s, with its part of 50 requests\. Redis: it cannot be reached\."
+            alone = r"! Not shared for \d+ s; this proxy uses its own part, 50 requests\. Redis: it cannot be reached\."
             await expect(sharing).to_have_text(re.compile(alone))
             await page.screenshot(path=ARTEFACTS / "page-alone.png")
         async with opened(browser, begin("three", "serve")) as page:
@@ -280,7 +318,7 @@ async def test_polling_and_a_proxy_that_ends(
         await get(session, f"{url}/works")
         await expect(page.locator("#requests tbody tr")).to_have_count(1)
         await proxy.stop(1)
-        await expect(page.locator("#sentence")).to_have_text("No answer: this page does not reach the proxy.")
+        await expect(page.locator("#sentence")).to_have_text("No answer: this page cannot reach the proxy.")
         await expect(page.locator("#cure")).to_contain_text("Start metquay-proxy again")
         await expect(page.locator("#live")).to_have_text("no contact")
         left = await page.locator("#left").text_content()
@@ -292,8 +330,14 @@ async def test_polling_and_a_proxy_that_ends(
 @pytest.mark.parametrize(
     ("status", "slug", "body", "sentence", "cure"),
     [
-        (403, "client-key-required", '{"code": 403, "message": "x"}', "Locked: the proxy runs", "Load this page again"),
-        (403, "host-not-allowed", '{"code": 403, "message": "told"}', "Refused: the proxy runs", "told"),
+        (
+            403,
+            "client-key-required",
+            '{"code": 403, "message": "x"}',
+            "Locked: the proxy is running",
+            "Load this page again",
+        ),
+        (403, "host-not-allowed", '{"code": 403, "message": "told"}', "Refused: the proxy is running", "told"),
         (503, "shutting-down", '{"code": 503, "message": "told"}', "Stopping: no new", "told"),
         (200, None, "<html>", "Not the proxy: another program answers", "status 200"),
         (404, None, '{"error": "none"}', "Not the proxy: another program answers", "status 404"),

@@ -117,8 +117,8 @@ async def test_what_looks_wrong_about_refused_keys_is_told_everywhere(tmp_path: 
     file.chmod(0o600)
     environment = {"METQUAY_HOST": sandbox.url, "METQUAY_ACCESS_KEY": ACCESS_KEY, "METQUAY_LISTEN": "127.0.0.1:0"}
     doubt = (
-        "METQUAY_SECRET_KEY holds a name, as in NAME=value: only the value belongs there; it has quotation marks, "
-        "which are sent as a part of it: take them away (docker --env-file keeps them)"
+        "METQUAY_SECRET_KEY contains a name, as in NAME=value: only the value belongs there; it has quotation marks, "
+        "which are sent as a part of it: remove them (docker --env-file keeps them)"
     )
     seen = []
     with process(tmp_path, METQUAY_SECRET_KEY_FILE=str(file), **environment) as command:

@@ -67,16 +67,16 @@ OF_SEVERAL_MODULES = {
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "docs", "metquay_proxy", "tests"}
 
 CODE_LINES = {
-    "": 2373,
-    "downstream": 965,
-    "exchange": 731,
+    "": 2426,
+    "downstream": 956,
+    "exchange": 739,
     "replicas": 470,
-    "rules": 1900,
-    "upstream": 720,
+    "rules": 1906,
+    "upstream": 716,
 }
 """Lines of code of each floor of the package, the simulator apart: a bound may be lowered, and is where it is met.
 
-Of the 150 that the metrics listener, and what else people see, may add, 88 are in it.
+Of the 150 that the metrics listener, and what else people see, may add, 146 are in it.
 """
 LONGEST_FILE = 400
 

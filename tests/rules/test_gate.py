@@ -69,7 +69,10 @@ def admit(judge: Gate, fields: Fields, method: str = "GET", path: str = "/custom
     """Let the gate judge one request; ``Host: localhost:6387`` where a dictionary of ``fields`` names none."""
     if isinstance(fields, dict):
         fields = {"Host": HOST} | fields
-    return judge.check(method, RULES.parse(method, path), head_of(fields), now)
+    target = RULES.parse(method, path)
+    admission = judge.check(method, target, head_of(fields), now)
+    judge.permit(method, target, admission)
+    return admission
 
 
 def outcome(judge: Gate, fields: Fields, method: str, path: str, now: float = NOW) -> Admission | str:

@@ -928,7 +928,7 @@ class TestRequestBody:
         assert (b"", "/customers?first=0", True) == (reader.next(), asked(reader.head)[1], reader.complete)
         assert (b"de", "/3", 10) == (reader.next(), asked(reader.head)[1], reader.held)
         for again in (reader.next, lambda: reader.feed(b"x"), lambda: reader.feed(GET)):
-            with pytest.raises(ProxyError, match="no method that HTTP knows"):
+            with pytest.raises(ProxyError, match="not begin with a method that this proxy knows"):
                 again()
         assert (None, False) == (reader.head, reader.complete)
 

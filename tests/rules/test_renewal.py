@@ -13,7 +13,7 @@ FORGERY = UpstreamDistrusted("The certificate was not accepted.")
 BUSY = LoginBusy("Metquay's login answered with status 429.", 60.0)
 DEFECT = KeyError("hunter2")
 ALMOST = 0.9999999
-BROKEN = TokenEvent("failed", "The login failed by a defect of the proxy (KeyError): please report it.", None, 1.0)
+BROKEN = TokenEvent("failed", "The login failed because of a bug in the proxy (KeyError). Please report it.", None, 1.0)
 DEAD = replace(BROKEN, text="Metquay's login took longer than the token lives, or the machine slept meanwhile.")
 TOLD = [TokenEvent("obtained", "", 2.0, 1.0), TokenEvent("rejected", str(REFUSAL), None, 60.0)]
 
@@ -162,15 +162,21 @@ def test_how_long_a_request_may_wait(
             0,
             "token-unavailable",
             1,
-            "has not answered yet. The proxy goes on trying; send the request again in 1 s.",
+            "has not answered yet. It keeps trying; send the request again in 1 s.",
         ),
-        ([OUTAGE], 0, "token-unavailable", 1, "No access token can be had: Metquay's login answered with status 404."),
+        (
+            [OUTAGE],
+            0,
+            "token-unavailable",
+            1,
+            "The proxy has no access token for Metquay. Metquay's login answered with status 404.",
+        ),
         ([BUSY], 0.5, "token-unavailable", 60, "again in 60 s."),
         ([BUSY], 61, "token-unavailable", 1, "again in 1 s."),
         ([REFUSAL], 1e-6, "credentials-rejected", 60, "(status {401}). Check METQUAY_ACCESS_KEY and METQUAY_SECRET"),
         ([REFUSAL], 20 - 1e-9, "credentials-rejected", 40, "Secret files are read again in 40 s"),
         ([FORGERY], 0, "upstream-tls", 1, "The certificate was not accepted."),
-        ([DEFECT], 0, "token-unavailable", 1, "a defect of the proxy (KeyError)"),
+        ([DEFECT], 0, "token-unavailable", 1, "a bug in the proxy (KeyError)"),
     ],
 )
 def test_what_a_request_without_a_token_is_told(

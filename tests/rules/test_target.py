@@ -243,8 +243,8 @@ class TestBaseURL:
         [
             ("needs a host name", ["", "https://", "https:///api/v1", ":443", "2001:db8::1", "https:/lab.metquay.co"]),
             ("needs a host name", ["lab.metquay.co:0", "lab.metquay.co:65536", "lab.metquay.co:https"]),
-            ("no valid address", ["https://[::1", "https://lab\u2100.example"]),
-            ("no valid address|IPv6", ["https://[::g]"]),
+            ("not a valid address", ["https://[::1", "https://lab\u2100.example"]),
+            ("not a valid address|IPv6", ["https://[::g]"]),
             ("IPv6", ["https://[v1.a:b]"]),
             ("begins with https://", ["ftp://lab.metquay.co", "://lab.metquay.co"]),
             ("user name or password", ["https://user:hunter2@lab.metquay.co", "hunter2@lab.metquay.co"]),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -34,8 +35,23 @@ def test_each_fault_has_a_flag() -> None:
     made = simulator(values(*words.split(), "--fail", "500=0.5", "--fail", "503=0.25"), lambda _: None)
     expected = Faults(1.0, 2.0, {500: 0.5, 503: 0.25}, retry_after=True, lose_answer=0.5, reset=0.25, slow_body=9.0)
     assert replace(expected, token_lifetime=60.0) == made.faults
-    with pytest.raises(ValueError, match=r"latency must be seconds \(0 to 86400\), not 'x'"):
-        simulator(values("--latency", "x"), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        ("--latency x", "--latency 0.5"),
+        ("--fail 500=2", "--fail 503=0.1"),
+        ("--fail 500=0.1 --fail x", "--fail 503=0.1"),
+        ("--retry-after 1", "--retry-after on"),
+        ("--login-outage x", "--login-outage on"),
+    ],
+)
+def test_a_bad_fault_is_explained(words: str, right: str) -> None:
+    """As flags are written, with what would be right."""
+    with pytest.raises(ValueError, match=f"^{re.escape(words)} is wrong: .*, as in {re.escape(right)}$"):
+        simulator(values(*words.split()), lambda _: None)
+    simulator(values(*right.split()), lambda _: None)
 
 
 @posix_only
@@ -65,7 +81,7 @@ def test_the_sandbox_says_how_to_use_it_and_ends_in_order(tmp_path: Path) -> Non
     taken = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)  # noqa: S603 - ours
     assert 1 == taken.returncode
     assert 1 == taken.stderr.count("\n")
-    assert f"{url.split('/')[2]} is taken by another program" in taken.stderr
+    assert f"{url.split('/')[2]} is taken, probably by another program" in taken.stderr
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         process.send_signal(number)
     process.send_signal(signal.SIGTERM)

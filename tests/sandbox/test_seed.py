@@ -123,7 +123,7 @@ def test_a_seed_file_replaces_the_laboratory(tmp_path: Path) -> None:
         ("[" * 100_000, "not JSON in UTF-8: "),
         ("[]", "must be one JSON object with lists named customers, categories, instruments, works"),
         ('{"customers": {}}', "must be one JSON object with lists named"),
-        ('{"clients": []}', "unknown list 'clients'; known are customers, categories, instruments, works"),
+        ('{"clients": []}', "there is no list 'clients'; the lists are customers, categories, instruments, works"),
         ('{"customers": [{"companyName": "A"}, 1]}', "customers[1]: the body must be a JSON object"),
         ('{"customers": [{"compnyName": "A"}]}', "customers[0]: a customer has no field 'compnyName'"),
         ('{"customers": [{}]}', "customers[0]: Company name is required."),

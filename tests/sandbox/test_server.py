@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -459,37 +459,51 @@ class TestControl:
         assert Faults() == client.sandbox.faults
 
     @pytest.mark.parametrize(
-        ("wanted", "text"),
+        ("wanted", "right"),
         [
-            ({"latency": "soon"}, "latency must be seconds (0 to 86400), not 'soon'"),
-            ({"latency": True}, "latency must be seconds (0 to 86400), not True"),
-            ({"jitter": -1}, "jitter must be seconds (0 to 86400), not -1"),
-            ({"lose-answer": 1.5}, "lose-answer must be a rate from 0 to 1, not 1.5"),
-            ({"latency": 10**400}, "latency must be seconds (0 to 86400), not 1000"),
-            ({"latency": "9" * 400}, "latency must be seconds (0 to 86400), not '999"),
-            ({"reset": "nan"}, "reset must be a rate from 0 to 1, not 'nan'"),
-            ({"retry_after": 1}, "retry_after must be on or off, not 1"),
-            ({"login-outage": "x"}, "login-outage must be on, off or seconds (0 to 86400), not 'x'"),
-            ({"fail": {"200": 1}}, "fail must be STATUS=RATE with statuses from 400 to 599 and rates that add up to"),
-            ({"fail": {"500": 0.6, "503": 0.6}}, "fail must be STATUS=RATE"),
-            ({"fail": "500"}, "fail must be STATUS=RATE"),
-            ({"fail": 5}, "fail must be STATUS=RATE"),
-            ({"slow-body": "fast"}, "slow-body must be bytes a second"),
-            ({"colour": 1}, "unknown fault 'colour'; known are latency, jitter, fail, expire-tokens"),
-            ([], "the faults must be a JSON object"),
+            *[
+                ({"latency": value}, 'give seconds from 0 to 86400, as in {"latency": 0.5}')
+                for value in ("soon", True, -1, None, [], 10**400, "9" * 400)
+            ],
+            ({"lose-answer": 1.5}, 'give a rate from 0 (never) to 1 (always), as in {"lose-answer": 0.1}'),
+            ({"reset": "nan"}, 'give a rate from 0 (never) to 1 (always), as in {"reset": 0.1}'),
+            ({"retry_after": 1}, 'switch it on or off, as in {"retry_after": true}'),
+            (
+                {"login_outage": "x"},
+                'give seconds from 0 to 86400, or switch it on or off, as in {"login_outage": true}',
+            ),
+            *[
+                (
+                    {"fail": value},
+                    'give each status (400 to 599) its rate, at most 1 in all, as in {"fail": {"503": 0.1}}',
+                )
+                for value in (0.1, {"200": 1}, {"500": 0.6, "503": 0.6}, {"x": 1}, "500", 5, [5], None)
+            ],
+            ({"slow-body": "fast"}, 'give bytes a second, or 0 for no limit, as in {"slow-body": 1000}'),
         ],
     )
-    async def test_a_bad_fault_is_explained(self, client: Client, wanted: object, text: str) -> None:
-        """A 400 that says what would be right; nothing changes."""
+    async def test_a_bad_fault_is_explained(self, client: Client, wanted: object, right: str) -> None:
+        """A 400 that names the field, and shows what would be right, which is taken; before that nothing changes."""
         status, error = await client.control("POST", "/_sandbox/faults", json=wanted)
-        assert (400, 400) == (status, error["code"])
-        assert error["message"].startswith(text)
+        assert (400, {"code": 400, "message": f"{json.dumps(wanted)} is wrong: {right}"}) == (status, error)
         assert Faults() == client.sandbox.faults
+        status, _ = await client.control("POST", "/_sandbox/faults", json=json.loads(right.partition("as in ")[2]))
+        assert 200 == status
 
-    async def test_faults_that_are_no_json_are_refused(self, client: Client) -> None:
-        """As any other body."""
-        status, error = await client.control("POST", "/_sandbox/faults", data=b"latency=1")
-        assert (400, True) == (status, "not JSON" in error["message"])
+    async def test_an_unknown_fault_is_explained(self, client: Client) -> None:
+        """With the names that there are."""
+        status, error = await client.control("POST", "/_sandbox/faults", json={"colour": 1})
+        names = ", ".join(asdict(Faults()))
+        assert (400, f"there is no fault 'colour'; the faults are {names}") == (status, error["message"])
+
+    @pytest.mark.parametrize("body", [b"latency=1", b"[]", b"", b"[" * 100_000])
+    async def test_faults_that_are_no_json_object_are_refused(self, client: Client, body: bytes) -> None:
+        """With an example, which is taken."""
+        status, error = await client.control("POST", "/_sandbox/faults", data=body)
+        text, _, example = error["message"].partition(", such as ")
+        assert (400, "the faults must be a JSON object") == (status, text)
+        status, _ = await client.control("POST", "/_sandbox/faults", data=example)
+        assert 200 == status
 
     @pytest.mark.parametrize(
         ("name", "value", "status"),

@@ -229,7 +229,7 @@ class TestSilence:
         looks(bench, 2)
         response.news()
         looks(bench, 2)
-        with pytest.raises(UpstreamFailure, match="nothing came for 3 seconds") as caught:
+        with pytest.raises(UpstreamFailure, match="nothing came for 3 s") as caught:
             await begun(response)
         assert ("upstream-timeout", "unknown", False) == (caught.value.slug, caught.value.sent, caught.value.repeatable)
 

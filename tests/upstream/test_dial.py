@@ -45,7 +45,7 @@ async def test_connect_timeout() -> None:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}"
         error = await failure(url, patience=0.1)
     assert ("upstream-unreachable", True) == (error.slug, error.repeatable)
-    assert "could not be reached within 0.1 seconds. Check the network" in error.message
+    assert "could not be reached within 0.1 s. Check the network" in error.message
 
 
 @pytest.mark.parametrize("speaks", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"220 hello\r\n"])
@@ -112,11 +112,11 @@ async def test_a_look_up_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (OSError(24, "x"), "this program may open no more files"),
+        (OSError(24, "x"), "this program has reached its limit of open files"),
         (ConnectionRefusedError(111, "x"), "nothing listens there. Check METQUAY_HOST and its port."),
-        (ConnectionResetError(104, "x"), "the connection was closed at once. Try again."),
-        (OSError(101, "x"), "the network gives no way to it. Check the network (cable,"),
-        (TimeoutError(110, "x"), "could not be reached within 5 seconds."),
+        (ConnectionResetError(104, "x"), "the connection was closed at once. Check the firewall"),
+        (OSError(101, "x"), "the network has no connection to it. Check the network (cable,"),
+        (TimeoutError(110, "x"), "could not be reached within 5 s."),
     ],
 )
 async def test_causes(monkeypatch: pytest.MonkeyPatch, error: OSError, text: str) -> None:
@@ -140,19 +140,19 @@ def test_outbound_proxy() -> None:
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        (NO_TUNNEL % b"407 No", "It wants a user name and password, or others than it got: put them into METQUAY_"),
-        (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Negotiate, Basic realm="x"', "wants a user name and password"),
-        (NO_TUNNEL % b"407 No\r\nPROXY-AUTHENTICATE: NTLM\r\nProxy-Authenticate: Negotiate", "by NTLM or Negotiate,"),
-        (NO_TUNNEL % b"407 No\r\nProxy-Authenticate: Negotiate, NTLM", "px (or cntlm, for NTLM) does"),
-        (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Digest realm="a", nonce="basic"', "a login by Digest,"),
-        (NO_TUNNEL % b"403 No", "refused the way to lab.metquay.example:443 (status 403). Ask whoever runs it"),
+        (NO_TUNNEL % b"407 No", "It asks for a user name and password, or for different ones. Put them into METQUAY_"),
+        (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Negotiate, Basic realm="x"', "asks for a user name and password"),
+        (NO_TUNNEL % b"407 No\r\nPROXY-AUTHENTICATE: NTLM\r\nProxy-Authenticate: Negotiate", "with NTLM or Negotiate,"),
+        (NO_TUNNEL % b"407 No\r\nProxy-Authenticate: Negotiate, NTLM", "Run px (or cntlm, for NTLM)"),
+        (NO_TUNNEL % b'407 No\r\nProxy-Authenticate: Digest realm="a", nonce="basic"', "a login with Digest,"),
+        (NO_TUNNEL % b"403 No", "refused to connect to lab.metquay.example:443 (status 403). Ask whoever runs it"),
         (NO_TUNNEL % b"405 No", "It seems to be a web server, or a proxy that opens no tunnels"),
-        (NO_TUNNEL % b"302 Found", "It wants you to log in by a browser first"),
-        (NO_TUNNEL % b"502 No", "found no way to lab.metquay.example:443 (status 502). The fault lies behind it"),
+        (NO_TUNNEL % b"302 Found", "It wants you to log in with a browser first"),
+        (NO_TUNNEL % b"502 No", "could not reach lab.metquay.example:443 (status 502). The problem lies beyond it"),
         (NO_TUNNEL % b"503 No", "status 503"),
         (
             NO_TUNNEL % b'407 Nobody\r\nProxy-Authenticate: Basic realm="x"',
-            "wants a user name and password, ",
+            "asks for a user name and password, ",
         ),
         (b"SSH-2.0-x\r\n\r\n", "gave no valid HTTP answer. Check METQUAY_OUTBOUND_PROXY"),
         (b"", "closed the connection"),
@@ -193,7 +193,7 @@ async def test_corporate_proxy_away(host: str, why: str) -> None:
     error = await failure(LAB, proxy=proxy)
     assert error.message.startswith(f"The corporate proxy {host}:{port} could not be reached: ")
     assert why in error.message
-    assert "Check METQUAY_OUTBOUND_PROXY (or the system's)" in error.message
+    assert "Check METQUAY_OUTBOUND_PROXY (or the system's proxy setting)" in error.message
     assert "METQUAY_HOST" not in error.message
 
 

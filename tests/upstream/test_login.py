@@ -93,7 +93,7 @@ async def test_keys_that_cannot_be_read() -> None:
         (answered(body=bytes(100_000)), LoginFailed, "too long"),
         (answered(status="401 No"), CredentialsRejected, "METQUAY_SECRET_KEY is followed by a comment"),
         (answered("Retry-After: 7", status="503 Busy"), LoginFailed, "503"),
-        (answered("Location: /Elsewhere", status="302 Found"), LoginFailed, "/Elsewhere"),
+        (answered("Location: /Elsewhere", status="302 Found"), LoginFailed, "That is a web page"),
         (answered("Location: //[", status="302 Found"), LoginFailed, "302"),
         (b"nonsense", LoginFailed, "not valid HTTP"),
     ],

@@ -38,8 +38,8 @@ def test_an_address(text: str, expected: OutboundProxy) -> None:
 @pytest.mark.parametrize(
     ("why", "texts"),
     [
-        ("is a SOCKS proxy, which can't be used", ["socks5://u:hunter2@box", "SOCKS4A://u:hunter2#@box:1080/"]),
-        ("is a proxy that is itself spoken to over TLS", ["https://u:hunter2@box", "HTTPS://u:hunter2@box:443"]),
+        ("is a SOCKS proxy, which is not supported", ["socks5://u:hunter2@box", "SOCKS4A://u:hunter2#@box:1080/"]),
+        ("is an https:// proxy", ["https://u:hunter2@box", "HTTPS://u:hunter2@box:443"]),
         (r"is a script \(PAC\) for browsers", ["http://hunter2/proxy.PAC", "http://wpad/wpad.dat"]),
         (
             "must be the address of an HTTP proxy",
