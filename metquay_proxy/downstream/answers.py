@@ -120,10 +120,9 @@ def _write(
 def _own_fields(exchange: Exchange) -> list[tuple[str, str]]:
     """Return the fields that every answer of the proxy's own has."""
     date = formatdate(usegmt=True)
-    fields = [*exchange.cors, ("Cache-Control", "no-store"), ("Date", date), ("X-Request-Id", exchange.id)]
-    if exchange.fields.wait is not None:
-        fields.append(("Preference-Applied", f"wait={exchange.fields.wait:.0f}"))
-    return fields
+    wait = exchange.fields.wait
+    applied = [] if wait is None else [("Preference-Applied", f"wait={wait:.0f}")]
+    return [*exchange.cors, ("Cache-Control", "no-store"), ("Date", date), ("X-Request-Id", exchange.id), *applied]
 
 
 def _secret_key(data: bytes) -> str | None:

@@ -196,11 +196,10 @@ class Handler:
         """
         if self.draining:
             raise _shutting_down()
-        lines = b"\r\nAccept: application/json"
-        if asking.fields.wait is not None:
-            lines += b"\r\nPrefer: wait=%d" % asking.fields.wait
+        wait = asking.fields.wait
         exchange = Exchange("GET", asking.address, asking.agent, admission=asking.admission, caller=asking.caller)
-        exchange.fields = RequestFields(lines)
+        prefer = b"" if wait is None else b"\r\nPrefer: wait=%d" % wait
+        exchange.fields = RequestFields(b"\r\nAccept: application/json" + prefer)
         exchange.target = self._rules.parse("GET", what)
         exchange.outgoing = exchange.fields.outbound("GET", exchange.target.sent, host=self._host, chunked=False)
         exchange.path = exchange.target.path

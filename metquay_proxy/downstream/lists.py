@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from metquay_proxy.downstream.pages import Answer, wrong_method
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.lists import CONTENT_TYPES, MAX_PAGE, ListQuery, Pager, writer_for
+from metquay_proxy.rules.lists import CONTENT_TYPES, MAX_PAGE, CsvWriter, JsonWriter, ListQuery, Pager
 from metquay_proxy.threads import in_thread
 
 if TYPE_CHECKING:
@@ -24,13 +24,10 @@ if TYPE_CHECKING:
 
     from metquay_proxy.exchange.exchange import Exchange
     from metquay_proxy.rules.headers import ResponseHead
-    from metquay_proxy.rules.lists import CsvWriter, JsonWriter
 
 LISTS: Final = "/-/lists/"
 MOST: Final = 4
 """Lists that run at once."""
-_AGAIN: Final = 30.0
-"""Seconds after which another one may be asked for."""
 
 
 class Lists:
@@ -52,47 +49,39 @@ class Lists:
             raise wrong_method(exchange.method, exchange.target.local, "GET, HEAD")
         if self._running >= MOST:
             why = f"{MOST} lists are being sent already, and no more run at once. Nothing was sent."
-            raise ProxyError("quota-exceeded", f"{why} Ask again when one of them has ended.", retry_after=_AGAIN)
+            raise ProxyError("quota-exceeded", f"{why} Ask again when one of them has ended.", retry_after=30.0)
         self._running += 1
         try:
-            pager, writer = Pager(query), writer_for(query)
+            pager, writer = Pager(query), CsvWriter(query) if query.format == "csv" else JsonWriter()
             head, body = await self._page(exchange, pager)
             if head.status != HTTPStatus.OK:
-                yield _passed_on(head, body)
+                fields = {name.title(): value.decode("latin-1") for name, value in head.headers}
+                after = [("Retry-After", fields[b"Retry-After"])] if b"Retry-After" in fields else []
+                yield Answer(head.status, fields.get(b"Content-Type", "text/plain"), body, headers=(*after,))
                 return
             pieces = [await in_thread(lambda: writer.begin(pager.feed(body)))]
-            fields = (("Content-Disposition", query.content_disposition),)
-            rows = partial(self._rows, exchange, pager, writer, pieces)
-            yield Answer(HTTPStatus.OK, CONTENT_TYPES[query.format], headers=fields, stream=rows)
+
+            async def rows(_client: str | None) -> AsyncGenerator[bytes, None]:
+                yield pieces.pop()
+                while not pager.complete:
+                    head, body = await self._page(exchange, pager)
+                    if head.status != HTTPStatus.OK:
+                        raise _no_page(head.status)
+                    yield await in_thread(partial(lambda page: writer.more(pager.feed(page)), body))
+                yield writer.end
+
+            saved = ("Content-Disposition", f'attachment; filename="{query.name}.{query.format}"')  # RFC 6266
+            yield Answer(HTTPStatus.OK, CONTENT_TYPES[query.format], headers=(saved,), stream=rows)
         finally:
             self._running -= 1
-
-    async def _rows(
-        self, exchange: Exchange, pager: Pager, writer: CsvWriter | JsonWriter, pieces: list[bytes], _client: str | None
-    ) -> AsyncGenerator[bytes, None]:
-        """Yield the first rows, which are in ``pieces``, and then those of each page as it comes."""
-        yield pieces.pop()
-        while not pager.complete:
-            head, body = await self._page(exchange, pager)
-            if head.status != HTTPStatus.OK:
-                raise ProxyError("upstream-protocol", f"Metquay answered a page with status {head.status}.", sent="yes")
-            yield await in_thread(lambda body=body: writer.more(pager.feed(body)))  # type: ignore[misc] # bytes
-        yield writer.end
 
     async def _page(self, exchange: Exchange, pager: Pager) -> tuple[ResponseHead, bytes]:
         head, body = await self._ask(exchange, pager.target)
         if len(body) > MAX_PAGE or head.status in range(HTTPStatus.CREATED, HTTPStatus.BAD_REQUEST):
-            why = f"status {head.status}" if len(body) <= MAX_PAGE else f"more than {MAX_PAGE >> 20} MiB"
-            cure = "Check METQUAY_HOST, and ask for the pages yourself."
-            raise ProxyError(
-                "upstream-protocol", f"Metquay answered a page of this list with {why}. {cure}", sent="yes"
-            )
+            raise _no_page(head.status)
         return head, body
 
 
-def _passed_on(head: ResponseHead, body: bytes) -> Answer:
-    """Return Metquay's own refusal of the first page."""
-    fields = {name.decode().lower(): value.decode("latin-1") for name, value in head.headers}
-    after = fields.get("retry-after")
-    headers = () if after is None else (("Retry-After", after),)
-    return Answer(head.status, fields.get("content-type", "application/octet-stream"), body, headers=headers)
+def _no_page(status: int) -> ProxyError:
+    why = f"Metquay's answer (status {status}) is not a page of this list, or has more than {MAX_PAGE >> 20} MiB."
+    return ProxyError("upstream-protocol", f"{why} Check METQUAY_HOST, and ask for the list again.", sent="yes")

@@ -103,15 +103,11 @@ _OF_PAGE: Final = frozenset({b"origin", b"sec-fetch-site", b"referer"})
 POWERSHELL_5: Final = "windowspowershell"
 """The product of Windows PowerShell 5, which reads JSON without a charset as Latin-1."""
 _JSON_LINE: Final = re.compile(
-    rb"\r\n(?i:content-type):[ \t]*+(?i:application/json)(?![^;\r \t])(?![^\r]*(?i:charset)[ \t]*=)[^\r]*"
+    rb"(?i)\r\ncontent-type:[ \t]*+application/json(?![^;\r \t])(?![^\r]*charset[ \t]*=)[^\r]*"
 )
 _PREFER_LINE: Final = re.compile(rb"(\r\n(?i:prefer):)([^\r]*+)")
-_PREFERENCE: Final = re.compile(rb'(?:[^,"]|"(?:[^"\\]|\\.)*+"?)++')
-_WAIT: Final = re.compile(rb'(?i)[ \t]*wait[ \t]*(?:=[ \t]*"?([0-9]{1,9})"?[ \t]*)?(?:;.*)?')
-LONGEST_WAIT: Final = 600.0
-"""Seconds,"""
-_NOT_AT_ALL: Final = 1e-6
-"""and those that are meant by 0."""
+_PREFERENCE: Final = re.compile(rb'(?:[^,"]++|"(?:[^"\\]++|\\.)*"?)+')
+_WAIT: Final = re.compile(rb'(?i)[ \t]*wait[ \t]*(?:=[ \t]*"?([0-9]{1,9})"?[ \t]*|=[^;]*+)?(?:;.*)?')
 _NO_CONTENT: Final = 204
 _ENDLESS: Final = 1 << 62
 
@@ -247,7 +243,7 @@ def connection_options(fields: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
 def taken_wait(lines: bytes) -> tuple[float | None, bytes]:
     """Take ``wait`` out of the Prefer fields (RFC 7240 section 4.3); return its seconds, if any, and the other lines.
 
-    The first that is a number counts. Other preferences stay.
+    The first that is a number counts, up to 600; it is never quite 0. Other preferences stay.
     """
     waits: list[bytes] = []
 
@@ -258,7 +254,7 @@ def taken_wait(lines: bytes) -> tuple[float | None, bytes]:
         return line[0] if len(kept) == len(preferences) else line[1] + b",".join(kept) if kept else b""
 
     lines = _PREFER_LINE.sub(rest, lines)
-    return (min(max(float(waits[0]), _NOT_AT_ALL), LONGEST_WAIT) if waits else None), lines
+    return (min(max(float(waits[0]), 1e-6), 600.0) if waits else None), lines
 
 
 def _start(status: int, reason: bytes, lines: bytes, passed: frozenset[bytes]) -> bytes:

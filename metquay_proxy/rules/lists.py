@@ -69,7 +69,7 @@ FIELDS: Final = {name: tuple(fields.split()) for name, fields in re.findall(r"(?
 DATES: Final = ("Date", "Expiration")
 """How the names of those fields end that hold dates by the schema, or in live answers."""
 
-CONTENT_TYPES: Final = {"csv": "text/csv; charset=utf-8; header=present", "json": "application/json"}
+CONTENT_TYPES: Final = {"csv": "text/csv; charset=utf-8; header=present", "json": "application/json; charset=utf-8"}
 """A list's format, as its path ends, to the value of Content-Type."""
 _OPTIONS: Final = {"csv": {"dates=vendor", "formulas=keep"}, "json": set[str]()}
 
@@ -108,11 +108,6 @@ class ListQuery(NamedTuple):
             whole = "first and limit can't be chosen, because a list comes whole"
             raise ProxyError("bad-request", f"The query of this list was refused: {may}; {whole}. Nothing was sent.")
         return cls(name, ending, "".join(f"&{option}" for option in passed_on), tuple(options))
-
-    @property
-    def content_disposition(self) -> str:
-        """The value of Content-Disposition, for a browser to save the list as a file (RFC 6266)."""
-        return f'attachment; filename="{self.name}.{self.format}"'
 
 
 class Number(str):
@@ -253,11 +248,6 @@ class CsvWriter:
         if type(value) is str:
             return self._guard(_iso(value) if column.endswith(self._dates) else value)
         return _WORDS[value] if value is None or isinstance(value, bool) else _compact(value)
-
-
-def writer_for(query: ListQuery) -> JsonWriter | CsvWriter:
-    """Return the writer of the format that is asked for."""
-    return CsvWriter(query) if query.format == "csv" else JsonWriter()
 
 
 def _lines(rows: list[list[str]]) -> bytes:

@@ -162,7 +162,7 @@ class Renewal:
         if self.failure is not None:
             self.due = self._due_if_wanted = -math.inf
 
-    def patience(self, now: float, until: float, *, patient: bool) -> float:
+    def patience(self, now: float, until: float, *, patient: bool = False) -> float:
         """Return until when a request may go on to wait that could do so until ``until``: ``now`` means, not at all.
 
         It waits while a login is under way, at most 5 s more once one has failed unless it is ``patient``, and not for
