@@ -61,10 +61,7 @@ _IN_CLEAR: Final = (
 
 _ELSEWHERE: Final = "choose another place in {}, such as localhost:0 for any free port."
 _FORBIDDEN: Final = "is forbidden to this user.", "Choose another port above 1023, or a folder that it may write to."
-_NOT_HERE: Final = (
-    "is not an address of this computer, or IPv6 is off.",
-    "Write localhost, or 0.0.0.0 for every address.",
-)
+_NOT_HERE: Final = "is not an address of this computer, or IPv6 is off.", "Use localhost, or 0.0.0.0 for every address."
 _UNKNOWN: Final = "can't be used: its name is not known.", "Check the spelling, or write localhost."
 _WHY: Final = {
     errno.EADDRINUSE: ("is taken, probably by another program.", f"Stop that one, or {_ELSEWHERE}"),
@@ -241,18 +238,27 @@ async def let_in(  # noqa: PLR0913 - who is served where, and the bounds
     return [Door(partial(_secure, connect) if tls else connect, sockets, report, reserve)]
 
 
-async def _secure(connect: Connect, client: socket.socket) -> None:
+def _secure(connect: Connect, client: socket.socket) -> Coroutine[Any, Any, None]:
     """Connect over TLS; who speaks http in its place is answered in clear text, as far as that can be had.
 
-    The loop gets a descriptor of its own, since it has closed that by the time the handshake has failed.
+    The loop gets a descriptor of its own, since it has closed that by the time the handshake has failed. It is made at
+    once, so that whoever counts descriptors sees it.
     """
+    client.setblocking(False)  # noqa: FBT003 - a position of the standard library's
+    try:
+        return _shake_hands(connect, client, client.dup())
+    except OSError:
+        client.close()
+        raise
+
+
+async def _shake_hands(connect: Connect, client: socket.socket, own: socket.socket) -> None:
     with client:
-        client.setblocking(False)  # noqa: FBT003 - a position of the standard library's
         try:
-            await connect(client.dup())
+            await connect(own)
         except ssl.SSLError as error:
             if error.reason in {"HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "WRONG_VERSION_NUMBER"}:
-                log.warning("a client speaks no TLS where https is expected", address="".join(client.getpeername()[:1]))
+                log.warning("a client does not speak TLS, which is expected here")
                 client.send(_IN_CLEAR)
             raise
 
@@ -296,10 +302,10 @@ class Door:
         for _ in range(_AT_ONCE):
             try:
                 client, _from = sock.accept()
+                arriving = self._loop.create_task(self._connect(client))
             except OSError as error:  # nobody waits any more, or who did has just left
                 self._wait(error)
                 return
-            arriving = self._loop.create_task(self._connect(client))
             arriving.add_done_callback(partial(_arrived, client))
             if client.fileno() >= _descriptors(self._reserve):
                 self._wait(OSError(errno.EMFILE, ""))

@@ -49,8 +49,6 @@ MAX_REPLAY_LIMIT: Final = 64 * 1024 * 1024
 """Bytes; what all kept bodies together may take."""
 
 _NAMED_KEY: Final = re.compile(r"([A-Za-z0-9_-]+):([A-Za-z0-9._~-]{16,})(:read-only)?")
-_PEM: Final = "-----BEGIN"
-"""How the text of a file begins that may hold a private key: somebody may give that in place of its path."""
 _SHORT_KEY: Final = 16
 _SHORT_SECRET: Final = 12
 _REPLAY_LIMIT: Final = TypeAdapter(Annotated[ByteSize, Field(le=MAX_REPLAY_LIMIT)])
@@ -163,13 +161,17 @@ def _socket_mode(text: str) -> int:
     return int(match[1], 8)
 
 
+def _as_path(text: str) -> str:
+    """Return a path as it may be shown: in its place somebody may have put what the file holds, or that in base64."""
+    return text if re.match(r"(?s)(?!.*-----BEGIN|.*://.*@)(/|~|[A-Za-z]:|.*[.\\])", text) else "***"
+
+
 def _file(text: str) -> Path:
     path = Path(text)
     try:
         read_file(path)
     except OSError as error:
-        shown = "what is given in place of its path" if _PEM in text else text
-        raise ValueError(f"cannot read {shown}: {error.strerror}") from None
+        raise ValueError(f"cannot read {_as_path(text)}: {error.strerror}") from None
     return path
 
 
@@ -553,7 +555,7 @@ def _line(found: Found, name: str, words: str) -> str:
     hints = ", ".join(filter(None, (flag(name), "" if place == "flag" else f"found in {place}")))
     if re.match("[\"']", found.text(name)):
         words += "; remove its quotation marks (docker --env-file keeps them)"
-    words = re.sub(r"(://)[^/@']*@", r"\1***@", words)
+    words = re.sub(r"""(?<=['"]).*@(?=\S*['"])""", "***@", words)
     if not words.isprintable():
         words = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in words)
         words += "; in .env, write a path without double quotation marks, between which a backslash is an escape"
@@ -579,10 +581,11 @@ def _masked(name: str, text: str) -> str:
             return "none" if proxy == DIRECT else f"http://{'***@' if proxy.login else ''}{proxy}"
         if name == "client_keys":
             return shown_keys(_client_keys(text))
-    if _is_secret(name) or _PEM in text or (name.endswith("_file") and not os.path.isfile(text)):  # noqa: PTH113 - it may be the secret
+    if _is_secret(name) or (name.endswith("_file") and not os.path.isfile(text)):  # noqa: PTH113 - it may be the secret
         return "***"
-    path = VARIABLES[name].annotation == Path | None
-    return text if path else re.sub(r"^([a-z]+://)?.*@", r"\1***@", text, flags=re.DOTALL)
+    if VARIABLES[name].annotation == Path | None:
+        return _as_path(text)
+    return re.sub(r"^([a-z]+://)?.*@", r"\1***@", text, flags=re.DOTALL)
 
 
 def shown_keys(keys: Iterable[ClientKey]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from itertools import groupby, islice
-from operator import add
+from operator import add, attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from metquay_proxy.log import LEVELS, log, output, to_json
@@ -35,7 +35,8 @@ RECENT: Final = 100
 _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
 _IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason")
-_PARAMETER: Final = re.compile(";[^/]*+")
+_PARAMETER: Final = re.compile("(?:;|%3[Bb])[^/]*+")
+_ERROR: Final = attrgetter("error")
 _REFUSALS: Final = 10_000
 _FOLDED: Final = 256
 """Exchanges that are counted together at most."""
@@ -110,7 +111,7 @@ class Standing(NamedTuple):
     turned: float
     """When such trouble last began or ended."""
     login_turned: float
-    """When logins last began to fail, or to go well again."""
+    """When logins last began to go well, to fail, or to be refused."""
     success: float | None
     """When Metquay last answered a request with a status below 400."""
     refused: int
@@ -128,7 +129,8 @@ class Telemetry:
         self._trouble: Exchange | None = None
         self._success: float | None = None
         self._turned = self._login_turned = time.time()
-        self._login_fails = False
+        self._login: str | None = None
+        """What is told of a login that fails as the last one did; empty where it went well."""
         self._known = re.compile(rf"{re.escape(prefix)}/({'|'.join(_RESOURCES)})(/[^/?]*+)?(?:\?|\Z)")
         self._requests: Counter[tuple[str, str, int, str]] = Counter()
         self._retries = 0
@@ -172,9 +174,10 @@ class Telemetry:
         if not told:
             return
         self._refusals.extend([each.ended for each in told if each.error == "quota-exceeded"])
-        good = (each.ended for each in reversed(told) if each.answered_by == "metquay" and each.status < 400)  # noqa: PLR2004 - RFC 9110 section 15
+        good = (it.ended for it in reversed(told) if it.answered_by == "metquay" and it.status < 400 and not it.error)  # noqa: PLR2004 - RFC 9110 section 15
         self._success = next(good, self._success)
-        if self._trouble is not None or not _OUTAGE.isdisjoint([status for _, _, status, _ in kinds]):
+        outage = not _OUTAGE.isdisjoint([status for _, _, status, _ in kinds])
+        if self._trouble is not None or outage or any(map(_ERROR, told)):
             for each in told:
                 self._judge(each)
         if len({each.ended // 60 for each in told}) == 1:
@@ -188,9 +191,8 @@ class Telemetry:
     def _judge(self, each: Exchange) -> None:
         """Note what an exchange says of Metquay."""
         answered = each.answered_by == "metquay"
-        failed = each.status in _OUTAGE and (
-            answered or (each.attempts > 0 and (each.error or "").startswith(_TELLING))
-        )
+        broken = each.attempts > 0 and (each.error or "").startswith(_TELLING)
+        failed = broken or (answered and each.status in _OUTAGE)
         if failed or answered:
             if failed == (self._trouble is None):
                 self._turned = each.ended
@@ -240,7 +242,7 @@ class Telemetry:
         """Return a row for each minute, of numbers.
 
         They are the minute since 1970, how many exchanges were good, refused (4xx) and failed, the average of their
-        times and the longest one in milliseconds, and the attempts, which count against the quota. Minutes without
+        times and the longest one in milliseconds, and the attempts, those included that reached nobody. Minutes without
         exchanges are left out, and so is what is older than an hour.
         """
         self._fold()
@@ -249,11 +251,10 @@ class Telemetry:
 
     def token_event(self, event: TokenEvent) -> None:
         """Log what became of a login."""
-        failure = {"failed": "login failed", "rejected": "key pair refused"}.get(event.kind)
-        failed = failure is not None
-        if failed != self._login_fails:
-            self._login_fails, self._login_turned = failed, time.time()
-        if failed:
+        failure = {"failed": "login failed", "rejected": "key pair refused"}.get(event.kind, "")
+        if failure != self._login:
+            self._login, self._login_turned = failure, time.time()
+        if failure:
             tell = log.error if event.kind == "rejected" else log.warning
             tell(failure, reason=event.text, next_attempt_s=round(event.wait, 1))
         else:
@@ -331,7 +332,7 @@ def masked(target: str) -> str:
     The latter, as in ``;jsessionid=...``, let some servers know who asks (RFC 3986 section 3.3).
     """
     path, mark, query = target.partition("?")
-    path = _PARAMETER.sub(";*", path) if ";" in path else path
+    path = _PARAMETER.sub(";*", path) if ";" in path or "%3" in path else path
     if not mark:
         return path
     parts = query.split("&")

@@ -359,12 +359,12 @@ class TestProblems:
             ("METQUAY_OUTBOUND_PROXY", "http://box:1/hunter2", "must be the address of an HTTP proxy"),
             ("METQUAY_CLIENT_KEYS", " ", "is empty"),
             ("METQUAY_CLIENT_KEYS", ",", "contains no key"),
-            (
-                "METQUAY_TLS_KEY",
-                "-----BEGIN PRIVATE KEY-----\nhunter2",
-                "cannot read what is given in place of its path: ",
-            ),
-            ("METQUAY_ALLOWED_HOSTS", "https://me:hunter2@box", "'https://***@box' is not a host name"),
+            ("METQUAY_TLS_KEY", "-----BEGIN PRIVATE KEY-----\nhunter2", "cannot read ***: "),
+            ("METQUAY_TLS_CERT", "hunter2/LS0tLS1CRUdJTg==", "cannot read ***: "),
+            ("METQUAY_CA_BUNDLE", "https://me:hunter2@box", "cannot read ***: "),
+            ("METQUAY_ALLOWED_HOSTS", "https://me:hunter2@box", "'***@box' is not a host name"),
+            ("METQUAY_ALLOWED_HOSTS", "me:hunter2@box", "'***@box' is not a host name"),
+            ("METQUAY_LISTEN", "http://me:hun'ter/hunter2@box:1", "***@box:1"),
         ],
     )
     def test_a_wrong_secret_is_told_without_showing_it(

@@ -65,7 +65,7 @@ def metrics(telemetry: Telemetry, status: dict[str, Any]) -> dict[tuple[str, ...
         ("/customers?limit=*&name=*", "/customers?limit=5&name=ACME%20Ltd"),
         ("/customers?*", "/customers?ACME"),
         ("/customers?a=*&&*&b=*", "/customers?a=b=c&&secret&b="),
-        ("/FlexicalERP/app;*/rest;*?id=*", "/FlexicalERP/app;jsessionid=secret/rest;v=1;w=2?id=secret"),
+        ("/FlexicalERP/app;*/rest;*?id=*", "/FlexicalERP/app;jsessionid=secret/rest%3bv=1;w=2?id=secret"),
     ],
 )
 def test_query_values_are_masked(shown: str, target: str) -> None:
@@ -433,24 +433,26 @@ def test_trouble_with_metquay(wall: Callable[[float], None], *, read: bool) -> N
         (90.0, TokenEvent("renewed", "", 900.0, 720.0), 70.0, 80.0),
         (95.0, exchange(status=503, answered_by="proxy", error="token-unavailable", attempts=0), 70.0, 80.0),
         (97.0, exchange(status=503, answered_by="proxy", error="token-unavailable"), 97.0, 80.0),
+        (98.0, exchange(), 98.0, 98.0),
+        (99.0, exchange(status=200, error="upstream-closed"), 99.0, 98.0),
     ):
         wall(now)
         if isinstance(outcome, TokenEvent):
             telemetry.token_event(outcome)
         else:
             telemetry.closed(outcome)
-        if read or now == 97.0:
+        if read or now == 99.0:
             found = telemetry.standing()
             assert (turned, success) == (found.turned, found.success), now
-            assert (turned in {20.0, 60.0, 97.0}) == (found.trouble is not None), now
+            assert (turned in {20.0, 60.0, 97.0, 99.0}) == (found.trouble is not None), now
 
 
 def test_since_when_logins_fail(wall: Callable[[float], None]) -> None:
-    """From the first failure in a row to the login that goes well again."""
+    """From the first failure of its kind in a row to the login that goes well again; at the start, from the first."""
     telemetry = Telemetry()
     for now, kind, turned in (
-        *((1.0, "obtained", 0.0), (2.0, "failed", 2.0), (3.0, "rejected", 2.0)),
-        *((4.0, "recovered", 4.0), (5.0, "renewed", 4.0)),
+        *((1.0, "obtained", 1.0), (2.0, "failed", 2.0), (3.0, "failed", 2.0), (4.0, "rejected", 4.0)),
+        *((5.0, "rejected", 4.0), (6.0, "recovered", 6.0), (7.0, "renewed", 6.0)),
     ):
         wall(now)
         telemetry.token_event(TokenEvent(kind, "", 900.0, 720.0))  # type: ignore[arg-type] # one of the kinds

@@ -49,8 +49,6 @@ _HEADS_TOTAL: Final = 8 * 1024 * 1024
 """Bytes of the large heads of all requests under way, from which on no other is taken; large are those"""
 _LARGE_HEAD: Final = 4096
 """of more bytes than these."""
-_WORTH_TELLING: Final = 0.1
-"""Seconds; shorter waits are not worth telling."""
 
 log = structlog.get_logger("metquay_proxy")
 
@@ -184,10 +182,7 @@ class Handler:
         if head.status != HTTPStatus.OK:
             why = "`metquay-proxy check` says more."
             return {"ok": False, "text": f"Metquay answered, but not with customers (status {head.status}): {why}"}
-        text = f"Metquay answered in {asking.upstream * 1000:.0f} ms"
-        if asking.waited >= _WORTH_TELLING:
-            text += f", after {asking.waited:.1f} s in which the request waited"
-        return {"ok": True, "text": f"{text}."}
+        return {"ok": True, "text": f"Metquay answered in {asking.upstream * 1000:.0f} ms."}
 
     async def _ask(self, forwarder: Forwarder, asking: Exchange, what: str) -> tuple[ResponseHead, bytes]:
         """Read something from Metquay for an exchange, by one of its own; return the answer, or its beginning.
@@ -214,7 +209,7 @@ class Handler:
             exchange.note_error(error)
             raise
         finally:
-            asking.upstream, asking.waited = exchange.upstream, exchange.waited
+            asking.upstream = exchange.upstream
             exchange.let_go()
             self._telemetry.closed(exchange)
 

@@ -10,7 +10,6 @@ takes some 40 ms to be read and written: in a thread, so that nobody else waits 
 from __future__ import annotations
 
 import contextlib
-from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -20,10 +19,11 @@ from metquay_proxy.rules.lists import CONTENT_TYPES, MAX_PAGE, CsvWriter, JsonWr
 from metquay_proxy.threads import in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Container
 
     from metquay_proxy.exchange.exchange import Exchange
     from metquay_proxy.rules.headers import ResponseHead
+    from metquay_proxy.rules.lists import Record
 
 LISTS: Final = "/-/lists/"
 MOST: Final = 4
@@ -53,35 +53,34 @@ class Lists:
         self._running += 1
         try:
             pager, writer = Pager(query), CsvWriter(query) if query.format == "csv" else JsonWriter()
-            head, body = await self._page(exchange, pager)
+            head, rows = await self._page(exchange, pager, writer.begin, range(400, 600))
             if head.status != HTTPStatus.OK:
                 fields = {name.title(): value.decode("latin-1") for name, value in head.headers}
                 after = [("Retry-After", fields[b"Retry-After"])] if b"Retry-After" in fields else []
-                yield Answer(head.status, fields.get(b"Content-Type", "text/plain"), body, headers=(*after,))
+                yield Answer(head.status, fields.get(b"Content-Type", "text/plain"), rows, headers=(*after,))
                 return
-            pieces = [await in_thread(lambda: writer.begin(pager.feed(body)))]
 
-            async def rows(_client: str | None) -> AsyncGenerator[bytes, None]:
-                yield pieces.pop()
+            async def stream(_client: str | None) -> AsyncGenerator[bytes, None]:
+                nonlocal rows
+                yield rows
                 while not pager.complete:
-                    head, body = await self._page(exchange, pager)
-                    if head.status != HTTPStatus.OK:
-                        raise _no_page(head.status)
-                    yield await in_thread(partial(lambda page: writer.more(pager.feed(page)), body))
+                    _, rows = await self._page(exchange, pager, writer.more)
+                    yield rows
                 yield writer.end
 
             saved = ("Content-Disposition", f'attachment; filename="{query.name}.{query.format}"')  # RFC 6266
-            yield Answer(HTTPStatus.OK, CONTENT_TYPES[query.format], headers=(saved,), stream=rows)
+            yield Answer(HTTPStatus.OK, CONTENT_TYPES[query.format], headers=(saved,), stream=stream)
         finally:
             self._running -= 1
 
-    async def _page(self, exchange: Exchange, pager: Pager) -> tuple[ResponseHead, bytes]:
+    async def _page(
+        self, exchange: Exchange, pager: Pager, write: Callable[[list[Record]], bytes], refusals: Container[int] = ()
+    ) -> tuple[ResponseHead, bytes]:
+        """Return the head of the next page and what ``write`` makes of its new records; of ``refusals`` the body."""
         head, body = await self._ask(exchange, pager.target)
-        if len(body) > MAX_PAGE or head.status in range(HTTPStatus.CREATED, HTTPStatus.BAD_REQUEST):
-            raise _no_page(head.status)
-        return head, body
-
-
-def _no_page(status: int) -> ProxyError:
-    why = f"Metquay's answer (status {status}) is not a page of this list, or has more than {MAX_PAGE >> 20} MiB."
-    return ProxyError("upstream-protocol", f"{why} Check METQUAY_HOST, and ask for the list again.", sent="yes")
+        if head.status in refusals:
+            return head, body
+        if head.status != HTTPStatus.OK or len(body) > MAX_PAGE:
+            why = f"Metquay's answer (status {head.status}) is no page of this list, or has over {MAX_PAGE >> 20} MiB."
+            raise ProxyError("upstream-protocol", f"{why} Check METQUAY_HOST, and ask for the list again.", sent="yes")
+        return head, await in_thread(lambda: write(pager.feed(body)))

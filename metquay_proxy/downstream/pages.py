@@ -203,9 +203,10 @@ class Pages:
     def _state(self) -> dict[str, Any]:
         status = self._status()
         standing = self._telemetry.standing()
-        level, text, cure, since = headline(status, standing, time.time())
+        now = time.time()
+        level, text, cure, since = headline(status, standing, now)
         told = {"level": level, "text": text, "cure": cure, "since": since, "last_success": standing.success}
-        return {"headline": told, **status, "hour": self._telemetry.hour()}
+        return {"now": now, "headline": told, **status, "hour": self._telemetry.hour()}
 
     def _figures(self) -> str:
         lines = ",\n    ".join(self._telemetry.since(0)[0])
@@ -245,8 +246,8 @@ def wrong_method(method: str, path: str, allow: str) -> ProxyError:
 
 def headline(  # noqa: PLR0911 - each state has its sentence
     status: Mapping[str, Any], standing: Standing, now: float
-) -> tuple[str, str, str, float | None]:
-    """Return how things stand: a level (ok, slow, wait or bad), a sentence, what to do about it, and since when.
+) -> tuple[str, str, str, tuple[str, float] | None]:
+    """Return how things stand: a level (ok, slow, wait or bad), a sentence, what to do about it, what is since when.
 
     ``status`` is what ``/-/status`` tells, ``now`` the wall clock in seconds, as is the time that is returned (None:
     this is a matter of the moment). No sentence says more than these figures do.
@@ -259,22 +260,24 @@ def headline(  # noqa: PLR0911 - each state has its sentence
     if status.get("draining"):
         return "wait", "Stopping: no new requests are accepted.", "Start the proxy again when you need it.", None
     fails = f"{host} refuses the {key or 'key pair'}" if token["rejected"] else f"the login to {host} fails"
+    login = "Keys refused" if token["rejected"] else "Logins have failed", standing.login_turned
     if not status["ready"]:
         if token["failures_in_a_row"]:
-            return "bad", f"Not working: {fails}.", _login_cure(token), standing.login_turned
+            return "bad", f"Not working: {fails}.", _login_cure(token), login
         what = "Logging in again" if token["renewals"] else "Starting: logging in"
         return "wait", f"{what} to {host}.", "This usually takes a few seconds; requests wait for it.", None
     trouble = standing.trouble
     if trouble is not None:
         why = trouble.reason or f"It answered with status {trouble.status}. It may be restarting: wait a few minutes."
         cure = f'That was {_span(now - trouble.ended)} ago. {why} "Test the connection" shows whether it works now.'
-        return "bad", "The last request to Metquay failed.", cure, standing.turned
+        return "bad", "The last request to Metquay failed.", cure, ("Requests have failed", standing.turned)
     if token["failures_in_a_row"]:
-        text = f"Working for {_more(token['seconds_left'])}: {fails}."
-        return "slow", text, _login_cure(token), standing.login_turned
+        left = int(token["seconds_left"])
+        text = f"Working for another {f'{left // 60} min' if left >= 120 else f'{left} s'}: {fails}."  # noqa: PLR2004 - two
+        return "slow", text, _login_cure(token), login
     if standing.refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
         return "slow", *_slowed(quota, standing.refused, host), None
-    since = max(standing.turned, standing.login_turned)
+    since = "Working", max(standing.turned, standing.login_turned)
     return "ok", f"Ready: logged in to {host}{key and f' with {key}'}.", "", since
 
 
@@ -319,7 +322,3 @@ def _count(number: int, one: str, many: str) -> str:
 
 def _span(seconds: float) -> str:
     return f"{max(1, math.ceil(seconds))} s" if seconds < 100 else f"{round(seconds / 60)} min"  # noqa: PLR2004 - as the page has it
-
-
-def _more(seconds: float) -> str:
-    return f"another {int(seconds // 60)} min" if seconds >= 120 else f"another {int(seconds)} s"  # noqa: PLR2004 - two

@@ -328,15 +328,12 @@ class Forwarder:
         why = (
             "Metquay answered that its limit is reached (429); another program may be using the same keys."
             if self._line is None or self._line.snapshot().closed_for > 0
-            else "This request would wait too long: more is sent than the quota (METQUAY_RATE_LIMIT) allows."
+            else "It would wait too long: the quota is used up. Ask for more records at once (limit=500)."
         )
         wait = max(1, math.ceil(refusal.retry_after))
         cure = "An earlier attempt may have been carried out: check in Metquay before you send it again."
-        if exchange.sent == "no":
-            cure = (
-                f"It was not carried out. Send it again in {wait} s, or with the header Prefer: wait=120, so that it "
-                "waits here. To read lists, ask for more at once (limit=500)."
-            )
+        if exchange.sent == "no" or exchange.method in retries.READING:
+            cure = f"Nothing was changed. Send it again in {wait} s, or let it wait with the header Prefer: wait=120."
         return ProxyError("quota-exceeded", f"{why} {cure}", retry_after=refusal.retry_after)
 
 

@@ -186,8 +186,9 @@ def parse_login(status: int, body: bytes, now: float, *, pause: float | None = N
 def _redirected(status: int, location: str) -> str:
     """Say where a redirect points, for people: neither its query nor a password in it, and nothing unprintable."""
     url = urlsplit("")
-    with contextlib.suppress(ValueError):
-        url = urlsplit(location)
+    with contextlib.suppress(ValueError):  # of a password with a slash too, which looks like a port
+        found = urlsplit(location)
+        url = found if found.port != 0 else url
     if not url.netloc:
         return f"Metquay's login was redirected (status {status}) without a new address. Check METQUAY_HOST."
     place = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path.partition(';')[0]}".rstrip("/")

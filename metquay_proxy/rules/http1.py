@@ -255,7 +255,7 @@ class ResponseReader(_Reader):
             if not text:
                 begun = bytes((self._buffer or b"")[:16])
                 if not begun.startswith(_START[: len(begun)]):
-                    raise self._fault(f"it is not HTTP/1: it begins with {begun!r}")
+                    raise self._fault("it does not begin as HTTP/1 does")
                 return None, b""
             block, data = text.removesuffix(BLANK_LINE), data[at:]
             try:
@@ -274,7 +274,7 @@ def _parse_answer(method: str, block: bytes) -> ResponseHead | None:
     """Parse a head without its blank line that answers ``method``; None for an interim one. Raises ProtocolError."""
     line = _STATUS_LINE.match(block)
     if line is None:
-        raise ProtocolError(f"its status line is malformed: it begins with {block[:16]!r}")
+        raise ProtocolError("its status line is malformed")
     if not _well_formed(block, line.end(), _MAX_ANSWERED):
         raise ProtocolError(f"a header field is malformed, or there are more than {_MAX_ANSWERED}")
     minor, status, reason = int(line[1]), int(line[2]), line[3] or b""

@@ -676,7 +676,7 @@ async def test_an_answer_that_came_sooner_than_expected() -> None:
 @pytest.mark.parametrize(
     ("setting", "earlier", "outcome", "body", "retry_after", "why"),
     [
-        ({"rate": (1, 60.0)}, 1, 200, b"", 61, "This request would wait too long: more is sent than"),
+        ({"rate": (1, 60.0)}, 1, 200, b"", 61, "It would wait too long: the quota is used up"),
         (
             MINUTE,
             0,
@@ -701,7 +701,7 @@ async def test_what_a_refusal_says(  # noqa: PLR0913 - the columns of the table
         assert ("quota-exceeded", 1 - earlier, "no") == asked.outcome
         assert retry_after == asked.error.retry_after
         assert asked.error.message.startswith(why)
-        assert f"It was not carried out. Send it again in {retry_after} s" in asked.error.message
+        assert f"Nothing was changed. Send it again in {retry_after} s" in asked.error.message
         assert 1000 == rig.time.now()
         rig.upstream.outcomes = [200]
         await rig.time.advance(retry_after)
@@ -917,3 +917,19 @@ async def test_what_can_have_no_key(rig: Rig) -> None:
     assert ("bad-request", 0, "no") == (await rig.post(key="")).outcome
     assert ("body-too-large", 0, "no") == (await rig.post(LARGE)).outcome
     assert (200, 1, "yes") == (await rig.post(LARGE[1:])).outcome
+
+
+@pytest.mark.parametrize(
+    ("method", "sent", "told"),
+    [
+        ("PUT", "unknown", "An earlier attempt may have been carried out: check in Metquay before you send it again."),
+        ("GET", "unknown", "Nothing was changed. Send it again in "),
+    ],
+)
+async def test_a_refusal_after_an_attempt_whose_end_is_unknown(method: str, sent: str, told: str) -> None:
+    """It never says that nothing was changed where that is not known; a read changes nothing."""
+    async with Rig(max_wait=5.0) as rig:
+        rig.upstream.outcomes = [RESET, Reply(429, Retry_After="60")]
+        asked = await rig.run(rig.ask(method))
+        assert ("quota-exceeded", 2, sent) == asked.outcome
+        assert told in asked.error.message

@@ -90,7 +90,7 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             writer.write(b"\x16\x03\x01\x02\x00\x01")
             await reader.read()
             writer.close()
-            await expect(rows.first).to_contain_text("the tool uses the tool uses https, but this proxy uses http")
+            await expect(rows.first).to_contain_text("the tool uses https, but this proxy uses http")
             await page.fill("#filter", "excel 404")
             await expect(rows).to_have_count(1)
             await page.fill("#filter", "")
@@ -109,7 +109,7 @@ async def test_the_page_is_live(browser: Browser, session: aiohttp.ClientSession
             assert await page.locator("#answers rect").count() > 0
             await expect(page.locator("#attempts")).to_contain_text("3 attempts in the last hour.")
             await expect(page.locator("#when")).to_have_text(
-                re.compile(r"Since \d.+\. Last request that succeeded: \d.+\.")
+                re.compile(r"Working since \d.+\. Last request that succeeded: \d.+\.")
             )
             for chart, text in (
                 ("attempts", "3 attempts."),
@@ -170,7 +170,7 @@ async def test_a_request_is_looked_into(browser: Browser, session: aiohttp.Clien
         writer.close()
         await page.fill("#filter", "$(id)")
         await rows.locator("button").click()
-        await expect(detail.locator("code")).to_have_text(f'curl "{url}/api/v1/%24%28id%29%60id%60%21x%27y;z"')
+        await expect(detail.locator("code")).to_have_text(f'curl "{url}/api/v1/%24%28id%29%60id%60%21x%27y;*"')
         await page.fill("#filter", "power query")
         await expect(rows).to_have_count(1)
         await page.fill("#filter", "<img")

@@ -67,16 +67,16 @@ OF_SEVERAL_MODULES = {
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "docs", "metquay_proxy", "tests"}
 
 CODE_LINES = {
-    "": 2428,
-    "downstream": 1050,
-    "exchange": 761,
+    "": 2432,
+    "downstream": 1036,
+    "exchange": 758,
     "replicas": 471,
-    "rules": 2110,
+    "rules": 2102,
     "upstream": 716,
 }
 """Lines of code of each floor of the package, the simulator apart: a bound may be lowered, and is where it is met.
 
-Of the 150 that the metrics listener, and what else people see, may add, 146 are in it.
+Of the 150 that the metrics listener, and what else people see, may add, 150 are in it; of the 300 for whole lists, 298.
 """
 LONGEST_FILE = 400
 

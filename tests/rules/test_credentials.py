@@ -64,6 +64,7 @@ def test_what_a_status_means(
         ("https://eu.metquay.co/api/v1/authenticate/", "probably be https://eu.metquay.co/api/v1."),
         ("https://sso.lab.example/login;id=hunter2?to=hunter2", "to https://sso.lab.example. That is a web page"),
         ("https://sso.lab.example", "to https://sso.lab.example. That is a web page"),
+        ("https://me:hunter/2@sso.lab.example/authenticate", "without a new address. Check METQUAY_HOST."),
         ("https://sso.lab.\u00fc\x1b2J.example", "to https://sso.lab.??2J.example. That"),
         ("https://" + "a" * 999, "to https://" + "a" * 192 + ". That"),
         ("", "without a new address. Check METQUAY_HOST."),
