@@ -59,6 +59,7 @@ OF_SEVERAL_MODULES = {
     "soak": "the whole proxy, in a bad week",
     "structure": "the repository",
     "tagged": "the whole proxy: whose answer is whose",
+    "whole_lists": "the whole proxy: lists of many pages, while other tools write",
     "trust": "certificates and corporate proxies, on the way through the whole proxy",
     "work_per_request": "the whole proxy: what a request costs",
 }
