@@ -8,17 +8,14 @@ import io
 import json
 from typing import TYPE_CHECKING
 
-import aiohttp
 import pytest
 
 from metquay_proxy.rules.lists import MAX_PAGE
-from metquay_proxy.sandbox.server import Faults
 from tests import wire
-from tests.running import FastTime, running, simulated
 from tests.wire import Broken, answered, eventually, get
 
 if TYPE_CHECKING:
-    from tests.wire import Bench, Message, Peer
+    from tests.wire import Bench, Peer
 
 CSV, JSON = "/-/lists/customers.csv", "/-/lists/works.json"
 KEYS = "writer:0123456789abcdef,reader:fedcba9876543210:read-only"
@@ -257,31 +254,3 @@ async def test_a_window_that_metquay_closed(settings: dict[str, str]) -> None:
             assert (429, "quota-exceeded", 1) == (answer.status, answer.slug, len(bench.upstream.requests))
             answer = await bench.ask(get(JSON, "Prefer: wait=1"), page(1))
             assert b"wait=1" == answer.value(b"Preference-Applied")
-
-
-async def whole(url: str, path: str) -> Message | list[dict[str, object]]:
-    """Read a list as a tool would; raise what aiohttp raises where it broke."""
-    async with aiohttp.ClientSession() as session, session.get(url + path) as answer:
-        assert 200 == answer.status, await answer.text()
-        return json.loads(await answer.read())  # type: ignore[no-any-return]
-
-
-async def test_in_a_bad_week() -> None:
-    """With outages, resets, lost answers and tokens that end, a list is whole or visibly broken, and never short."""
-    quick = FastTime(50)
-    faults = Faults(fail={503: 0.1, 429: 0.05}, reset=0.05, lose_answer=0.05)
-    outcomes: list[int | str] = []
-    async with (
-        simulated(token_lifetime=3, clock=quick.now, sleep=quick.sleep, faults=faults) as sandbox,
-        running(sandbox.url, time_=quick, rate_limit="off", read_timeout="2") as (proxy, url),
-    ):
-        await eventually(proxy.ready)
-        expected = [record["id"] for record in sandbox.records.page("customers", 0, 10_000)]
-        for _ in range(30):
-            try:
-                records = await whole(url, "/-/lists/customers.json")
-                outcomes.append("whole" if expected == [record["id"] for record in records] else "short")  # type: ignore[index,call-overload]
-            except (aiohttp.ClientError, AssertionError, json.JSONDecodeError) as error:
-                outcomes.append("broken" if isinstance(error, aiohttp.ClientError | AssertionError) else "short")
-    assert "short" not in outcomes
-    assert "whole" in outcomes
