@@ -328,7 +328,7 @@ class Forwarder:
         why = (
             "Metquay answered that its limit is reached (429); another program may be using the same keys."
             if self._line is None or self._line.snapshot().closed_for > 0
-            else "It would wait too long: the quota is used up. Ask for more records at once (limit=500)."
+            else "Its turn would come too late: the quota is spread over the time. Ask for more at once (limit=500)."
         )
         wait = max(1, math.ceil(refusal.retry_after))
         cure = "An earlier attempt may have been carried out: check in Metquay before you send it again."

@@ -24,13 +24,18 @@ _MOST: Final = 100_000
 
 _FAULTS: Final[tuple[tuple[str, str, str, dict[str, Any]], ...]] = (
     ("--latency", "SECONDS", "seconds before each answer", {}),
-    ("--jitter", "SECONDS", "up to so many seconds more, at random", {}),
+    ("--jitter", "SECONDS", "up to that many seconds more, at random", {}),
     ("--retry-after", "on|off", "whether a 429 carries Retry-After (default: off)", {}),
     ("--lose-answer", "RATE", "share of requests (0 to 1) that are executed, but get no answer", {}),
     ("--reset", "RATE", "share of answers (0 to 1) whose connection is reset in mid-body", {}),
     ("--slow-body", "BYTES/S", "bytes a second at which the body of an answer comes", {}),
     ("--fail", "STATUS=RATE", "share of requests (0 to 1) that get this status; repeatable", {"action": "append"}),
-    ("--login-outage", "SECONDS", "answer logins with 503, so long or to the end", {"nargs": "?", "const": "on"}),
+    (
+        "--login-outage",
+        "SECONDS",
+        "answer logins with 503, for so many seconds or until it is switched off",
+        {"nargs": "?", "const": "on"},
+    ),
 )
 
 

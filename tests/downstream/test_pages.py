@@ -110,11 +110,12 @@ STATES: list[tuple[str, str, str, dict[str, Any]]] = [
         "73 of 100 requests in 60 s are used. None was refused in the last minute. It goes faster",
         quota(used=73, waiting=7, next_free_in=24.0),
     ),
-    ("slow", "Slowed down: 1 request waits for its turn.", FASTER, quota(waiting=1)),
+    ("slow", "Slowed down: 1 request waits for its turn.", FASTER, quota(waiting=1, next_free_in=2.0)),
+    ("ok", "Ready: logged in to", "", quota(waiting=1, next_free_in=1.9)),
     (
         *("slow", "Slowed down: a request that came now would wait 2 s."),
         "73 of 100 requests in 60 s are used. The rest of the quota is spread over the remaining time.",
-        quota(used=73, next_free_in=1.9),
+        quota(used=73, next_free_in=2.0),
     ),
     (
         *("slow", f"Slowed down: {LAB} accepts no requests for another 12 s."),

