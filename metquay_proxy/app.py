@@ -20,7 +20,7 @@ from metquay_proxy.downstream.handler import Handler
 from metquay_proxy.downstream.pages import Pages
 from metquay_proxy.downstream.server import Server
 from metquay_proxy.exchange.forwarder import Forwarder
-from metquay_proxy.exchange.line import Line
+from metquay_proxy.exchange.line import Line, PacedLine
 from metquay_proxy.exchange.tokens import TokenCache, suspend_aware_clock
 from metquay_proxy.listeners import (
     Serving,
@@ -132,19 +132,21 @@ class Proxy:
             scheme=scheme,
             own_names=own_names(settings.listen),
         )
+        forwarder = partial(
+            Forwarder,
+            self.pool,
+            self.tokens,
+            max_wait=settings.max_wait,
+            retries=settings.retries,
+            clock=clock,
+            records=None if self._shared is None else self._shared.records,
+            sleep=sleep,
+        )
         handler = partial(
             Handler,
             rules=TargetRules(base.prefix, self._own_authorities, pass_through=settings.pass_through),
-            forwarder=Forwarder(
-                self.pool,
-                self.tokens,
-                self._line,
-                max_wait=settings.max_wait,
-                retries=settings.retries,
-                clock=clock,
-                records=None if self._shared is None else self._shared.records,
-                sleep=sleep,
-            ),
+            forwarder=forwarder(self._line),
+            paced=forwarder(self._line and PacedLine(self._line, clock)),
             pages=self._pages,
             audit=self._audit,
             telemetry=self.telemetry,

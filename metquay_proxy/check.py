@@ -115,7 +115,7 @@ async def probed(load: Callable[[], Settings]) -> AsyncIterator[Probe]:
         cure = "Correct that; `metquay-proxy settings` shows where each setting comes from."
         yield Probe("settings", "failed", "\n".join(error.args), cure)
         return
-    yield Probe("settings", "ok", "\n".join(settings.warnings) or _COMPLETE)
+    yield Probe("settings", "ok", "\n".join(f"warning: {line}" for line in settings.warnings) or _COMPLETE)
     server = simulator.Sandbox()
     base, credentials = settings.host, settings.credentials
     if settings.sandbox:

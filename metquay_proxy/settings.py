@@ -171,7 +171,8 @@ def _file(text: str) -> Path:
     try:
         read_file(path)
     except OSError as error:
-        raise ValueError(f"cannot read {_as_path(text)}: {error.strerror}") from None
+        why = error.strerror if _as_path(text) == text else "this is no path; save the text in a file"
+        raise ValueError(f"cannot read {_as_path(text)}: {why}") from None
     return path
 
 
@@ -219,7 +220,7 @@ def _not_metquay(addresses: tuple[Address, ...], info: ValidationInfo) -> tuple[
     for address in addresses:
         own = Address(base.host, base.port) if base and (base.host == address.host or is_loopback(base.host)) else None
         if own and own.is_reached_at(address):
-            raise ValueError(f"{address} is where METQUAY_HOST points to: the proxy would forward to itself")
+            raise ValueError(f"{address} is METQUAY_HOST itself: the proxy would ask itself; choose another port")
     return addresses
 
 

@@ -34,7 +34,7 @@ RECENT: Final = 100
 """Exchanges that are kept for the status page; whoever reads too slowly misses those in between."""
 _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
-_IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason")
+_IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason", "sent")
 _PARAMETER: Final = re.compile("(?:;|%3[Bb])[^/]*+")
 _ERROR: Final = attrgetter("error")
 _REFUSALS: Final = 10_000
@@ -61,7 +61,7 @@ def line(it: Exchange) -> str:
     """Return what the log and the status page tell of it, as JSON. What is not known is left out, but for who asked."""
     second = int(it.ended)
     client = (it.admission.client or it.agent or it.caller)[:_LONGEST_CALLER] or None
-    told = (it.agent, it.address, it.replayed, it.error, it.reason)
+    told = (it.agent, it.address, it.replayed, it.error, it.reason, it.error and it.sent)
     who, more = _lasting(client, it.method, it.path, it.status, it.answered_by, told)
     return (
         f'{{"event": "request", "level": "{level(it)}", '

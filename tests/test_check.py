@@ -288,7 +288,9 @@ async def test_the_keys_look_wrong() -> None:
     marks = (
         "METQUAY_ACCESS_KEY has quotation marks, .* remove them .docker --env-file keeps them.*METQUAY_SECRET_KEY seems"
     )
-    assert re.match(marks, found["settings"].text, re.DOTALL)
+    assert re.match(
+        f"warning: {marks.replace('METQUAY_SECRET', 'warning: METQUAY_SECRET')}", found["settings"].text, re.DOTALL
+    )
     assert ("ok", "access key ***") == found["keys"][1:3]
     assert_failed(found, "login", "refused the key pair", marks)
     assert ACCESS_KEY not in str(found)
@@ -477,7 +479,7 @@ async def test_the_systems_proxy_cannot_be_used(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("HTTPS_PROXY", url)
     found = await probes("metquay.invalid")
     assert "ok" == found["settings"].outcome
-    assert re.match("HTTPS_PROXY, or the system's proxy setting, (is|must be) ", found["settings"].text)
+    assert re.match("warning: HTTPS_PROXY, or the system's proxy setting, (is|must be) ", found["settings"].text)
     assert_failed(found, "dns", "metquay.invalid .*could not be looked up", "METQUAY_HOST")
     assert "pass-word" not in str(found)
 
@@ -538,7 +540,7 @@ def test_a_warning_is_not_all_well(capsys: pytest.CaptureFixture[str]) -> None:
     """The last line says only what is so: there is a warning above it."""
     lines = printed(capsys, 0, client_key="short", retires="1", **NOWHERE)
     assert re.search(r"retires.* did you mean METQUAY_RETRIES\?$", lines[0], re.IGNORECASE)
-    assert lines[1] == f"{'':28}METQUAY_CLIENT_KEY is short: make it 16 random characters or more"
+    assert lines[1] == f"{'':28}warning: METQUAY_CLIENT_KEY is short: make it 16 random characters or more"
     assert f"Nothing failed, but there is a warning about the settings: {PASSED}" == lines[-1]
 
 

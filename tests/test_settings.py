@@ -359,9 +359,21 @@ class TestProblems:
             ("METQUAY_OUTBOUND_PROXY", "http://box:1/hunter2", "must be the address of an HTTP proxy"),
             ("METQUAY_CLIENT_KEYS", " ", "is empty"),
             ("METQUAY_CLIENT_KEYS", ",", "contains no key"),
-            ("METQUAY_TLS_KEY", "-----BEGIN PRIVATE KEY-----\nhunter2", "cannot read ***: "),
-            ("METQUAY_TLS_CERT", "hunter2/LS0tLS1CRUdJTg==", "cannot read ***: "),
-            ("METQUAY_CA_BUNDLE", "https://me:hunter2@box", "cannot read ***: "),
+            (
+                "METQUAY_TLS_KEY",
+                "-----BEGIN PRIVATE KEY-----\nhunter2",
+                "cannot read ***: this is no path; save the text in a file",
+            ),
+            (
+                "METQUAY_TLS_CERT",
+                "hunter2/LS0tLS1CRUdJTg==",
+                "cannot read ***: this is no path; save the text in a file",
+            ),
+            (
+                "METQUAY_CA_BUNDLE",
+                "https://me:hunter2@box",
+                "cannot read ***: this is no path; save the text in a file",
+            ),
             ("METQUAY_ALLOWED_HOSTS", "https://me:hunter2@box", "'***@box' is not a host name"),
             ("METQUAY_ALLOWED_HOSTS", "me:hunter2@box", "'***@box' is not a host name"),
             ("METQUAY_LISTEN", "http://me:hun'ter/hunter2@box:1", "***@box:1"),
@@ -430,7 +442,7 @@ class TestProblems:
     def test_the_proxy_is_not_its_own_upstream(self, host: str, listen: str) -> None:
         """Each request would come back until all connections are gone."""
         (line,) = problems({"host": host, "listen": listen, "trust_network": "yes"})
-        assert "is where METQUAY_HOST points to: the proxy would forward to itself" in line
+        assert "is METQUAY_HOST itself: the proxy would ask itself" in line
 
     @pytest.mark.parametrize(
         ("host", "listen"),

@@ -99,6 +99,7 @@ def test_a_line_tells_the_contract() -> None:
         "replayed": True,
         "error": "quota-exceeded",
         "reason": "More is asked for.",
+        "sent": "no",
     } == json.loads(line(made))
 
 

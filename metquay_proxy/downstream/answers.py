@@ -8,12 +8,14 @@ Facts: RFC 9110 section 8.6 (a 204 has no Content-Length); Fetch standard, secti
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
+from metquay_proxy.downstream.lists import LISTS
 from metquay_proxy.downstream.pages import wrong_method
 from metquay_proxy.rules.errors import ProxyError
 from metquay_proxy.rules.gate import PLACEHOLDER_LIFETIME, WATCHED
@@ -21,7 +23,8 @@ from metquay_proxy.rules.target import LOGIN_PATH
 
 if TYPE_CHECKING:
     from metquay_proxy.downstream.connection import ClientConnection
-    from metquay_proxy.downstream.pages import Pages
+    from metquay_proxy.downstream.lists import Lists
+    from metquay_proxy.downstream.pages import Answer, Pages
     from metquay_proxy.exchange.exchange import Exchange
     from metquay_proxy.rules.gate import Gate
 
@@ -34,10 +37,11 @@ _METHODS: Final = "GET, HEAD, POST, PUT, DELETE, OPTIONS, PATCH"
 class OwnAnswers:
     """Answers the requests that are never forwarded: logins, and what has a page."""
 
-    def __init__(self, gate: Gate, pages: Pages) -> None:
-        """``gate`` makes placeholders, ``pages`` answer all but logins."""
+    def __init__(self, gate: Gate, pages: Pages, lists: Lists) -> None:
+        """``gate`` makes placeholders, ``lists`` whole lists, and ``pages`` answer all else."""
         self._gate = gate
         self._pages = pages
+        self._lists = lists
 
     async def answer(self, client: ClientConnection, exchange: Exchange, now: float) -> None:
         """Answer what is never forwarded."""
@@ -50,12 +54,15 @@ class OwnAnswers:
             _write(client, exchange, 200, [("Content-Type", "application/json")], granted)
             return
         exchange.quiet = target.unasked or target.local in _QUIET
-        answer = self._pages.answer(exchange.method, target.local)
+        opened: contextlib.AbstractAsyncContextManager[Answer] = self._lists.opened(exchange)
+        if not target.local.startswith(LISTS):
+            opened = contextlib.nullcontext(self._pages.answer(exchange.method, target.local))
         client.proceed()
         await exchange.body.all(_LIMIT)
         exchange.keep = False
-        answer = replace(answer, headers=(*answer.headers, *_own_fields(exchange)))
-        await self._pages.send(client, exchange, answer)
+        async with opened as answer:
+            whole = replace(answer, headers=(*answer.headers, *_own_fields(exchange)))
+            await self._pages.send(client, exchange, whole)
 
     def _login(self, client: str | None, body: bytes, now: float) -> bytes:
         """Answer a login here, with a placeholder: SDKs that insist on logging in work with any keys."""
@@ -113,7 +120,9 @@ def _write(
 def _own_fields(exchange: Exchange) -> list[tuple[str, str]]:
     """Return the fields that every answer of the proxy's own has."""
     date = formatdate(usegmt=True)
-    return [*exchange.cors, ("Cache-Control", "no-store"), ("Date", date), ("X-Request-Id", exchange.id)]
+    wait = exchange.fields.wait
+    applied = [] if wait is None else [("Preference-Applied", f"wait={wait:.0f}")]
+    return [*exchange.cors, ("Cache-Control", "no-store"), ("Date", date), ("X-Request-Id", exchange.id), *applied]
 
 
 def _secret_key(data: bytes) -> str | None:

@@ -20,11 +20,13 @@ import structlog
 
 from metquay_proxy.audit import entry
 from metquay_proxy.downstream.answers import OwnAnswers, preflight, write_error
+from metquay_proxy.downstream.lists import Lists
 from metquay_proxy.exchange.body import NO_BODY, ReplayBudget, RequestBody
 from metquay_proxy.exchange.exchange import Exchange, Response
 from metquay_proxy.rules.errors import ProxyError
-from metquay_proxy.rules.headers import RequestFields, adapted, inbound
+from metquay_proxy.rules.headers import RequestFields, adapted, inbound, specially
 from metquay_proxy.rules.http1 import LONGEST_REMEMBERED, REMEMBERED
+from metquay_proxy.rules.lists import MAX_PAGE
 from metquay_proxy.rules.quota import Callers
 from metquay_proxy.rules.retries import READING
 
@@ -47,8 +49,6 @@ _HEADS_TOTAL: Final = 8 * 1024 * 1024
 """Bytes of the large heads of all requests under way, from which on no other is taken; large are those"""
 _LARGE_HEAD: Final = 4096
 """of more bytes than these."""
-_WORTH_TELLING: Final = 0.1
-"""Seconds; shorter waits are not worth telling."""
 
 log = structlog.get_logger("metquay_proxy")
 
@@ -62,6 +62,7 @@ class Handler:
         rules: TargetRules,
         gate: Gate,
         forwarder: Forwarder,
+        paced: Forwarder,
         pages: Pages,
         telemetry: Telemetry,
         base: BaseURL,
@@ -71,7 +72,7 @@ class Handler:
         read_timeout: float,
         only: Collection[str] | None = None,
     ) -> None:
-        """``scheme`` is what clients speak to us; sizes in bytes, times in seconds.
+        """``paced`` sends the pages of whole lists; ``scheme`` is what clients speak to us; sizes are in bytes.
 
         ``only``: the paths of our own that may be asked for here, each on a connection of its own, and no others; None:
         everything.
@@ -79,7 +80,7 @@ class Handler:
         self._rules = rules
         self._gate = gate
         self._forwarder = forwarder
-        self._own = OwnAnswers(gate, pages)
+        self._own = OwnAnswers(gate, pages, Lists(partial(self._ask, paced)))
         self._telemetry = telemetry
         self._base = base
         self._host = base.authority.encode()
@@ -162,6 +163,7 @@ class Handler:
     def refuse(self, client: ClientConnection, error: ProxyError) -> None:
         """Answer what was no request; raise ``ConnectionResetError`` where the client has left."""
         exchange = Exchange("-", client.address)
+        exchange.fields = RequestFields(b"")
         exchange.quiet = self._only is not None
         self._telemetry.opened()
         try:
@@ -171,32 +173,45 @@ class Handler:
 
     async def test(self) -> dict[str, Any]:
         """Read one customer as a tool would; return whether that went well (``ok``) and a ``text`` for people."""
-        exchange = Exchange("GET")
-        exchange.fields = RequestFields(b"\r\nAccept: application/json")
-        exchange.target = self._rules.parse("GET", "/customers?limit=1")
+        asking = Exchange("GET", caller="test of the connection")
+        asking.fields = RequestFields(b"")
+        try:
+            head, _ = await self._ask(self._forwarder, asking, "/customers?limit=1")
+        except ProxyError as error:
+            return {"ok": False, "text": error.message}
+        if head.status != HTTPStatus.OK:
+            why = "`metquay-proxy check` says more."
+            return {"ok": False, "text": f"Metquay answered, but not with customers (status {head.status}): {why}"}
+        return {"ok": True, "text": f"Metquay answered in {asking.upstream * 1000:.0f} ms."}
+
+    async def _ask(self, forwarder: Forwarder, asking: Exchange, what: str) -> tuple[ResponseHead, bytes]:
+        """Read something from Metquay for an exchange, by one of its own; return the answer, or its beginning.
+
+        Raises ``ProxyError``.
+        """
+        if self.draining:
+            raise _shutting_down()
+        wait = asking.fields.wait
+        exchange = Exchange("GET", asking.address, asking.agent, admission=asking.admission, caller=asking.caller)
+        prefer = b"" if wait is None else b"\r\nPrefer: wait=%d" % wait
+        exchange.fields = RequestFields(b"\r\nAccept: application/json" + prefer)
+        exchange.target = self._rules.parse("GET", what)
         exchange.outgoing = exchange.fields.outbound("GET", exchange.target.sent, host=self._host, chunked=False)
         exchange.path = exchange.target.path
         exchange.body = NO_BODY
-        exchange.caller = "test of the connection"
         self._telemetry.opened()
         try:
-            response = await self._forwarder.forward(exchange)
-            exchange.status = response.head.status
-            exchange.answered_by = "metquay"
+            response = await forwarder.forward(exchange)
+            exchange.status, exchange.answered_by = response.head.status, "metquay"
+            return response.head, await response.beginning(MAX_PAGE)
         except ProxyError as error:
-            exchange.status = error.status
+            exchange.status = exchange.status or error.status
             exchange.note_error(error)
-            return {"ok": False, "text": error.message}
+            raise
         finally:
+            asking.upstream = exchange.upstream
             exchange.let_go()
             self._telemetry.closed(exchange)
-        if exchange.status != HTTPStatus.OK:
-            why = "`metquay-proxy check` says more."
-            return {"ok": False, "text": f"Metquay answered, but not with customers (status {exchange.status}): {why}"}
-        text = f"Metquay answered in {exchange.upstream * 1000:.0f} ms"
-        if exchange.waited >= _WORTH_TELLING:
-            text += f", after {exchange.waited:.1f} s in which the request waited"
-        return {"ok": True, "text": f"{text}."}
 
     def _judge(
         self, client: ClientConnection, exchange: Exchange, head: RequestHead
@@ -302,6 +317,8 @@ class Handler:
             origin = host and self._origin + host
             cors = bool(exchange.cors)
             head = adapted(head, self._base, origin, hide_challenge=exchange.hide_challenge, cors=cors)
+        if exchange.fields.special:
+            head = specially(head, exchange.fields)
         return inbound(head, exchange.id.encode(), added)
 
     def _cancelled(self, client: ClientConnection, exchange: Exchange) -> None:

@@ -51,6 +51,8 @@ _BEATS: Final = 4
 """Looks for new exchanges from one report of the state to the next."""
 _AT_ONCE: Final = 10
 """Exchanges that one message tells of at most."""
+_SLOW: Final = 2.0
+"""Seconds from which on a wait for the quota is worth telling: the pace makes each tool wait for less now and then."""
 _LINGER: Final = 2.0
 """Seconds that a client may go on sending, so that it finds time to read its answer."""
 _POLICY: Final = (
@@ -275,7 +277,7 @@ def headline(  # noqa: PLR0911 - each state has its sentence
         left = int(token["seconds_left"])
         text = f"Working for another {f'{left // 60} min' if left >= 120 else f'{left} s'}: {fails}."  # noqa: PLR2004 - two
         return "slow", text, _login_cure(token), login
-    if standing.refused or (quota and (quota["closed_for"] or quota["waiting"] or quota["next_free_in"])):
+    if standing.refused or (quota and (quota["closed_for"] or quota["next_free_in"] >= _SLOW)):
         return "slow", *_slowed(quota, standing.refused, host), None
     since = "Working", max(standing.turned, standing.login_turned)
     return "ok", f"Ready: logged in to {host}{key and f' with {key}'}.", "", since

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from metquay_proxy.exchange.body import RequestBody
     from metquay_proxy.exchange.exchange import Exchange
-    from metquay_proxy.exchange.line import Line
+    from metquay_proxy.exchange.line import Line, PacedLine
     from metquay_proxy.exchange.tokens import TokenCache
     from metquay_proxy.rules.credentials import AccessToken
     from metquay_proxy.rules.quota import Ticket
@@ -67,7 +67,7 @@ class Forwarder:
         self,
         transport: Transport,
         tokens: TokenCache,
-        line: Line | None,
+        line: Line | PacedLine | None,
         *,
         max_wait: float,
         retries: int,
@@ -140,7 +140,7 @@ class Forwarder:
         """
         method, line, token, ticket = exchange.method, self._line, None, None
         fresh, now = False, self._clock()
-        exchange.deadline = now + self._max_wait
+        exchange.deadline = now + (exchange.fields.wait or self._max_wait)
         try:
             while True:
                 if not exchange.target.pass_through:
@@ -189,17 +189,18 @@ class Forwarder:
         except BaseException as error:  # noqa: BLE001 - it goes on, unless the last attempt left something better
             return _end(exchange, self._quota_exceeded(exchange, error) if isinstance(error, QuotaExceeded) else error)
 
-    async def _turn(self, line: Line, ticket: Ticket, exchange: Exchange) -> AccessToken:
+    async def _turn(self, line: Line | PacedLine, ticket: Ticket, exchange: Exchange) -> AccessToken:
         """Wait for the quota, and return a token: the wait may have outlived the one before."""
         try:
-            await self._waiting(exchange, line.wait(ticket))
+            exchange.deadline += await self._waiting(exchange, line.wait(ticket))
             return await self._token(exchange)
         except BaseException:
             line.settle(ticket, self._clock())
             raise
 
     async def _token(self, exchange: Exchange) -> AccessToken:
-        wanted = self._tokens.get(exchange.deadline - self._clock(), exchange.rejected)
+        patience, patient = exchange.deadline - self._clock(), exchange.fields.wait is not None
+        wanted = self._tokens.get(patience, exchange.rejected, patient=patient)
         return await self._waiting(exchange, wanted)
 
     def _begin(self, exchange: Exchange) -> None:
@@ -327,12 +328,12 @@ class Forwarder:
         why = (
             "Metquay answered that its limit is reached (429); another program may be using the same keys."
             if self._line is None or self._line.snapshot().closed_for > 0
-            else "This request would wait too long: more is sent than the quota (METQUAY_RATE_LIMIT) allows."
+            else "Its turn would come too late: the quota is spread over the time. Ask for more at once (limit=500)."
         )
         wait = max(1, math.ceil(refusal.retry_after))
         cure = "An earlier attempt may have been carried out: check in Metquay before you send it again."
         if exchange.sent == "no" or exchange.method in retries.READING:
-            cure = f"Nothing was changed. Send it again in {wait} s. To read lists, ask for more at once (limit=500)."
+            cure = f"Nothing was changed. Send it again in {wait} s, or let it wait with the header Prefer: wait=120."
         return ProxyError("quota-exceeded", f"{why} {cure}", retry_after=refusal.retry_after)
 
 

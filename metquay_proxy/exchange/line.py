@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
+from metquay_proxy.rules.quota import QuotaExceeded
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from metquay_proxy.rules.quota import Quota, Snapshot, Ticket
 
     CallLater = Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None
+
+
+_ANY_PACE: Final = 86_400.0
+"""Seconds that are always enough; Redis's scripts take no infinite number."""
 
 
 class Line:
@@ -29,8 +35,11 @@ class Line:
         self._timer: asyncio.TimerHandle | None = None
         self.ask: Final = quota.ask
 
-    async def wait(self, ticket: Ticket) -> None:
-        """Wait until the ticket is granted; raise ``QuotaExceeded`` where that came to be too late."""
+    async def wait(self, ticket: Ticket) -> float:
+        """Wait until the ticket is granted; raise ``QuotaExceeded`` where that came to be too late.
+
+        Returns how many of the seconds do not count as waiting: none.
+        """
         turn = asyncio.get_running_loop().create_future()
         ticket.on_settled = lambda: None if turn.done() else turn.set_result(None)
         self.poll()
@@ -38,6 +47,7 @@ class Line:
             await turn
         if ticket.refused is not None:
             raise ticket.refused
+        return 0.0
 
     def settle(self, ticket: Ticket, now: float) -> None:
         """Say that the answer's head has come, or that the attempt failed; what was not sent comes back."""
@@ -67,3 +77,31 @@ class Line:
         at = self._quota.poll(now)
         if at is not None:
             self._timer = self._call_later(max(0.0, at - now), self.poll)
+
+
+class PacedLine:
+    """The same line for the pages of whole lists: what they wait for the quota's pace does not count.
+
+    Only where Metquay itself takes nothing for a while, they wait no longer than others.
+    """
+
+    def __init__(self, line: Line, clock: Callable[[], float]) -> None:
+        self._line = line
+        self._clock = clock
+        self.settle: Final = line.settle
+        self.close: Final = line.close
+        self.snapshot: Final = line.snapshot
+
+    def ask(self, now: float, caller: str, max_wait: float) -> Ticket:
+        """Take a slot, or a place in the queue; raise ``QuotaExceeded`` where the window is closed for too long."""
+        if (closed_for := self.snapshot().closed_for) > max_wait:
+            raise QuotaExceeded(closed_for)
+        ticket = self._line.ask(now, caller, _ANY_PACE)
+        ticket.patience = max_wait
+        return ticket
+
+    async def wait(self, ticket: Ticket) -> float:
+        """Wait as in the line; return the seconds for which the window was open at first."""
+        opens = self._clock() + self.snapshot().closed_for
+        await self._line.wait(ticket)
+        return max(0.0, self._clock() - opens)

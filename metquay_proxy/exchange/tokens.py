@@ -109,11 +109,11 @@ class TokenCache:
         token = self._renewal.token
         return token if token is not None and token.usable(now) else None
 
-    async def get(self, max_wait: float, rejected: AccessToken | None = None) -> AccessToken:
+    async def get(self, max_wait: float, rejected: AccessToken | None = None, *, patient: bool = False) -> AccessToken:
         """Return a token that is usable now, and another than ``rejected``, after at most ``max_wait`` seconds.
 
-        Waits while a login is under way, at most 5 s more once one has failed, not at all when the keys were refused or
-        the upstream is not trusted, or where the next login comes too late. Raises ``ProxyError``:
+        Waits while a login is under way, at most 5 s more once one has failed (``patient``: all the time), not when the
+        keys were refused or the upstream is not trusted, or where the next login comes too late. Raises ``ProxyError``:
         ``token-unavailable``, ``credentials-rejected``, ``upstream-tls`` or ``shutting-down``.
         """
         until = self._clock() + max_wait
@@ -122,7 +122,7 @@ class TokenCache:
             while (token := self.current(self._clock())) is None or token == rejected:
                 self._poke()
                 now = self._clock()
-                until = self._renewal.patience(now, until)
+                until = self._renewal.patience(now, until, patient=patient)
                 if self._closed or not await self._within(self._news.wait(), until - now):
                     break
             else:

@@ -296,4 +296,5 @@ class Share:
         return nth(self._turns(now), len(self._queue) + 1) - now
 
     def _refuse_late(self, now: float) -> None:
-        self._queue.refuse(self._queue.late(self._turns(now)), now, self._next_free_in)
+        late = self._queue.late(self._turns(now), self._window.closed_until - now)
+        self._queue.refuse(late, now, self._next_free_in)

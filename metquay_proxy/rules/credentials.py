@@ -110,7 +110,7 @@ class LoginFailed(Exception):
 
     slug: ClassVar = "token-unavailable"
     told: ClassVar = (
-        "The proxy has no access token for Metquay. {why} It keeps trying; send the request again in {wait} s."
+        "The proxy has no access token for Metquay. {why} The proxy keeps trying; send the request again in {wait} s."
     )
     """The answer to a request that needs a token, and its text."""
     pause: float = 0.0

@@ -116,7 +116,7 @@ class UpstreamFailure(ProxyError):
     def __init__(
         self, slug: str, why: str, *, sent: Sent = "no", repeatable: bool = False, stale: bool = False
     ) -> None:
-        super().__init__(slug, why if sent == "no" else f"{why} {_BEFORE_A_REPEAT}", sent=sent)
+        super().__init__(slug, f"{why} {'Nothing was changed.' if sent == 'no' else _BEFORE_A_REPEAT}", sent=sent)
         self.why = why
         self.repeatable = repeatable
         self.stale = stale

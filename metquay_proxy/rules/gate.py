@@ -209,6 +209,8 @@ class Gate:
                 return False
             navigation = judged.get(b"sec-fetch-mode") == b"navigate" and judged.get(b"sec-fetch-dest") == b"document"
             return not (navigation and method == "GET" and target.local in _LINKED)
+        elif judged[b"referer"] == b"":
+            return False
         else:
             page = _ORIGIN.match(head.text(b"referer") or "")
             origin = page and page[0].lower()

@@ -33,7 +33,7 @@ FIELDS: Final = {
     b"authorization x-proxy-key": "outbound judged secret",
     b"proxy-authorization cookie": "secret",
     b"content-length": "noted once",
-    b"origin referer sec-fetch-* idempotency-key access-control-request-*": "judged",
+    b"origin referer sec-fetch-* idempotency-key access-control-request-* prefer": "judged",
     b"user-agent content-type content-location content-range max-forwards server": "once",
     b"etag": "once fresh",
     b"cache-control expires pragma last-modified": "fresh",
@@ -99,6 +99,15 @@ _USUAL_OPTIONS: Final = {option: frozenset({option}) for option in (b"close", b"
 _LONGEST_AGENT: Final = 200
 _PRODUCT: Final = re.compile(rb"(?:mozilla/\S+ \([^)]*\) )?[^a-z/(]*([a-z]*(?:[ ._-]+[a-z]++(?!\d))*)")
 """The words without digits that a User-Agent begins with; of one that says it is like a browser, those after that."""
+_OF_PAGE: Final = frozenset({b"origin", b"sec-fetch-site", b"referer"})
+POWERSHELL_5: Final = "windowspowershell"
+"""The product of Windows PowerShell 5, which reads JSON without a charset as Latin-1."""
+_JSON_LINE: Final = re.compile(
+    rb"(?i)\r\ncontent-type:[ \t]*+application/json(?![^;\r \t])(?![^\r]*charset[ \t]*=)[^\r]*"
+)
+_PREFER_LINE: Final = re.compile(rb"(\r\n(?i:prefer):)([^\r]*+)")
+_PREFERENCE: Final = re.compile(rb'(?:[^,"]++|"(?:[^"\\]++|\\.)*"?)+')
+_WAIT: Final = re.compile(rb'(?i)[ \t]*wait[ \t]*(?:=[ \t]*"?([0-9]{1,9})"?[ \t]*|=[^;]*+)?(?:;.*)?')
 _NO_CONTENT: Final = 204
 _ENDLESS: Final = 1 << 62
 
@@ -110,13 +119,15 @@ class RequestFields:
     what goes no further is among them too.
     ``options`` are those of Connection, in lower case; ``agent`` is the User-Agent, shortened, since many are kept, and
     ``product`` the name that it begins with, in lower case, without versions and numbers. ``of_page``: a browser says
-    which page it is for; ``secret``: it holds what nobody may remember. They came in HTTP/1.``minor``; ``length`` is
-    the body's in bytes: None where it is chunked, 0 without a body; ``keep_alive``: the client lets the connection stay
-    after the answer. Nothing of it ever changes once its reader has made it, so that many requests may share it.
+    which page it is for; ``secret``: it holds what nobody may remember; ``wait``: for how many seconds the request may
+    wait in all, None where that is not said; ``special``: its answer may have to say more than others do. They came in
+    HTTP/1.``minor``; ``length`` is the body's in bytes: None where it is chunked, 0 without a body; ``keep_alive``: the
+    client lets the connection stay after the answer. Nothing of it ever changes once its reader has made it, so that
+    many requests may share it.
     """
 
     __slots__ = ("_hop", "_kept", "_lines", "agent", "judged", "keep_alive", "length", "minor", "of_page", "options",
-                 "product", "secret")  # fmt: skip
+                 "product", "secret", "special", "wait")  # fmt: skip
 
     minor: int
     length: int | None
@@ -129,15 +140,19 @@ class RequestFields:
         for name, value in found:
             judged[name] = None if name in judged else value
         self.judged: Mapping[bytes, bytes | None] = judged
-        self.of_page = b"origin" in judged or b"sec-fetch-site" in judged or judged.get(b"referer", b"") != b""
+        self.of_page = not _OF_PAGE.isdisjoint(judged)
         agent = (judged.get(b"user-agent") or b"")[:_LONGEST_AGENT]
         self.agent = agent.decode("latin-1")
-        self.product = _PRODUCT.findall(agent.lower())[0].decode()
+        self.product = product = _PRODUCT.findall(agent.lower())[0].decode()
         self.options = connection_options(found)
         self._hop = self.options - _NO_HOP
         self.secret = not NAMES.secret.isdisjoint(judged)
         self._lines = lines
         self._kept = _without(self._hop, kept) if self._hop else kept
+        self.wait: float | None = None
+        self.special = b"prefer" in judged or product == POWERSHELL_5
+        if self.special:
+            self.wait, self._kept = taken_wait(self._kept)
 
     def text(self, name: bytes) -> str | None:
         """Return a judged field's value as text (latin-1); None where it is absent or came more than once."""
@@ -162,7 +177,7 @@ class RequestFields:
         """
         kept = self._kept
         if keep_authorization and self.judged.get(b"authorization") is not None:
-            kept = _without(self._hop, read_fields(self._lines, NAMES.of_passed_through)[1])
+            kept = taken_wait(_without(self._hop, read_fields(self._lines, NAMES.of_passed_through)[1]))[1]
         if read_only:
             kept = _without(NAMES.overrides, kept)
         if chunked:
@@ -225,6 +240,23 @@ def connection_options(fields: list[tuple[bytes, bytes]]) -> frozenset[bytes]:
     return _USUAL_OPTIONS.get(listed) or frozenset(_OPTION.findall(listed))
 
 
+def taken_wait(lines: bytes) -> tuple[float | None, bytes]:
+    """Take ``wait`` out of the Prefer fields (RFC 7240 section 4.3); return its seconds, if any, and the other lines.
+
+    The first that is a number counts, up to 600; it is never quite 0. Other preferences stay.
+    """
+    waits: list[bytes] = []
+
+    def rest(line: re.Match[bytes]) -> bytes:
+        preferences = {each: _WAIT.fullmatch(each) for each in _PREFERENCE.findall(line[2])}
+        waits.extend(wait[1] for wait in preferences.values() if wait and wait[1])
+        kept = [each for each, wait in preferences.items() if not wait]
+        return line[0] if len(kept) == len(preferences) else line[1] + b",".join(kept) if kept else b""
+
+    lines = _PREFER_LINE.sub(rest, lines)
+    return (min(max(float(waits[0]), 1e-6), 600.0) if waits else None), lines
+
+
 def _start(status: int, reason: bytes, lines: bytes, passed: frozenset[bytes]) -> bytes:
     fresh = b"Cache-Control: no-store\r\n" if NAMES.freshness.isdisjoint(passed) else b""
     number = b"" if b"x-request-id" in passed else b"X-Request-Id: "
@@ -250,6 +282,19 @@ def adapted(
     if origin is not None:
         kept = _LOCATION_LINE.sub(lambda line: line[1] + rewrite_location(line[2].rstrip(b" \t"), base, origin), kept)
     return replace(head, kept=_without(dropped, kept))
+
+
+def specially(head: ResponseHead, fields: RequestFields) -> ResponseHead:
+    """Return a head with what the request's ``special`` fields ask for.
+
+    Windows PowerShell 5 is told in which charset JSON is, which is UTF-8 (RFC 8259 section 8.1).
+    """
+    kept = head.kept
+    if fields.product == POWERSHELL_5:
+        kept = _JSON_LINE.sub(rb"\g<0>; charset=utf-8", kept)
+    if fields.wait is not None:
+        kept += b"\r\nPreference-Applied: wait=%d" % fields.wait
+    return replace(head, kept=kept)
 
 
 def inbound(head: ResponseHead, request_id: bytes, added: bytes) -> bytes:

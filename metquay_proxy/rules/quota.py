@@ -138,6 +138,8 @@ class Ticket:
 
     state: Literal["waiting", "granted", "sent", "over"] = "waiting"
     deadline = math.inf
+    patience = math.inf
+    """Seconds for which it waits where Metquay itself takes nothing."""
     on_settled: Callable[[], object] = bool
     refused: QuotaExceeded | None = None
     since = math.inf
@@ -427,11 +429,11 @@ class Queue:
         self.deadline = min((ticket.deadline for ticket in self if ticket.deadline > now), default=math.inf)
         return [ticket for ticket in self if ticket.deadline <= now]
 
-    def late(self, turns: Iterator[float]) -> list[Ticket]:
-        """Return those whose turn would come after their deadline."""
+    def late(self, turns: Iterator[float], closed_for: float) -> list[Ticket]:
+        """Return those whose turn would come after their deadline, or who do not wait for ``closed_for`` seconds."""
         late, due = [], next(turns)
         for ticket in self:
-            if due > ticket.deadline:
+            if due > ticket.deadline or closed_for > ticket.patience:
                 late.append(ticket)
             else:
                 due = next(turns)
@@ -508,7 +510,8 @@ class Quota:
         """
         now = self.window.advance(now)
         self.window.close(now, seconds)
-        self.queue.refuse(self.queue.late(self.window.turns(now)), now, self.next_free_in)
+        late = self.queue.late(self.window.turns(now), self.window.closed_until - now)
+        self.queue.refuse(late, now, self.next_free_in)
 
     def snapshot(self, now: float) -> Snapshot:
         """Return the figures for status page and metrics."""

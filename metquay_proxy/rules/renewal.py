@@ -162,16 +162,17 @@ class Renewal:
         if self.failure is not None:
             self.due = self._due_if_wanted = -math.inf
 
-    def patience(self, now: float, until: float) -> float:
+    def patience(self, now: float, until: float, *, patient: bool = False) -> float:
         """Return until when a request may go on to wait that could do so until ``until``: ``now`` means, not at all.
 
-        It waits while a login is under way, at most 5 s more once one has failed, and not for what won't come in time.
+        It waits while a login is under way, at most 5 s more once one has failed unless it is ``patient``, and not for
+        what won't come in time.
         """
         if isinstance(self.failure, (CredentialsRejected, UpstreamDistrusted)):
             return now
         if self.failure is None or self._logging_in:
             return until
-        until = min(until, now + FAILED_PATIENCE)
+        until = until if patient else min(until, now + FAILED_PATIENCE)
         return until if now + self.next_login_in(now) <= until else now
 
     def refusal(self, now: float) -> ProxyError:

@@ -1,6 +1,7 @@
 """The sandbox's records: what Metquay keeps, and the rules by which it refuses.
 
 Owns the four kinds of record, their fields, references, joins, computed dates and unique keys, and the vendor's texts.
+Of a large laboratory most records are variants of a few, made when they are asked for: 300,000 take 45 MB, not 450.
 Must not know HTTP libraries, sockets, tokens or the event loop: values in, values or a ``Refusal`` out.
 
 Facts (vendor's specification 1.0.0-jgi, unless marked): PUT replaces the whole record, left-out fields are reset;
@@ -17,11 +18,11 @@ import re
 import sys
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
-from itertools import islice
+from itertools import count, cycle, islice
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 Row = dict[str, Any]
 Keys = dict[Any, str]
@@ -50,6 +51,8 @@ VENDOR_TEXTS: Final = {
 _CLOSED: Final = ("finished", "cancelled", "closed")
 _SPAN: Final = ("DAY", "WEEK", "MONTH", "YEAR")
 _ID: Final = re.compile(r"[0-9]{1,18}")
+_OWNER: Final = {INSTRUMENTS: "customer_id", WORKS: "customerInstrumentId"}
+"""The column of a row that says what it belongs to."""
 _FREQUENCY: Final = re.compile(r"[1-9][0-9]{0,4}")
 _ISO: Final = re.compile(
     r"(\d{4}-\d\d-\d\d)(?:[Tt ](?:[01]\d|2[0-3]):[0-5]\d(?::(?:[0-5]\d|60)(?:\.\d+)?)?"
@@ -254,8 +257,11 @@ def _checked(kind: Kind, body: object, *, seeding: bool = False) -> Row:
 class _Table:
     next_id: int
     rows: dict[int, Row] = field(default_factory=dict)
+    """In the order of creation; a variant, which is made anew whenever it is asked for, has the row that it varies."""
     owners: dict[Any, int] = field(default_factory=dict)
-    keys: dict[int, Keys] = field(default_factory=dict)
+    """Whose each key is, but for those of variants."""
+    varied_for: dict[int, int] = field(default_factory=dict)
+    """A variant's id, and that of what it belongs to."""
 
 
 def local_day() -> date:
@@ -274,6 +280,7 @@ class Records:
         self.version = 0
         self.today = today
         self._tables = {name: _Table(kind.first_id) for name, kind in KINDS.items()}
+        self._vary: Callable[[str, Row, int], Row] = lambda _kind, row, _row_id: row
         self._build = {
             CUSTOMERS: self._customer,
             CATEGORIES: self._category,
@@ -284,9 +291,41 @@ class Records:
     def copy(self, today: Callable[[], date]) -> Records:
         """Return records that change independently; rows are shared, because none is ever changed in place."""
         twin = Records(today)
+        twin._vary = self._vary
         for kind, table in self._tables.items():
-            twin._tables[kind] = _Table(table.next_id, dict(table.rows), dict(table.owners), dict(table.keys))
+            twin._tables[kind] = _Table(table.next_id, dict(table.rows), dict(table.owners), dict(table.varied_for))
         return twin
+
+    def fill(self, number: int, vary: Callable[[str, Row, int], Row]) -> None:
+        """Add variants of the customers, instruments and works that are there, until there are ``number`` of each.
+
+        They take the memory of their ids: each is made anew whenever it is asked for, until a write makes it a record
+        of its own. ``vary`` takes a kind, a row and the variant's id, and returns what differs; that includes whatever
+        must be unique, with the id in it. A customer's variant has variants of its instruments, and these of its works.
+        """
+        self._vary = vary
+        for kind in (CUSTOMERS, INSTRUMENTS, WORKS):
+            table = self._tables[kind]
+            variants = islice(self._variants(kind), max(0, number - len(table.rows)))
+            for row_id, (row, owner_id) in zip(count(table.next_id), variants, strict=False):
+                table.rows[row_id] = row
+                table.next_id = row_id + 1
+                if kind in _OWNER:
+                    table.varied_for[row_id] = owner_id
+
+    def _variants(self, kind: str) -> Iterator[tuple[Row, int]]:
+        """Yield, without end, a row to vary and the id of what the variant belongs to."""
+        rows = [row for row in self._tables[kind].rows.values() if "parent_id" not in row]
+        if kind == CUSTOMERS:
+            yield from ((row, 0) for row in cycle(rows))
+            return
+        belongings: dict[int, list[Row]] = {}
+        for row in rows:
+            belongings.setdefault(row[_OWNER[kind]], []).append(row)
+        owners = self._tables[CUSTOMERS if kind == INSTRUMENTS else INSTRUMENTS].rows.items()
+        # variants come first, since they have nothing yet
+        for owner_id, owner in cycle(sorted(owners, key=lambda item: item[0] == item[1]["id"])) if rows else ():
+            yield from ((row, owner_id) for row in belongings.get(owner["id"], ()))
 
     def create(self, kind: str, body: object) -> int:
         """POST: the new record's id."""
@@ -307,11 +346,11 @@ class Records:
         if kind == WORKS and old["status"].casefold().startswith(_CLOSED):
             _invalid(f"Work {old['workNo']} is {old['status'].lower()} and cannot be modified.")
         kept = {name: old[name] for name in old if name not in KINDS[kind].asked}
-        row, keys = self._build[kind]({**KINDS[kind].defaults, **kept, **given}, old)
-        self._check_unique(kind, row, keys)
+        row = self._build[kind]({**KINDS[kind].defaults, **kept, **given}, old)
+        self._check_unique(kind, row)
         if kind == CATEGORIES and self._users("category_id", row_id):
             raise Refusal(409, "Resource cannot be updated because the category has associated instruments.")
-        self._store(kind, row, keys)
+        self._store(kind, row)
 
     def delete(self, kind: str, row_id: int) -> None:
         """DELETE: refused with 409 while other records depend on this one."""
@@ -320,17 +359,15 @@ class Records:
             if self._users(column, row_id):
                 text = f"Resource cannot be deleted because the {KINDS[kind].noun} has associated {dependents}."
                 raise Refusal(409, text)
-        table = self._tables[kind]
-        del table.rows[row_id]
-        for key in table.keys.pop(row_id):
-            del table.owners[key]
+        self._forget(kind, row_id)
+        del self._tables[kind].rows[row_id]
         self.version += 1
 
     def page(self, kind: str, first: int = 0, limit: int = 50, workspace: str = "") -> list[Row]:
         """GET: ``limit`` answers from the ``first`` (from 0) on, in the order of creation; "" means every workspace."""
-        rows = self._tables[kind].rows.values()
-        wanted = (row for row in rows if not workspace or row.get("workspaceCode") == workspace)
-        return [self._answer(kind, row) for row in islice(wanted, first, first + limit)]
+        rows = self._tables[kind].rows
+        ids = (row_id for row_id, row in rows.items() if row.get("workspaceCode") == workspace) if workspace else rows
+        return [self.answer(kind, row_id) for row_id in islice(ids, first, first + limit)]
 
     def answer(self, kind: str, row_id: int) -> Row:
         """One record as lists show it (the API itself has no such operation). Raises ``Refusal`` 404."""
@@ -343,38 +380,59 @@ class Records:
     def _insert(self, kind: str, given: Row) -> int:
         table = self._tables[kind]
         row_id: int = given.setdefault("id", table.next_id)
-        row, keys = self._build[kind]({**KINDS[kind].defaults, **given}, None)
-        self._check_unique(kind, row, keys)
-        self._store(kind, row, keys)
+        row = self._build[kind]({**KINDS[kind].defaults, **given}, None)
+        self._check_unique(kind, row)
+        self._store(kind, row)
         table.next_id = max(table.next_id, row_id + 1)
         return row_id
 
     def _row(self, kind: str, row_id: int) -> Row:
+        table = self._tables[kind]
         try:
-            return self._tables[kind].rows[row_id]
+            row = table.rows[row_id]
         except KeyError:
             raise Refusal(404, VENDOR_TEXTS[404].format(row_id)) from None
+        if row["id"] == row_id:
+            return row
+        belongs = {_OWNER[kind]: table.varied_for[row_id]} if kind in _OWNER else {}
+        return {**row, "id": row_id, **belongs, **self._vary(kind, row, row_id)}
 
     def _users(self, column: str, row_id: int) -> bool:
-        kind = WORKS if column == "customerInstrumentId" else INSTRUMENTS
-        return any(row.get(column) == row_id for row in self._tables[kind].rows.values())
+        table = self._tables[WORKS if column == "customerInstrumentId" else INSTRUMENTS]
+        varied_for = table.varied_for if column in _OWNER.values() else {}
+        return any(varied_for.get(user, row.get(column)) == row_id for user, row in table.rows.items())
 
-    def _check_unique(self, kind: str, row: Row, keys: Keys) -> None:
-        for key, name in keys.items():
-            if self._tables[kind].owners.get(key, row["id"]) != row["id"]:
+    def _owner(self, kind: str, key: object) -> int | None:
+        """Return the id of the record that has this key; a variant's key has its id in it, and need not be kept."""
+        table = self._tables[kind]
+        if key in table.owners:
+            return table.owners[key]
+        ids = (row_id for row_id in map(int, _ID.findall(str(key))) if row_id in table.rows)
+        return next((row_id for row_id in ids if key in _keys(kind, self._row(kind, row_id))), None)
+
+    def _check_unique(self, kind: str, row: Row) -> None:
+        for key, name in _keys(kind, row).items():
+            if self._owner(kind, key) not in (None, row["id"]):
                 noun = KINDS[kind].noun
                 detail = f"{'An' if noun[0] in 'aeiou' else 'A'} {noun} with this {name} already exists."
                 raise Refusal(409, VENDOR_TEXTS[409], detail)
 
-    def _store(self, kind: str, row: Row, keys: Keys) -> None:
+    def _store(self, kind: str, row: Row) -> None:
         table = self._tables[kind]
-        for key in table.keys.get(row["id"], ()):
-            del table.owners[key]
-        table.rows[row["id"]], table.keys[row["id"]] = row, keys
-        table.owners.update(dict.fromkeys(keys, row["id"]))
+        if row["id"] in table.rows:
+            self._forget(kind, row["id"])
+        table.rows[row["id"]] = row
+        table.owners.update(dict.fromkeys(_keys(kind, row), row["id"]))
         self.version += 1
 
-    def _customer(self, row: Row, old: Row | None) -> tuple[Row, Keys]:
+    def _forget(self, kind: str, row_id: int) -> None:
+        """Give back what a record has to itself."""
+        table = self._tables[kind]
+        for key in _keys(kind, self._row(kind, row_id)):
+            table.owners.pop(key, None)
+        table.varied_for.pop(row_id, None)
+
+    def _customer(self, row: Row, old: Row | None) -> Row:
         code = row.get("companyCode", "").strip()
         if old is not None:
             if code not in ("", old["companyCode"].strip()):
@@ -382,25 +440,21 @@ class Records:
             row["companyCode"] = old["companyCode"]
         elif not code:
             row["companyCode"] = f"C-{row['id']}"
-            while ("code", _fold(row["companyCode"])) in self._tables[CUSTOMERS].owners:
+            while self._owner(CUSTOMERS, ("code", _fold(row["companyCode"]))) is not None:
                 row["companyCode"] += "-1"
-        keys = {
-            ("name", _fold(row["companyName"])): "company name",
-            ("code", _fold(row["companyCode"])): "company code",
-        }
-        return row, keys
+        return row
 
-    def _category(self, row: Row, _old: Row | None) -> tuple[Row, Keys]:
-        return row, {_fold(row["name"]): "name"}
+    def _category(self, row: Row, _old: Row | None) -> Row:
+        return row
 
-    def _instrument(self, row: Row, old: Row | None) -> tuple[Row, Keys]:
-        customers, categories = self._tables[CUSTOMERS], self._tables[CATEGORIES]
+    def _instrument(self, row: Row, old: Row | None) -> Row:
         company, category = row["companyId"].strip(), row["instrumentCategoryName"].strip()
-        customer_id = customers.owners.get(("code", _fold(company)))
+        customer_id = self._owner(CUSTOMERS, ("code", _fold(company)))
         if customer_id is None and _ID.fullmatch(company):
             customer_id = int(company)
-        problems = [] if customer_id in customers.rows else [f"Customer with ID or code {company} does not exist."]
-        if (category_id := categories.owners.get(_fold(category))) is None:
+        known = customer_id in self._tables[CUSTOMERS].rows
+        problems = [] if known else [f"Customer with ID or code {company} does not exist."]
+        if (category_id := self._owner(CATEGORIES, _fold(category))) is None:
             problems.append(f"Instrument category {category} does not exist.")
         if problems:
             _invalid(" ".join(problems))
@@ -413,12 +467,12 @@ class Records:
         row.setdefault("barcode", f"MQ-{created.year}-{row['id']:05}")
         self._schedule(row, old)
         if (tag := row.pop("parentTagNo", None)) is not None:
-            family = [i for i in self._tables[INSTRUMENTS].rows.values() if i["customer_id"] == customer_id]
+            instruments = (self._row(INSTRUMENTS, row_id) for row_id in self._tables[INSTRUMENTS].rows)
+            family = [i for i in instruments if i["customer_id"] == customer_id]
             row["parent_id"] = next((i["id"] for i in family if i.get("tagNo") == tag), None)
             if row["parent_id"] is None:
                 _invalid(f"The customer has no instrument with tag {tag}.")
-        pair = (_fold(row.get("serialNo", "")), _fold(row.get("tagNo", "")))
-        return row, {(customer_id, *pair): "serial and tag number"} if all(pair) else {}
+        return row
 
     def _schedule(self, row: Row, old: Row | None) -> None:
         frequency, span = row.get("calibrationFrequency", "").strip(), row.get("calibrationFrequencySpan")
@@ -433,7 +487,7 @@ class Records:
         elif old is not None:
             row.pop("dueDate", None)
 
-    def _work(self, row: Row, old: Row | None) -> tuple[Row, Keys]:
+    def _work(self, row: Row, old: Row | None) -> Row:
         if row["customerInstrumentId"] not in self._tables[INSTRUMENTS].rows:
             _invalid(f"Customer instrument with ID {row['customerInstrumentId']} does not exist.")
         if old is None:
@@ -442,7 +496,7 @@ class Records:
             row.setdefault("workNo", f"CAL-{arrived.year}-{row['id']:06}")
         row["jobType"] = "At Customers Place" if row["siteJob"] else "Subcon" if row["outsource"] else "At Lab"
         row["accreditationType"] = "Accredited" if row["accreditation"] else "Non-Accredited"
-        return row, {_fold(row["workNo"]): "work number"}
+        return row
 
     def _answer(self, kind: str, row: Row) -> Row:
         wire = row if kind in (CUSTOMERS, CATEGORIES) else {**row, **self._joined(kind, row)}
@@ -453,12 +507,11 @@ class Records:
         }
 
     def _joined(self, kind: str, row: Row) -> Row:
-        instruments = self._tables[INSTRUMENTS].rows
-        instrument = row if kind == INSTRUMENTS else instruments[row["customerInstrumentId"]]
-        customer = self._tables[CUSTOMERS].rows[instrument["customer_id"]]["companyName"]
-        category = self._tables[CATEGORIES].rows[instrument["category_id"]]["name"]
+        instrument = row if kind == INSTRUMENTS else self._row(INSTRUMENTS, row["customerInstrumentId"])
+        customer = self._row(CUSTOMERS, instrument["customer_id"])["companyName"]
+        category = self._row(CATEGORIES, instrument["category_id"])["name"]
         if kind == INSTRUMENTS:
-            parent = instruments.get(row.get("parent_id", 0), {})
+            parent = self._row(INSTRUMENTS, row["parent_id"]) if "parent_id" in row else {}
             return {"companyName": customer, "instrumentCategory": category, "parentTagNo": parent.get("tagNo")}
         return {
             "customer": customer,
@@ -472,6 +525,16 @@ class Records:
             "dueDate": row.get("dueDate", row.get("deliveryDate")),
             "workspace": row.get("workspace", row.get("workspaceCode")),
         }
+
+
+def _keys(kind: str, row: Row) -> Keys:
+    if kind == CUSTOMERS:
+        name, code = _fold(row["companyName"]), _fold(row["companyCode"])
+        return {("name", name): "company name", ("code", code): "company code"}
+    if kind == INSTRUMENTS:
+        pair = (_fold(row.get("serialNo") or ""), _fold(row.get("tagNo") or ""))
+        return {(row["customer_id"], *pair): "serial and tag number"} if all(pair) else {}
+    return {_fold(row["workNo"]): "work number"} if kind == WORKS else {_fold(row["name"]): "name"}
 
 
 _ANSWERED: Final = {name: kind.answered for name, kind in KINDS.items()}

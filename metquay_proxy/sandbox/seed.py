@@ -3,6 +3,7 @@
 Owns the made-up customers, instruments and works, and the shape of a seed file. Must not know HTTP, and must not write
 records past the rules: both ways go through ``Records.load``. The same day gives the same records, so that a test, a
 colleague and tomorrow's bug report see one laboratory; dates lie around that day, so that due dates stay believable.
+Where more records are wanted than the laboratory has, the further ones are variants of these with awkward texts.
 
 Facts: the vendor's examples name customer 10427 (code MCS-001), instrument 8234 and work 21568: they exist here too.
 
@@ -69,15 +70,28 @@ def load_seed(path: str | PathLike[str]) -> Records:
     return records
 
 
-def sample_records(today: date | None = None) -> Records:
-    """Make the laboratory as it is on ``today`` (default: the machine's local day, which then moves on by itself)."""
-    return _sample(today or local_day()).copy(local_day if today is None else lambda: today)
+def sample_records(today: date | None = None, number: int | None = None) -> Records:
+    """Make the laboratory as it is on ``today`` (default: the machine's local day, which then moves on by itself).
+
+    With a ``number`` there are so many customers, instruments and works. Where the laboratory has more, its first
+    customers are kept, of their instruments the first, and of the works on these; where it has fewer, variants follow.
+    """
+    records = _sample(today or local_day(), number).copy(local_day if today is None else lambda: today)
+    if number:
+        records.fill(number, _variant)
+    return records
 
 
 @lru_cache(maxsize=4)
-def _sample(today: date) -> Records:
+def _sample(today: date, number: int | None) -> Records:
     records = Records(lambda: today)
-    for kind, rows in _laboratory(today).items():
+    laboratory = _laboratory(today)
+    laboratory[CUSTOMERS] = laboratory[CUSTOMERS][:number]
+    codes = {customer["companyCode"] for customer in laboratory[CUSTOMERS]}
+    laboratory[INSTRUMENTS] = [row for row in laboratory[INSTRUMENTS] if row["companyId"] in codes][:number]
+    ids = {instrument["id"] for instrument in laboratory[INSTRUMENTS]}
+    laboratory[WORKS] = [row for row in laboratory[WORKS] if row["customerInstrumentId"] in ids][:number]
+    for kind, rows in laboratory.items():
         for row in rows:
             records.load(kind, {name: date_text(v) if isinstance(v, date) else v for name, v in row.items()})
     return records
@@ -318,3 +332,84 @@ def _finish(chance: random.Random, day: date, due: date) -> Drawn:
         "finishedBy": chance.choice(_TECHNICIANS),
         "recommendedDueDate": due,
     }
+
+
+# What variants have of their own. The lengths of the three lists for customers have no divisor in common, nor one with
+# the number of customers, so that each meets each.
+
+_NAMES: Final = (
+    "{} Plant {}",
+    '{} "Works {}", Inc.',
+    "={} {}",
+    "{} & Söhne {} GmbH",
+    "{}'s Laboratory No. {}",
+    "{} µ-Optics {}",
+    "{} 計測 {} 株式会社",
+    "{}, Site {}",
+    "{} <R&D> {}",
+)
+_PHONES: Final = (
+    *("+49 (0) 30-{}", "(030) {}", "=+41-44-{}", "0049/89/{}", "+1-312-{} ext. 7", "{}", "+33.1.{}", "0{} / 0{}"),
+    *("-{}", ""),
+    None,
+)
+_ODD_CUSTOMERS: Final[tuple[Drawn, ...]] = (
+    {},
+    {"notes": "Ring twice, then wait.\nGate 2, not 3;\tno deliveries on Fridays."},
+    {"notes": 'First line\r\n\r\n"third line", with a comma', "website": None},
+    {"billingAddr2": "c/o Müller, 2. Stock", "other": "=SUM(A1:A9)"},
+    {"email": "", "paymentMethod": "", "billingState": ""},
+    {"hasBillingAddress": False}
+    | dict.fromkeys(("billingAddr1", "billingCity", "billingState", "billingZip", "billingCountry", "email")),
+    {"customerSpecificRequirements": 'Labels say "checked", never "passed"; report k = 2 at 20 °C ±0.5 °C.'},
+    {"billingZip": "01067", "fax": "-", "taxCode": "007"},
+    {"other": "@home", "notes": "  two spaces before, and after  "},
+    {"customerSpecificRequirement": "C:\\certificates\\new; 100 % of the points, ≤ 0.5 µm"},
+    {"notes": "n/a", "openingBalance": -12.5},
+    {"customerSpecificRequirements": "Each point is measured three times, and all results are reported. " * 30},
+    {"isTaxable": False, "taxCode": "1E5", "openingBalance": 0.1},
+)
+_SERIALS: Final = ("{}", "{:08}", "{}E2", "SN {}/A", "-{}", "№{}", "={}", "", None, "{}\u00a0B", "'{}")
+_ODD_INSTRUMENTS: Final[tuple[Drawn, ...]] = (
+    {},
+    {"remarks": 'Display 3½ digits; "good as new"', "instrumentNotes": "Zero before use.\nKeep at 20 °C ±2 °C."},
+    {"range": "-10…+50 °C, 0.1 µm", "departmentName": ""},
+    {"type": "", "tolerance": None, "calibrationCost": None, "certificateUrl": None},
+    {"projectNames": ["Line 4, north", 'so-called "R2"', "=A1"]},
+    {"remarks": "+/- 5 µm\r\n-- see note", "controlNo": "1-2"},
+    {"model": "=1+1", "itemModel": "=1+1", "calibrationCost": 0.1},
+)
+_ODD_WORKS: Final[tuple[Drawn, ...]] = (
+    {},
+    {"remarks": 'Customer says: "wait",\nthen: "go on".'},
+    {"certificateAddress": "Kestrel Optics GmbH\nWerk 2, Tor 4\n80331 München", "customerPoNo": "0815"},
+    {"remarks": "", "salesPerson": None, "customerPoNo": None},
+    {"scope": "5 points; k = 2, U ≤ ±0.3 µm, 20 °C", "remarks": "-5 % of range"},
+    {"customerSpecificRequirements": "=HYPERLINK(A1), as text", "subConDetails": "a;b,c|d"},
+    {"technician": "O'Brien, Seán", "remarks": "late\u2028very late"},
+)
+
+
+def _variant(kind: str, row: Drawn, row_id: int) -> Drawn:
+    if kind == CUSTOMERS:
+        short, phone = row["shortName"], _PHONES[row_id % len(_PHONES)]
+        return {
+            "companyName": _NAMES[row_id % len(_NAMES)].format(short, row_id),
+            "companyCode": f"{short[:3].upper()}-{row_id}",
+            "shortName": f"{short} {row_id}",
+            "phone": phone and phone.format(*2 * [row_id * 7919 % 10**7]),
+        } | _ODD_CUSTOMERS[row_id % len(_ODD_CUSTOMERS)]
+    if kind == INSTRUMENTS:
+        serial = _SERIALS[row_id % len(_SERIALS)]
+        return {
+            "serialNo": serial and serial.format(row_id),
+            "tagNo": f"{row['tagNo'][:8]}{row_id}",
+            "controlNo": f"CTL-{row_id}",
+            "barcode": f"MQ-{row['createdDate'].year}-{row_id}",
+            "certificateUrl": f"https://certificates.example/{row_id}.pdf",
+        } | _ODD_INSTRUMENTS[row_id % len(_ODD_INSTRUMENTS)]
+    year = row["inDate"].year
+    numbers = {"workNo": f"CAL-{year}-{row_id:06}", "salesOrderNo": f"SO-{year}-{row_id}"}
+    if "certificateNo" in row:
+        numbers["certificateNo"] = f"MQ-{numbers['workNo']}"
+    return numbers | _ODD_WORKS[row_id % len(_ODD_WORKS)]

@@ -78,8 +78,10 @@ _KEEPALIVE = 20.0
 _MAX_HEAD = 8192
 _MAX_BODY = 16 * 1024 * 1024
 _SHUTDOWN = 0.04
-_PAGES = 256
+_PAGES = 64
 """How many encoded list answers are kept until the next write."""
+_MAX_KEPT = 400_000
+"""The longest of them, in bytes: each page of a laboratory of the usual size, but not all those of a large one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +296,8 @@ class Sandbox:
         *,
         rate_limit: tuple[int, float] | None = (100, 60.0),
         token_lifetime: float = 900.0,
-        records: Records | None = None,
+        records: Records | int | None = None,
+        max_page: int | None = None,
         faults: Faults | None = None,
         access_key: str = ACCESS_KEY,
         secret_key: str = SECRET_KEY,
@@ -305,10 +308,12 @@ class Sandbox:
         """Prepare a server that is not yet listening.
 
         ``rate_limit`` is requests and seconds (None: off), ``token_lifetime`` seconds; without ``records`` there is a
-        made-up laboratory. ``clock`` and ``sleep`` (seconds) may be a test's; the faults' dice fall the same each time.
+        made-up laboratory, and a number makes it so large. A page of a list holds at most ``max_page`` records (None:
+        as many as it is asked for). ``clock`` and ``sleep`` (seconds) may be a test's; the faults' dice fall the same
+        each time.
         """
-        self.records = sample_records() if records is None else records
-        self.rate_limit = rate_limit
+        self.records = records if isinstance(records, Records) else sample_records(number=records)
+        self.rate_limit, self.max_page = rate_limit, max_page
         self.logins = self.refused_logins = self.requests = self.refused_401 = self.refused_429 = 0
         self.writes: deque[dict[str, object]] = deque(maxlen=100_000)
         self.port = 0
@@ -507,12 +512,15 @@ class Sandbox:
         given = parse_qs(query, keep_blank_values=True)
         first = _whole("first", given.get("first", ["0"])[0], 0)
         limit = _whole("limit", given.get("limit", ["50"])[0], 1)
+        limit = min(limit, self.max_page or limit)
         wanted = (kind, first, limit, given.get("workspaceCode", [""])[0])
         if self._pages_version != self.records.version or len(self._pages) >= _PAGES:
             self._pages.clear()
             self._pages_version = self.records.version
         if (page := self._pages.get(wanted)) is None:
-            page = self._pages[wanted] = _json(200, self.records.page(*wanted))
+            page = _json(200, self.records.page(*wanted))
+            if len(page.body) <= _MAX_KEPT:
+                self._pages[wanted] = page
         return page
 
     def _control(self, method: str, path: str, body: bytes) -> _Answer:

@@ -234,8 +234,7 @@ class Connection(Receiver):
     ) -> None:
         """End the exchange, which the upstream broke."""
         sent: Sent = "yes" if self._reader.head is not None else "unknown" if response.sent else "no"
-        why = f"{cause} Nothing was changed: send the request again." if sent == "no" else cause
-        self._end(response, UpstreamFailure(slug, why, sent=sent, repeatable=repeatable, stale=stale))
+        self._end(response, UpstreamFailure(slug, cause, sent=sent, repeatable=repeatable, stale=stale))
 
     def _end(self, response: Response, error: ProxyError) -> None:
         self._response = None

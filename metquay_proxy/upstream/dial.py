@@ -63,13 +63,13 @@ _REFUSALS: Final = {
 """What to do about a corporate proxy's status."""
 _PROXY_SETTING: Final = "METQUAY_OUTBOUND_PROXY (or the system's proxy setting)"
 _NETWORK: Final = "Check the network (cable, VPN, firewall), and METQUAY_OUTBOUND_PROXY if it has a corporate proxy."
-_CA: Final = "`metquay-proxy check` says more. If your company inspects TLS, METQUAY_CA_BUNDLE must name its CA's file."
+_CA: Final = "If your company inspects TLS or runs its own Metquay, METQUAY_CA_BUNDLE must name its CA's file (PEM)."
 _CAUSES: Final = (
     (ssl.SSLCertVerificationError, ": its certificate was not accepted ({told})", _CA),
     (ssl.SSLError, ": TLS could not be set up ({told})", f"Check the address, and that the server uses TLS. {_CA}"),
     (TimeoutError, " within {timeout:g} s", _NETWORK),
     (socket.gaierror, ": its name could not be looked up", "Check {setting} for a typing mistake, and the network."),
-    (ConnectionRefusedError, ": nothing listens there", "Check {setting} and its port."),
+    (ConnectionRefusedError, ": nothing listens there", "Check {setting} and its port, or wait if it worked before."),
     (ConnectionResetError, ": the connection was closed at once", "Check the firewall and the address, and try again."),
     (OSError, ": the network has no connection to it", _NETWORK),
 )

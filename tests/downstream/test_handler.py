@@ -50,6 +50,7 @@ async def handled(
         rules=TargetRules(base.prefix, base.authorities),
         gate=gate or Gate(upstream_host=base.host),
         forwarder=cast("Forwarder", SimpleNamespace(forward=forward)),
+        paced=cast("Forwarder", None),
         pages=pages,
         telemetry=telemetry,
         base=base,

@@ -676,7 +676,7 @@ async def test_an_answer_that_came_sooner_than_expected() -> None:
 @pytest.mark.parametrize(
     ("setting", "earlier", "outcome", "body", "retry_after", "why"),
     [
-        ({"rate": (1, 60.0)}, 1, 200, b"", 61, "This request would wait too long: more is sent than"),
+        ({"rate": (1, 60.0)}, 1, 200, b"", 61, "Its turn would come too late: the quota is spread over the time"),
         (
             MINUTE,
             0,

@@ -92,14 +92,16 @@ class Laboratory:
     url: str
 
     @contextlib.asynccontextmanager
-    async def tool(self, name: str | Callable[[], str]) -> AsyncIterator[Callable[[], Coroutine[Any, Any, Seen]]]:
+    async def tool(
+        self, name: str | Callable[[], str], path: str = "/customers?limit=1", **fields: str
+    ) -> AsyncIterator[Callable[[], Coroutine[Any, Any, Seen]]]:
         """Yield what makes one request of the tool of that name, which may be another one each time."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
             async def get() -> Seen:
                 began = self.time.now()
-                headers = {"User-Agent": name if isinstance(name, str) else name()}
-                async with session.get(self.url + "/customers?limit=1", headers=headers) as answer:
+                headers = {"User-Agent": name if isinstance(name, str) else name(), **fields}
+                async with session.get(self.url + path, headers=headers) as answer:
                     await answer.read()
                     retry_after = answer.headers.get("Retry-After")
                     took = self.time.now() - began
@@ -213,6 +215,50 @@ async def test_a_slow_tool_beside_a_greedy_one(name: Callable[[], str]) -> None:
         await asyncio.gather(*grabbing, return_exceptions=True)
         assert Counter({200: 6}) == Counter(answer.status for answer in seen)
         assert max(answer.took for answer in seen) <= 2 * PACE + LATENCY
+
+
+@pytest.mark.parametrize(
+    ("prefer", "refused"), [({"Prefer": "wait=120"}, False), ({}, True), ({"Prefer": "wait=5"}, True)]
+)
+async def test_tools_that_say_how_long_they_wait(prefer: dict[str, str], *, refused: bool) -> None:
+    """150 requests of three tools, twelve at a time, all get through where they say that they wait; else some don't."""
+    async with laboratory("100/minute", (100, 60.0)) as lab, contextlib.AsyncExitStack() as stack:
+        tools = [await stack.enter_async_context(lab.tool(name, **prefer)) for name in ("one", "two", "three")]
+        began = lab.time.now()
+        seen = await lab.time.until(_all(_one_after_the_other(get, n) for get in tools for n in (13, 13, 12, 12)))
+        statuses = Counter(answer.status for answers in seen for answer in answers)
+        assert refused == (429 in statuses)
+        if not refused:
+            assert Counter({200: 150}) == statuses
+            assert lab.time.now() - began <= 95.0
+
+
+async def test_whole_lists_beside_a_sequential_tool() -> None:
+    """The pages of lists wait their turn as long as it takes, and cost a sequential tool at most 2 s more a turn."""
+    async with (
+        laboratory("100/minute", (100, 60.0)) as lab,
+        lab.tool("a report", "/-/lists/customers.csv") as report,
+        lab.tool("a script") as script,
+    ):
+
+        async def lists() -> list[Seen]:
+            return await _one_after_the_other(report, 50)
+
+        listing = asyncio.ensure_future(lists())
+        seen = await lab.time.until(_one_after_the_other(script, 60))
+        answers = await lab.time.until(listing)
+        assert Counter({200: 60}) == Counter(answer.status for answer in seen)
+        assert Counter({200: 50}) == Counter(answer.status for answer in answers)
+        assert lab.sandbox.requests == 60 + 2 * 50
+        assert max(answer.took for answer in seen) < 3.0 + 2.0
+
+
+async def test_a_list_waits_longer_than_any_other() -> None:
+    """Where the quota's pace alone keeps a page waiting, it waits beyond METQUAY_MAX_WAIT, and the list comes whole."""
+    async with laboratory("2/minute", (2, 60.0)) as lab, lab.tool("a report", "/-/lists/works.json") as report:
+        one, two = await lab.time.until(_all([report(), report()]))
+        assert (200, 200) == (one.status, two.status)
+        assert max(one.took, two.took) > 20.0
 
 
 async def _all(work: Any) -> list[Any]:  # noqa: ANN401 - any coroutines

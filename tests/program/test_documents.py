@@ -6,6 +6,8 @@ until this file knows what to do with it.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -16,8 +18,8 @@ import ssl
 import subprocess
 import sys
 import urllib.error
-import urllib.parse
 import urllib.request
+from datetime import date
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -87,6 +89,7 @@ class Running(NamedTuple):
             url.replace(HERE, self.url), method=method, data=body and body.encode(), headers=headers
         )
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+            assert headers.get("Prefer") == answer.headers.get("Preference-Applied")
             return answer.read()
 
 
@@ -104,6 +107,14 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             environment = {name: value for name, value in os.environ.items() if not name.startswith("METQUAY_")}
             environment |= account | {"METQUAY_LISTEN": running.url.removeprefix("http://")}
             yield Running(running.url, simulator.url, environment)
+
+
+def table(file: bytes) -> list[dict[str, str]]:
+    """Return the records of a whole list; raise ``ValueError`` or ``AssertionError`` where it is none."""
+    heads, *rows = csv.reader(io.StringIO(file.decode("utf-8-sig"), newline=""), strict=True)
+    assert rows
+    assert "id" == heads[0]
+    return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
 # What is done with a block, by its kind.
@@ -125,7 +136,7 @@ def shell(block: Block, proxy: Running, folder: Path) -> None:
     ports = [url.rpartition(":")[2] for url in (proxy.url, proxy.simulator)]
     (folder / ".curlrc").write_text(
         f'connect-to = "localhost:6387:localhost:{ports[0]}"\nconnect-to = "localhost:6388:127.0.0.1:{ports[1]}"\n'
-        'noproxy = "*"\nfail-with-body\nsilent\nshow-error\n',
+        f'noproxy = "*"\n{"" if "--fail" in block.text else "fail-with-body"}\nsilent\nshow-error\n',
         encoding="utf-8",
     )
     path = os.pathsep.join([str(Path(sys.executable).parent), proxy.environment["PATH"]])
@@ -142,7 +153,9 @@ def shell(block: Block, proxy: Running, folder: Path) -> None:
     if SIMULATOR in block.text:
         proxy.get(f"{proxy.simulator}/_sandbox/faults", method="DELETE")
     assert 0 == run.returncode, run.stdout
-    if block.text.startswith("curl"):
+    if saved := re.search(r" -o (\S+)", block.text):
+        assert table((folder / saved[1]).read_bytes())
+    elif block.text.startswith("curl"):
         json.loads(run.stdout.rpartition("\n")[2])
 
 
@@ -186,7 +199,7 @@ def settings(block: Block, proxy: Running, folder: Path) -> None:
 
 
 def python(block: Block, proxy: Running, folder: Path) -> None:
-    """Run as it stands, with the port of the day, and with what the public SDK would ask in its place."""
+    """Run as it stands, with the port of the day, and with what the public SDK and pandas would ask in their place."""
     del folder
     if "import requests" in block.text:
         pytest.importorskip("requests", reason="requests is not installed")
@@ -194,15 +207,22 @@ def python(block: Block, proxy: Running, folder: Path) -> None:
     text = block.text.replace(HERE, proxy.url).replace(f'"{host}"', f'"{proxy.url.removeprefix("http://")}"')
     names: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name, module in sdk(proxy).items():
+        for name, module in stand_ins(proxy).items():
             patch.setitem(sys.modules, name, module)
         exec(compile(text, f"{block.document}:{block.line}", "exec"), names)  # noqa: S102 - our own text
-    assert isinstance(answer := names["customers"], list)
+    assert isinstance(answer := names.get("customers", names.get("instruments")), list)
     assert answer
 
 
-def sdk(proxy: Running) -> dict[str, ModuleType]:
-    """Return what stands in for the public SDK's two modules: they make the same requests, in clear text."""
+def stand_ins(proxy: Running) -> dict[str, ModuleType]:
+    """Return what stands in for pandas and the public SDK's two modules: they make the same requests, in clear text."""
+
+    def read_csv(address: str, dtype: type, parse_dates: list[str]) -> list[dict[str, str]]:
+        assert dtype is str
+        records = table(proxy.get(address))
+        for name in parse_dates:
+            assert [date.fromisoformat(record[name]) for record in records if record[name]]
+        return records
 
     def configuration(host: str, access_token: str) -> dict[str, str]:
         return {"host": host, "token": access_token}
@@ -216,71 +236,72 @@ def sdk(proxy: Running) -> dict[str, ModuleType]:
         token = json.loads(proxy.get(f"{base}/authenticate", method="POST", body=body))["accessToken"]
         return SimpleNamespace(list_customers=partial(asked, {"host": base, "token": token}))
 
-    generated, wrapper = ModuleType("openapi_client"), ModuleType("pymetquay")
+    generated, wrapper, pandas = ModuleType("openapi_client"), ModuleType("pymetquay"), ModuleType("pandas")
     vars(generated).update(
         Configuration=configuration,
         ApiClient=dict,
         CustomersApi=lambda client: SimpleNamespace(get_customers=partial(asked, client)),
     )
     vars(wrapper).update(MetquayClient=logged_in)
-    return {"openapi_client": generated, "pymetquay": wrapper}
+    vars(pandas).update(read_csv=read_csv)
+    return {"openapi_client": generated, "pymetquay": wrapper, "pandas": pandas}
 
 
 def powershell(block: Block, proxy: Running, folder: Path) -> None:
-    """Replay each request."""
+    """Replay each request; it must not be given up while it may still wait."""
     del folder
     lines = block.text.replace("`\n", "").splitlines()
     variables = dict(re.findall(r"^(\$\w+) = '([^']+)'$", "\n".join(lines), re.MULTILINE))
     calls = 0
     for line in lines:
-        if re.fullmatch(r"\$\w+ = ('[^']+'|\[Text.Encoding\]::UTF8.GetString\([^|]+\) \| ConvertFrom-Json)", line):
+        if re.fullmatch(r"\$\w+ = '[^']+'", line):
             continue
         call = re.fullmatch(
-            r'(?:\$\w+ = )?(?:Invoke-RestMethod "([^"]+)"(?: -Method (\w+) -Body (\$\w+) +-ContentType "([^"]+)")?'
-            r'|Invoke-WebRequest "([^"]+)" -UseBasicParsing)',
+            r'Invoke-RestMethod "([^"]+)"(?: -Method (\w+) -Body (\$\w+) +-ContentType "([^"]+)")?'
+            r'(?: -Headers @\{ Prefer = "wait=(\d+)" \} -TimeoutSec (\d+))?',
             line,
         )
         assert call, line
         headers = {"Content-Type": call[4]} if call[4] else {}
+        if call[5]:
+            assert int(call[5]) < int(call[6])
+            headers["Prefer"] = f"wait={call[5]}"
         body = variables[call[3]] if call[3] else None
-        assert json.loads(proxy.get(call[1] or call[5], method=(call[2] or "Get").upper(), body=body, **headers))
+        assert json.loads(proxy.get(call[1], method=(call[2] or "Get").upper(), body=body, **headers))
         calls += 1
     assert calls
 
 
 def visual_basic(block: Block, proxy: Running, folder: Path) -> None:
-    """Replay each request that is opened, with its headers."""
+    """Replay each request that is opened, with its headers, or what a QueryTable fetches, and reads as it is told."""
     del folder
+    if address := re.search(r'\.QueryTables\.Add\("TEXT;([^"]+)", ActiveSheet\.Range\("A1"\)\)\n', block.text):
+        said = {" ".join(line.split()) for line in block.text.splitlines()}
+        assert {".TextFilePlatform = 65001", ".TextFileCommaDelimiter = True", "End With"} < said
+        assert ".Refresh BackgroundQuery:=False" in said
+        assert table(proxy.get(address[1]))
+        return
     calls = re.findall(r'\.Open "(GET)", "([^"]+)", False', block.text)
     assert calls
     headers = dict(re.findall(r'\.SetRequestHeader "([^"]+)", "([^"]+)"', block.text))
     assert ("Header" in block.text) == bool(headers)
     for method, url in calls:
-        assert json.loads(proxy.get(url, method=method, **headers))
+        answer = proxy.get(url, method=method, **headers)
+        assert table(answer) if ".csv" in url else json.loads(answer)
 
 
 def power_query(block: Block, proxy: Running, folder: Path) -> None:
-    """Replay its pages: from 0 until one is empty where the expression goes on, as it does; else the first alone."""
+    """Replay its request, with its header, and read the table as it does."""
     del folder
     text = " ".join(block.text.split())
     call = re.search(
-        r'Web\.Contents\("([^"]+)", \[RelativePath = "([^"]+)", Query = \[first = [^,]+, limit = "(\d+)"\]'
-        r'(?:, Headers = \[#"([^"]+)" = "([^"]+)"\])?\]\)',
-        text,
+        r'Web\.Contents\("([^"]+)", \[RelativePath = "([^"]+)"(?:, Headers = \[#"([^"]+)" = "([^"]+)"\])?\]\)', text
     )
     assert call
-    headers = {call[4]: call[5]} if call[4] else {}
-    records: list[dict[str, object]] = []
-    while True:
-        query = urllib.parse.urlencode({"first": len(records), "limit": call[3]})
-        page = json.loads(proxy.get(f"{call[1]}/{call[2]}?{query}", **headers))
-        records += page
-        if not page or "List.Generate" not in text:
-            break
-    assert records
-    if "Table.FromRecords" in text:
-        assert "Columns = List.Union(List.Transform(Records, Record.FieldNames))" in text
-        assert set(records[0]) < {name for record in records for name in record}, "why it must look at all of them"
+    assert "Csv.Document(" in text
+    assert '[Delimiter = ",", Encoding = 65001, QuoteStyle = QuoteStyle.Csv])' in text
+    assert "Table.PromoteHeaders(" in text
+    assert table(proxy.get(f"{call[1]}/{call[2]}", **({call[3]: call[4]} if call[3] else {})))
 
 
 def prometheus(block: Block, proxy: Running, folder: Path) -> None:
@@ -333,9 +354,9 @@ BROKEN = {
     shell: [("customer", "customr"), ("latency", "latenzy"), ("-newkey ec", "-newkey ecc")],
     docker: [("127.0.0.1:", "")],
     settings: [("METQUAY_HOST", "METQUAY_HOTS")],
-    python: [(HERE, f"{HERE}/nowhere"), ('secret_key="any"', "secret_key=5")],
-    powershell: [("-Body", "-Boby"), ("customers?", "customrs?")],
-    visual_basic: [("customers", "customrs")],
+    python: [("formulas=keep", "dates=vendor"), (HERE, f"{HERE}/nowhere"), ('secret_key="any"', "secret_key=5")],
+    powershell: [("-Body", "-Boby"), ("-TimeoutSec 180", "-TimeoutSec 18"), ("customers?", "customrs?")],
+    visual_basic: [("65001", "1252"), ("customers", "customrs")],
     power_query: [("customers", "customrs")],
     prometheus: [("/-/metrics", "/-/metric")],
     windows: [("-q", "-Q")],

@@ -59,6 +59,7 @@ OF_SEVERAL_MODULES = {
     "soak": "the whole proxy, in a bad week",
     "structure": "the repository",
     "tagged": "the whole proxy: whose answer is whose",
+    "whole_lists": "the whole proxy: lists of many pages, while other tools write",
     "trust": "certificates and corporate proxies, on the way through the whole proxy",
     "work_per_request": "the whole proxy: what a request costs",
 }
@@ -67,16 +68,16 @@ OF_SEVERAL_MODULES = {
 TOP_LEVEL = {".ci", ".github", "benchmarks", "deploy", "docs", "metquay_proxy", "tests"}
 
 CODE_LINES = {
-    "": 2430,
-    "downstream": 957,
-    "exchange": 737,
-    "replicas": 470,
-    "rules": 1907,
-    "upstream": 716,
+    "": 2433,
+    "downstream": 1037,
+    "exchange": 758,
+    "replicas": 471,
+    "rules": 2102,
+    "upstream": 715,
 }
 """Lines of code of each floor of the package, the simulator apart: a bound may be lowered, and is where it is met.
 
-Of the 150 that the metrics listener, and what else people see, may add, 150 are in it.
+Of the 150 that the metrics listener, and what else people see, may add, 150 are in it; of the 300 for whole lists, 299.
 """
 LONGEST_FILE = 400
 

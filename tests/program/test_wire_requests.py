@@ -625,3 +625,16 @@ async def test_two_clients_do_not_mix(bench: Bench) -> None:
     for number, client in enumerate(clients):
         assert f"GET /api/v1/{number} HTTP/1.1".encode() == (await client.answer()).body
     await eventually(lambda: bench.running is None or bench.running.telemetry.active == 0)
+
+
+@rule("7240 2")
+async def test_preferences(bench: Bench) -> None:
+    """How long a tool waits is for the proxy alone, and told to apply; other preferences are sent on as they came."""
+    answer = await bench.ask(get("/x", "Prefer: respond-async, wait=30", 'Prefer: a="b, c"'), OK)
+    assert [b"respond-async", b'a="b, c"'] == bench.upstream.requests[-1].values(b"Prefer")
+    assert b"wait=30" == answer.value(b"Preference-Applied")
+    answer = await bench.ask(get("/x", "Prefer: wait=601"), answered("Preference-Applied: a"))
+    assert [] == bench.upstream.requests[-1].values(b"Prefer")
+    assert [b"a", b"wait=600"] == answer.values(b"Preference-Applied")
+    answer = await bench.ask(get("/-/nothing", "Prefer: wait=5"))
+    assert (404, b"wait=5") == (answer.status, answer.value(b"Preference-Applied"))

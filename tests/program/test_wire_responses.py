@@ -505,3 +505,17 @@ async def test_error_statuses_pass(bench: Bench, request_: bytes) -> None:
         await client.send(request_)
         answer = await client.answer()
         assert (422, b'{"code": 422}', None) == (answer.status, answer.body, answer.slug)
+
+
+@rule("8259 8.1")
+async def test_json_for_powershell_5(bench: Bench) -> None:
+    """It alone would take JSON for Latin-1, so that it is told the charset, whatever it was told of the same before."""
+    tool, other = (f"User-Agent: Mozilla/5.0 (Windows NT; Windows NT 10.0; de-DE) {name}" for name in POWERSHELLS)
+    for agent, seen in ((other, b""), (tool, b"; charset=utf-8"), (other, b""), (tool, b"; charset=utf-8")):
+        answer = await bench.ask(get("/x", agent), answered("Content-Type: application/json", body=b"{}"))
+        assert b"application/json" + seen == answer.value(b"Content-Type")
+    answer = await bench.ask(get("/x", tool), answered("Content-Type: text/html; charset=latin-1"))
+    assert b"text/html; charset=latin-1" == answer.value(b"Content-Type")
+
+
+POWERSHELLS = ("WindowsPowerShell/5.1.19041.4894", "PowerShell/7.4.6")

@@ -17,6 +17,7 @@ from metquay_proxy.rules.headers import (
     connection_options,
     inbound,
     read_fields,
+    specially,
 )
 from metquay_proxy.rules.http1 import ResponseReader
 from metquay_proxy.rules.target import BaseURL
@@ -523,3 +524,73 @@ class TestInbound:
         began = time.perf_counter()
         assert b"Location: " + value in received(b"Location: " + value)
         assert time.perf_counter() - began < 1.0
+
+
+@pytest.mark.parametrize(
+    ("wait", "kept", "values"),
+    [
+        (120.0, [], ["wait=120"]),
+        (120.0, [], ['WAIT = "120"']),
+        (120.0, [], [" wait=120 ; x=1"]),
+        (120.0, [b"respond-async"], ["respond-async, wait=120"]),
+        (5.0, [b'a="x, wait=9\\"", b;c=1'], ['wait=5, a="x, wait=9\\"", b;c=1']),
+        (120.0, [b"handling=lenient"], ["wait=120, wait=5", "handling=lenient", "wait=7"]),
+        (600.0, [], ["wait=601"]),
+        (600.0, [], ["wait=999999999"]),
+        (1e-6, [], ["wait=0"]),
+        (None, [], ["wait"]),
+        (None, [], ["wait=soon"]),
+        (None, [], ["wait=-1"]),
+        (7.0, [], ["wait=1.5, wait=7"]),
+        (None, [b"respond-async"], ["respond-async"]),
+        (None, [b"waiting=1"], ["waiting=1"]),
+        (None, [b'a="wait=5'], ['a="wait=5']),
+    ],
+)
+def test_how_long_a_tool_waits(wait: float | None, kept: list[bytes], values: list[str]) -> None:
+    """``Prefer: wait`` is for the proxy alone; the first that is a number counts; other preferences are sent on."""
+    lines = [(b"Prefer", value.encode()) for value in values]
+    for authorization in ([], [(b"Authorization", b"x")]):
+        fields = fields_of([*authorization, *lines])
+        assert wait == fields.wait
+        assert kept == [value for name, value in sent([*authorization, *lines]) if name == b"Prefer"]
+    passed = sent([(b"Authorization", b"x"), *lines], authorization=None, keep_authorization=True)
+    assert kept == [value for name, value in passed if name == b"Prefer"]
+
+
+POWERSHELL = b"Mozilla/5.0 (Windows NT; Windows NT 10.0; de-DE) WindowsPowerShell/5.1.19041.1"
+
+
+@pytest.mark.parametrize(
+    ("seen", "sent"),
+    [
+        (b"application/json; charset=utf-8", b"application/json"),
+        (b"Application/JSON; charset=utf-8", b"Application/JSON"),
+        (b"application/json; q=1; charset=utf-8", b"application/json; q=1"),
+        (b"application/json;Charset = latin-1", b"application/json;Charset = latin-1"),
+        (b"application/json-patch+json", b"application/json-patch+json"),
+        (b"text/html", b"text/html"),
+    ],
+)
+def test_powershell_5_is_told_the_charset_of_json(seen: bytes, sent: bytes) -> None:
+    """It alone would take JSON for Latin-1; the head that others get is left alone."""
+    head = answer(b"HTTP/1.1 200 OK\r\nX-Before: 1\r\nContent-Type: %b\r\nContent-Length: 0" % sent)
+    fields = fields_of([(b"User-Agent", POWERSHELL)])
+    assert fields.special
+    assert seen in inbound(specially(head, fields), b"id", b"")
+    assert b"Content-Type: %b\r\n" % sent in inbound(head, b"id", b"")
+    for other in (
+        b"Mozilla/5.0 (Windows NT 10.0; Microsoft Windows 10.0.19045; de-DE) PowerShell/7.4.0",
+        b"Excel/16",
+        b"",
+    ):
+        assert not fields_of([(b"User-Agent", other)]).special
+
+
+def test_what_was_preferred_is_told_to_who_asked() -> None:
+    """The seconds that apply, in the answer's head."""
+    head = answer(b"HTTP/1.1 200 OK\r\nContent-Length: 0")
+    for said, applied in ((b"wait=120", b"wait=120"), (b"wait=9999", b"wait=600"), (b"wait=0", b"wait=0")):
+        told = inbound(specially(head, fields_of([(b"Prefer", said)])), b"id", b"")
+        assert b"\r\nPreference-Applied: %b\r\n" % applied in told
+    assert b"Preference" not in inbound(specially(head, fields_of([(b"Prefer", b"respond-async")])), b"id", b"")

@@ -162,7 +162,7 @@ def test_how_long_a_request_may_wait(
             0,
             "token-unavailable",
             1,
-            "has not answered yet. It keeps trying; send the request again in 1 s.",
+            "has not answered yet. The proxy keeps trying; send the request again in 1 s.",
         ),
         (
             [OUTAGE],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from metquay_proxy.sandbox.command import add_flags, simulator
+from metquay_proxy.sandbox.records import CUSTOMERS, INSTRUMENTS, WORKS
 from metquay_proxy.sandbox.server import Faults
 
 if TYPE_CHECKING:
@@ -45,13 +46,39 @@ def test_each_fault_has_a_flag() -> None:
         ("--fail 500=0.1 --fail x", "--fail 503=0.1"),
         ("--retry-after 1", "--retry-after on"),
         ("--login-outage x", "--login-outage on"),
+        ("--records many", "--records 1234"),
+        ("--records -1", "--records 1234"),
+        ("--records 100001", "--records 1234"),
+        ("--max-page 0", "--max-page 100"),
+        ("--max-page 1.5", "--max-page 100"),
     ],
 )
-def test_a_bad_fault_is_explained(words: str, right: str) -> None:
+def test_a_bad_value_is_explained(words: str, right: str) -> None:
     """As flags are written, with what would be right."""
     with pytest.raises(ValueError, match=f"^{re.escape(words)} is wrong: .*, as in {re.escape(right)}$"):
         simulator(values(*words.split()), lambda _: None)
     simulator(values(*right.split()), lambda _: None)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_records_are_counted(number: int) -> None:
+    """As many of each as were asked for, none included; without the flag, the laboratory."""
+    made = simulator(values("--records", f"{number}"), lambda _: None)
+    assert {number} == {made.records.counts()[kind] for kind in (CUSTOMERS, INSTRUMENTS, WORKS)}
+    assert 140 == simulator(values(), lambda _: None).records.counts()[CUSTOMERS]
+
+
+def test_a_seed_file_is_taken_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """No number of records goes with one's own."""
+    with pytest.raises(SystemExit):
+        values("--records", "5", "--seed-file", "seed.json")
+    assert "--seed-file: not allowed with argument --records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "most"), [("", None), ("--max-page 1", 1), ("--max-page 100000", 100_000)])
+def test_pages_are_capped_if_wanted(words: str, most: int | None) -> None:
+    """Without the flag there is no cap."""
+    assert most == simulator(values(*words.split()), lambda _: None).max_page
 
 
 @posix_only

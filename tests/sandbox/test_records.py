@@ -291,6 +291,153 @@ def test_a_copy_lives_its_own_life(records: Records) -> None:
     assert 10302 == records.create(CUSTOMERS, {"companyName": "Beta"})
 
 
+class TestVariants:
+    @pytest.fixture
+    def made(self) -> list[int]:
+        """Ids of the variants that were made, one for each time."""
+        return []
+
+    @pytest.fixture
+    def filled(self, records: Records, made: list[int]) -> Records:
+        """Three variants of each of the records."""
+
+        def vary(kind: str, row: dict[str, object], row_id: int) -> dict[str, object]:
+            made.append(row_id)
+            names = {
+                CUSTOMERS: ("companyName", "companyCode"),
+                INSTRUMENTS: ("serialNo", "tagNo"),
+                WORKS: ("workNo", "remarks"),
+            }
+            return dict.fromkeys(names[kind], f"{row['id']} varied as {row_id}")
+
+        records.fill(4, vary)
+        return records
+
+    def test_there_are_as_many_as_are_wanted(self, filled: Records) -> None:
+        """Of each kind but the categories, which no list shows; the next record has the next id."""
+        assert {CUSTOMERS: 4, CATEGORIES: 1, INSTRUMENTS: 4, WORKS: 4} == filled.counts()
+        assert [10301, 10302, 10303, 10304] == [row["id"] for row in filled.page(CUSTOMERS)]
+        assert 10305 == filled.create(CUSTOMERS, {"companyName": "B"})
+        assert 10305 == filled.page(CUSTOMERS, 4)[0]["id"]
+
+    def test_they_belong_to_variants(self, filled: Records) -> None:
+        """A customer's variant has one of its instruments, and that one of its works."""
+        owners = ["Acme", *(f"10301 varied as {row_id}" for row_id in (10302, 10303, 10304))]
+        assert owners == [row["companyName"] for row in filled.page(INSTRUMENTS)]
+        assert owners == [row["customer"] for row in filled.page(WORKS)]
+        assert [8001, 8002, 8003, 8004] == [row["customerInstrumentId"] for row in filled.page(WORKS)]
+
+    def test_where_variants_have_nothing_the_originals_have_more(self, records: Records) -> None:
+        """Two works on one instrument, when there is no second one that could have any."""
+        records.create(INSTRUMENTS, INSTRUMENT)
+        records.fill(2, lambda *_: {"workNo": "W-21402"})
+        assert [8001, 8001] == [row["customerInstrumentId"] for row in records.page(WORKS)]
+
+    def test_nothing_is_varied_where_nothing_is(self) -> None:
+        """A laboratory without instruments gets none, and an empty one stays empty."""
+        for number in (0, 1):
+            records = Records(lambda: TODAY)
+            for _ in range(number):
+                records.create(CUSTOMERS, {"companyName": "Acme"})
+            records.fill(5, lambda *_: {})
+            assert {CUSTOMERS: 5 * number, CATEGORIES: 0, INSTRUMENTS: 0, WORKS: 0} == records.counts()
+
+    def test_parts_of_instruments_are_not_varied(self, records: Records) -> None:
+        """A variant belongs to another customer than the instrument of which it would be a part."""
+        records.load(INSTRUMENTS, INSTRUMENT | {"tagNo": "RIG"})
+        records.load(INSTRUMENTS, INSTRUMENT | {"parentTagNo": "RIG"})
+        records.fill(9, lambda kind, _row, row_id: {"companyName": f"{row_id}"} if kind == CUSTOMERS else {})
+        parents = [row["companyName"] for row in records.page(INSTRUMENTS) if "parentTagNo" in row]
+        assert (["Acme"], 9) == (parents, records.counts()[INSTRUMENTS])
+
+    def test_only_what_is_asked_for_is_made(self, filled: Records, made: list[int]) -> None:
+        """However many there are, a page makes its own records, and what these name."""
+        assert [] == made
+        filled.page(CUSTOMERS, 2, 1)
+        assert [10303] == made
+        filled.page(WORKS, 3, 1)
+        assert [10303, 21404, 8004, 10304] == made
+
+    @pytest.mark.parametrize(
+        ("kind", "entry", "text"),
+        [
+            (CUSTOMERS, {"companyName": "10301 VARIED as 10303 "}, "this company name already exists"),
+            (CUSTOMERS, {"companyName": "B", "companyCode": "10301 varied as 10303"}, "this company code already"),
+            (
+                INSTRUMENTS,
+                INSTRUMENT | {"companyId": "10303"} | dict.fromkeys(("serialNo", "tagNo"), "8001 varied as 8003"),
+                "this serial and tag number already exists",
+            ),
+            (
+                WORKS,
+                {"customerInstrumentId": 8001, "workNo": "21401 varied as 21403"},
+                "this work number already exists",
+            ),
+        ],
+    )
+    def test_what_is_theirs_is_taken(self, filled: Records, kind: str, entry: dict[str, object], text: str) -> None:
+        """A name, code, pair or number of a variant is a 409, and free once that is deleted."""
+        with pytest.raises(Refusal, match=text) as refusal:
+            filled.load(kind, entry)
+        assert 409 == refusal.value.status
+        for varied, row_id in ((WORKS, 21403), (INSTRUMENTS, 8003), (CUSTOMERS, 10303)):
+            if kind in (varied, CUSTOMERS):
+                filled.delete(varied, row_id)
+            elif varied == WORKS:
+                filled.replace(WORKS, row_id, {"customerInstrumentId": 8001})
+        filled.load(kind, entry)
+
+    def test_one_that_is_replaced_stays_where_it_is(self, filled: Records) -> None:
+        """In the list and with its instrument; its old name is free, and its code still its own."""
+        filled.replace(CUSTOMERS, 10303, {"companyName": "Beta"})
+        filled.create(CUSTOMERS, {"companyName": "10301 varied as 10303"})
+        assert "Beta" == filled.page(CUSTOMERS, 2, 1)[0]["companyName"]
+        assert ("10301 varied as 10303", "Beta") == (
+            filled.answer(CUSTOMERS, 10303)["companyCode"],
+            filled.answer(INSTRUMENTS, 8003)["companyName"],
+        )
+        with pytest.raises(Refusal, match="instruments or works"):
+            filled.delete(CUSTOMERS, 10303)
+
+    def test_they_do_not_change_with_the_original(self, filled: Records) -> None:
+        """A record that was varied goes its own way; what belongs to its variants does not hold it."""
+        filled.replace(CUSTOMERS, 10301, {"companyName": "Other", "phone": "5"})
+        assert "phone" not in filled.answer(CUSTOMERS, 10302)
+        filled.replace(INSTRUMENTS, 8001, INSTRUMENT | {"companyId": "10302", "make": "M"})
+        assert "make" not in filled.answer(INSTRUMENTS, 8002)
+        filled.delete(CUSTOMERS, 10301)
+        assert "10301 varied as 10302" == filled.answer(CUSTOMERS, 10302)["companyName"]
+
+    def test_dependencies_are_their_own(self, filled: Records) -> None:
+        """What has none can be deleted, from the works up; a category that variants use cannot."""
+        with pytest.raises(Refusal, match="associated works"):
+            filled.delete(INSTRUMENTS, 8004)
+        filled.replace(WORKS, 21404, {"customerInstrumentId": 8001})
+        with pytest.raises(Refusal, match="instruments or works"):
+            filled.delete(CUSTOMERS, 10304)
+        filled.delete(INSTRUMENTS, 8004)
+        filled.delete(CUSTOMERS, 10304)
+        filled.create(CATEGORIES, {"name": "Shelf"})
+        filled.replace(INSTRUMENTS, 8001, INSTRUMENT | {"instrumentCategoryName": "Shelf"})
+        with pytest.raises(Refusal, match="associated instruments"):
+            filled.delete(CATEGORIES, 1)
+
+    def test_an_instrument_can_be_for_one(self, filled: Records) -> None:
+        """By its code or its id, and be a part of one that it has."""
+        for company in ("10301 VARIED as 10303", "10303"):
+            row = filled.create(INSTRUMENTS, INSTRUMENT | {"companyId": company})
+            assert "10301 varied as 10303" == filled.answer(INSTRUMENTS, row)["companyName"]
+        part = INSTRUMENT | {"companyId": "10303", "parentTagNo": "8001 varied as 8003"}
+        assert part["parentTagNo"] == filled.answer(INSTRUMENTS, filled.load(INSTRUMENTS, part))["parentTagNo"]
+
+    def test_a_copy_has_them_too(self, filled: Records) -> None:
+        """And leaves those of the original alone."""
+        twin = filled.copy(lambda: TODAY)
+        assert filled.page(WORKS) == twin.page(WORKS)
+        twin.replace(WORKS, 21404, {"customerInstrumentId": 8001})
+        assert 8004 == filled.answer(WORKS, 21404)["customerInstrumentId"]
+
+
 class TestLegacy:
     def test_a_customer_is_created_changed_and_deleted(self, records: Records) -> None:
         """The same records in other words: calibrId 0 is new, and "False" or "None" is nothing."""

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import date, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 
-from metquay_proxy.sandbox.records import CATEGORIES, CUSTOMERS, INSTRUMENTS, WORKS
+from metquay_proxy.sandbox.records import CATEGORIES, CUSTOMERS, INSTRUMENTS, KINDS, WORKS
 from metquay_proxy.sandbox.seed import SeedError, load_seed, sample_records
 
 if TYPE_CHECKING:
@@ -85,6 +86,55 @@ def test_without_a_day_it_is_today() -> None:
     """The sandbox of a user has fresh dates."""
     records = sample_records()
     assert records.today() == datetime.now().astimezone().date()
+
+
+@pytest.mark.parametrize("number", [0, 1, 100, 200, 260, 262, 1234])
+def test_there_are_as_many_as_are_wanted(number: int) -> None:
+    """Of each list exactly so many, and what a record names is there; the categories are always."""
+    records = sample_records(TODAY, number)
+    assert {CUSTOMERS: number, CATEGORIES: 17, INSTRUMENTS: number, WORKS: number} == records.counts()
+    customers, instruments, works = (records.page(kind, 0, number + 1) for kind in (CUSTOMERS, INSTRUMENTS, WORKS))
+    assert {row["companyName"] for row in instruments} <= {row["companyName"] for row in customers}
+    assert {row["customerInstrumentId"] for row in works} <= {row["id"] for row in instruments}
+
+
+def test_the_laboratory_comes_first() -> None:
+    """A number changes what is at the end of a list, not its beginning; the further ones are the same each time."""
+    whole, few, many = (sample_records(TODAY, number) for number in (None, 100, 1234))
+    assert whole.page(CUSTOMERS, 0, 100) == few.page(CUSTOMERS, 0, 999)
+    for kind, number in whole.counts().items():
+        assert whole.page(kind, 0, 999) == many.page(kind, 0, number)
+    assert many.page(CUSTOMERS, 0, 999) == sample_records(TODAY, 2000).page(CUSTOMERS, 0, 999)
+
+
+def test_the_further_records_keep_the_rules() -> None:
+    """What a list shows of a customer or an instrument can be put back: types, references, unique values are right."""
+    records = sample_records(TODAY, 1500)
+    for row in records.page(CUSTOMERS, 140, 2000):
+        records.replace(CUSTOMERS, row["id"], {name: row[name] for name in KINDS[CUSTOMERS].asked if name in row})
+        assert row == records.answer(CUSTOMERS, row["id"])
+    codes = {row["companyName"]: row["companyCode"] for row in records.page(CUSTOMERS, 0, 2000)}
+    for row in records.page(INSTRUMENTS, 260, 2000):
+        asked = {name: row[name] for name in KINDS[INSTRUMENTS].asked if name in row}
+        names = {"name": row["instrumentName"], "instrumentCategoryName": row["instrumentCategory"]}
+        records.replace(INSTRUMENTS, row["id"], asked | names | {"companyId": codes[row["companyName"]]})
+        assert row == {**records.answer(INSTRUMENTS, row["id"]), "modifiedDate": row["modifiedDate"]}
+    assert 1500 == len({row["workNo"] for row in records.page(WORKS, 0, 2000)})
+
+
+def test_the_further_records_are_awkward() -> None:
+    """Each list has what tools stumble over: signs, line breaks, what looks like a formula, empty and absent fields."""
+    records = sample_records(TODAY, 1500)
+    for kind, first in ((CUSTOMERS, 140), (INSTRUMENTS, 260), (WORKS, 270)):
+        rows = records.page(kind, first, 2000)
+        texts = [value for row in rows for value in row.values() if isinstance(value, str)]
+        assert {*"µ°±\",;'\n"} <= {sign for text in texts for sign in text}, kind
+        assert any(text.startswith("=") for text in texts), kind
+        assert "" in texts, kind
+        assert len({frozenset(row) for row in rows}) > 3, kind
+        assert all(re.fullmatch(r"\d\d-\d\d-\d{4}", row[name]) for row in rows for name in row if "Date" in name), kind
+    phones = {row["phone"] for row in records.page(CUSTOMERS, 140, 2000) if "phone" in row}
+    assert any(re.fullmatch(r"\+49 \(0\) 30-\d+", phone) for phone in phones)
 
 
 def test_a_seed_file_replaces_the_laboratory(tmp_path: Path) -> None:

@@ -296,6 +296,23 @@ class TestHttp:
             await client.call("GET", f"/works?limit=1&first={first}")
         assert len(client.sandbox._pages) < 300
 
+    async def test_a_large_laboratory_is_read_page_by_page(self, opened: Callable[..., Any]) -> None:
+        """As many records as were wanted; of these pages only the short ones, at the ends, are kept."""
+        client = await opened(records=1234)
+        for kind in ("customers", "customer-instrument-details", "works"):
+            pages = [(await client.call("GET", f"/{kind}?first={first}&limit=500"))[1] for first in (0, 500, 1000)]
+            assert [500, 500, 234] == [len(page) for page in pages]
+            assert 1234 == len({row["id"] for page in pages for row in page})
+        assert 3 == len(client.sandbox._pages)
+
+    @pytest.mark.parametrize(("query", "number"), [("limit=1000", 3), ("", 3), ("limit=2", 2), ("first=139", 1)])
+    async def test_a_page_can_be_capped(self, opened: Callable[..., Any], query: str, number: int) -> None:
+        """It holds the most that the server allows, whatever limit asks for; the pages after it join on."""
+        client = await opened(max_page=3)
+        first = 139 if "first" in query else 0
+        _, rows = await client.call("GET", f"/customers?{query}")
+        assert [*range(10301 + first, 10301 + first + number)] == [row["id"] for row in rows]
+
 
 class TestLife:
     async def test_stopping_is_quick(self, opened: Callable[..., Any]) -> None:

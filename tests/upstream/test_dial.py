@@ -113,7 +113,10 @@ async def test_a_look_up_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "text"),
     [
         (OSError(24, "x"), "this program has reached its limit of open files"),
-        (ConnectionRefusedError(111, "x"), "nothing listens there. Check METQUAY_HOST and its port."),
+        (
+            ConnectionRefusedError(111, "x"),
+            "nothing listens there. Check METQUAY_HOST and its port, or wait if it worked before.",
+        ),
         (ConnectionResetError(104, "x"), "the connection was closed at once. Check the firewall"),
         (OSError(101, "x"), "the network has no connection to it. Check the network (cable,"),
         (TimeoutError(110, "x"), "could not be reached within 5 s."),
