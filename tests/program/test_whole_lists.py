@@ -113,6 +113,7 @@ async def test_in_a_bad_week() -> None:
     assert 0 < outcomes["whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 async def test_while_others_write(seed: int) -> None:
     """Records come, change and go meanwhile: who was there throughout is there once, or the transfer is broken."""
