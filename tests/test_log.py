@@ -198,6 +198,7 @@ def ask(client: http.client.HTTPConnection, path: str) -> str:
     return answer.read().decode()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no SIGTERM that a program can handle")
 def test_nobody_reads_standard_error(tmp_path: Path) -> None:
     """The program serves, is alive and ends with 0, though each of 2,000 requests has a line that nobody takes."""

@@ -437,6 +437,7 @@ class TestStream:
         assert b"e" == stream.read_nowait()
         assert stream.ended
 
+    @pytest.mark.slow
     async def test_tiny_pieces_cost_little_more_than_their_bytes(self) -> None:
         """A sender of single bytes gets nowhere near 40 bytes of memory for each: neither while they wait, nor kept."""
         stream = Stream()

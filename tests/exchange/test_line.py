@@ -191,7 +191,13 @@ GREEDY = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(GREEDY[how], id=how) for how in GREEDY])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, id=how, marks=[] if how == "with numbers" else [pytest.mark.slow])
+        for how, name in GREEDY.items()
+    ],
+)
 async def test_a_slow_tool_beside_a_greedy_one(name: Callable[[], str]) -> None:
     """A tool waits for one turn of a greedy one that came later at most, though that has a new name each time."""
     async with (
@@ -218,7 +224,12 @@ async def test_a_slow_tool_beside_a_greedy_one(name: Callable[[], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefer", "refused"), [({"Prefer": "wait=120"}, False), ({}, True), ({"Prefer": "wait=5"}, True)]
+    ("prefer", "refused"),
+    [
+        ({"Prefer": "wait=120"}, False),
+        pytest.param({}, True, marks=pytest.mark.slow),
+        ({"Prefer": "wait=5"}, True),
+    ],
 )
 async def test_tools_that_say_how_long_they_wait(prefer: dict[str, str], *, refused: bool) -> None:
     """150 requests of three tools, twelve at a time, all get through where they say that they wait; else some don't."""

@@ -367,7 +367,11 @@ async def test_constant_memory_up(bench: Bench) -> None:
 
 @rule("contract 6")
 @pytest.mark.parametrize(
-    "request_", [get(), get("/../x"), get("/favicon.ico"), post(b"{}", target="/authenticate"), get("/-/status")]
+    "request_",
+    [
+        *(get(), get("/../x"), post(b"{}", target="/authenticate"), get("/-/status")),
+        pytest.param(get("/favicon.ico"), marks=pytest.mark.slow),
+    ],
 )
 async def test_answers_that_nobody_takes(bench: Bench, request_: bytes) -> None:
     """A client that asks again and again and reads nothing is held up, whoever answers: it costs less than 4 MiB."""

@@ -322,7 +322,7 @@ class TestLine:
                 "it answers what no script of ours does",
             ),
             (b"garbage", "it answers what no script of ours does"),
-            (7, "it answers what no script of ours does"),
+            pytest.param(7, "it answers what no script of ours does", marks=pytest.mark.slow),
         ],
     )
     async def test_a_redis_that_answers_and_does_nothing(self, redis: RedisServer, said: object, why: str) -> None:
@@ -572,8 +572,11 @@ class TestRecords:
     @pytest.mark.parametrize(
         "said",
         [
-            *(7, [b"done", b"0"], [[b"done"], b"0", b""], [b"done", b"nan", b""], [b"full", b"1e12", b""]),
-            [b"known", b"0", 7],
+            [b"done", b"nan", b""],
+            *(
+                pytest.param(said, marks=pytest.mark.slow)
+                for said in (7, [b"done", b"0"], [[b"done"], b"0", b""], [b"full", b"1e12", b""], [b"known", b"0", 7])
+            ),
         ],
     )
     async def test_what_no_script_of_ours_says(self, redis: RedisServer, said: object) -> None:
