@@ -933,3 +933,19 @@ async def test_a_refusal_after_an_attempt_whose_end_is_unknown(method: str, sent
         asked = await rig.run(rig.ask(method))
         assert ("quota-exceeded", 2, sent) == asked.outcome
         assert told in asked.error.message
+
+
+@pytest.mark.parametrize(
+    ("prefer", "outcome"),
+    [(b"\r\nPrefer: wait=60", (200, 1, "no")), (b"", ("token-unavailable", 0, "no"))],
+)
+async def test_a_tool_that_waits_across_failed_logins(prefer: bytes, outcome: tuple[int | str, int, str]) -> None:
+    """Where it said how long it waits, it does so until a login goes well again; else 5 s after the first failure."""
+    async with Rig() as rig:
+        rig.source.broken = True
+        await rig.time.advance(901)
+        asked = rig.ask()
+        asked.exchange.fields = RequestFields(prefer)
+        await rig.time.advance(10)
+        rig.source.broken = False
+        assert outcome == (await rig.run(asked)).outcome

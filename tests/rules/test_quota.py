@@ -663,6 +663,16 @@ class TestClose:
         tickets = [quota.ask(1, "tool", 20) for _ in range(3)]
         assert [10, 10.6006, 11.2012] == pytest.approx(list(grants(quota, 1, tickets).values()))
 
+    def test_some_wait_for_the_pace_alone(self) -> None:
+        """A ticket whose patience with a closed window is shorter than that is refused, whatever its deadline."""
+        for patience, refused in ((34.9, True), (35.0, False)):
+            quota = Quota(100, 60)
+            spend(quota, 0, 70)
+            ticket = quota.ask(0, "tool", 86400)
+            ticket.patience = patience
+            quota.close(0, 35)
+            assert refused == (ticket.refused is not None)
+
     def test_those_that_cannot_wait_so_long_are_refused_at_once(self) -> None:
         """The others move up; the Retry-After of those refused is true."""
         quota = Quota(100, 60)

@@ -155,6 +155,17 @@ def test_how_long_a_request_may_wait(
 
 
 @pytest.mark.parametrize(
+    ("outcomes", "until", "patience"),
+    [([OUTAGE], 20, 20), ([OUTAGE] * 9, 120, 120), ([BUSY], 20, 0), ([BUSY], 120, 120), ([REFUSAL], 120, 0)],
+)
+def test_how_long_a_patient_request_waits(
+    outcomes: list[float | Exception | None], until: float, patience: float
+) -> None:
+    """Across logins that fail, as long as it may; refused keys are answered at once, and what won't come in time."""
+    assert pytest.approx(patience) == after(*outcomes, waiting=1).patience(0, until, patient=True)
+
+
+@pytest.mark.parametrize(
     ("outcomes", "now", "slug", "retry_after", "text"),
     [
         (
