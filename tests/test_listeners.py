@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,7 +243,7 @@ class TestClearTextWhereTLSIsExpected:
         """Who writes http:// in place of https:// is told so, in clear text, and so is the log."""
         request = f"{method} /x HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
         with structlog.testing.capture_logs() as told:
-            head, _, body = on(loop, sent_to_tls(tmp_path, request)).partition(b"\r\n\r\n")
+            head, _, body = on(loop, partial(sent_to_tls, tmp_path, request)).partition(b"\r\n\r\n")
         assert b"HTTP/1.1 400 Bad Request" == head.splitlines()[0]
         fields = {b"X-Metquay-Proxy-Error: bad-request", b"X-Metquay-Proxy-Sent: no", b"Connection: close"}
         assert fields | {b"Content-Length: %d" % len(body)} <= set(head.splitlines())
@@ -253,14 +254,14 @@ class TestClearTextWhereTLSIsExpected:
 
     def test_silence(self, tmp_path: Path, loop: str) -> None:
         """Who says nothing within the time for a handshake gets no answer."""
-        assert b"" == on(loop, sent_to_tls(tmp_path, b""))
+        assert b"" == on(loop, partial(sent_to_tls, tmp_path, b""))
 
 
-def on(loop: str, what: Coroutine[Any, Any, bytes]) -> bytes:
+def on(loop: str, what: Callable[[], Coroutine[Any, Any, bytes]]) -> bytes:
     """Run it on a loop of this kind."""
     library = pytest.importorskip(loop, reason=f"{loop} is not installed")
     with asyncio.Runner(loop_factory=library.new_event_loop) as runner:
-        return runner.run(what)
+        return runner.run(what())
 
 
 async def sent_to_tls(folder: Path, clear: bytes) -> bytes:

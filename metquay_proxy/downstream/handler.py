@@ -209,7 +209,8 @@ class Handler:
             exchange.note_error(error)
             raise
         finally:
-            asking.upstream = exchange.upstream
+            asking.upstream += exchange.upstream
+            asking.waited += exchange.waited
             exchange.let_go()
             self._telemetry.closed(exchange)
 

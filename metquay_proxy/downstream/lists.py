@@ -78,7 +78,7 @@ class Lists:
     ) -> tuple[ResponseHead, bytes]:
         """Return the head of the next page and what ``write`` makes of its new records; of ``refusals`` the body."""
         head, body = await self._ask(exchange, pager.target)
-        if head.status in refusals:
+        if head.status in refusals and len(body) <= MAX_PAGE:
             return head, body
         if head.status != HTTPStatus.OK or len(body) > MAX_PAGE:
             why = f"Metquay's answer (status {head.status}) is no page of this list, or has over {MAX_PAGE >> 20} MiB."

@@ -152,11 +152,11 @@ class Response(Stream):
 
     async def beginning(self, limit: int) -> bytes:
         """Return the whole body, or a beginning that is longer than ``limit`` bytes; close what breaks off."""
-        beginning = b""
+        beginning = bytearray()
         try:
             while len(beginning) <= limit and not self.ended:
                 beginning += await self.read()
         except BaseException:
             self.close()
             raise
-        return beginning
+        return bytes(beginning)

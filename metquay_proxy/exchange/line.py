@@ -94,10 +94,10 @@ class PacedLine:
 
     def ask(self, now: float, caller: str, max_wait: float) -> Ticket:
         """Take a slot, or a place in the queue; raise ``QuotaExceeded`` where the window is closed for too long."""
-        if (closed_for := self.snapshot().closed_for) > max_wait:
+        if (closed_for := self.snapshot().closed_for) > (patience := max(0.0, max_wait)):
             raise QuotaExceeded(closed_for)
         ticket = self._line.ask(now, caller, _ANY_PACE)
-        ticket.patience = max_wait
+        ticket.patience = patience
         return ticket
 
     async def wait(self, ticket: Ticket) -> float:

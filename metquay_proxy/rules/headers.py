@@ -107,7 +107,7 @@ _JSON_LINE: Final = re.compile(
 )
 _PREFER_LINE: Final = re.compile(rb"(\r\n(?i:prefer):)([^\r]*+)")
 _PREFERENCE: Final = re.compile(rb'(?:[^,"]++|"(?:[^"\\]++|\\.)*"?)+')
-_WAIT: Final = re.compile(rb'(?i)[ \t]*wait[ \t]*(?:=[ \t]*"?([0-9]{1,9})"?[ \t]*|=[^;]*+)?(?:;.*)?')
+_WAIT: Final = re.compile(rb'(?i)[ \t]*wait[ \t]*(?:=[ \t]*"?([0-9]{1,18})"?[ \t]*|=[^;]*+)?(?:;.*)?')
 _NO_CONTENT: Final = 204
 _ENDLESS: Final = 1 << 62
 

@@ -19,13 +19,13 @@ Paging: each page after the first is asked for from where the last record sent w
 is one look at the list, without gaps: behind the last record sent stands what follows it, whatever was inserted,
 deleted or changed meanwhile. So each record that is there all the time comes exactly once, in order, as long as such
 records keep their order. Where the last record sent is not found, some before it were deleted, or it was itself: up to
-two pages are read that begin earlier, and if it is in neither, the transfer breaks. It counts as not found, too, where
+three pages are read that begin earlier, and if it is in none, the transfer breaks. It counts as not found, too, where
 it was moved itself, as can be seen if a record before it is none of the last two pages' new ones, or one behind it is.
 
-The end: a server may give fewer than ``limit``, so a short page proves nothing. One that holds the last record sent and
-no other does, since nothing is behind that one. Only a server that never gives more than one record would show the
-same. So, as long as one record is all that came, the page behind it must be found empty, and then the record still
-first and alone. Whether a longer list of such a server came whole can't be proved by any means: the transfer breaks.
+The end: a server may give fewer than ``limit``, by number or by bytes, so a short page proves nothing, not even one
+that holds the last record sent and no other: then the page behind that one is asked for, and only if it is empty the
+list ends. As long as one record is all that came, it must also be found still first and alone after that. Whether a
+longer list of a server that gives one record at a time came whole can't be proved by any means: the transfer breaks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LIMIT: Final = 500
 """Records that a page is asked to hold,"""
 MAX_PAGE: Final = 16 * 1024 * 1024
 """and bytes that it may have, of which whoever receives it takes care."""
-MAX_FRUITLESS: Final = 2
+MAX_FRUITLESS: Final = 3
 """So many pages in a row may bring nothing new, the last of all apart."""
 MAX_UNKNOWN: Final = 100
 """Columns for fields that the vendor's schema lacks."""
@@ -164,7 +164,7 @@ class Pager:
         self._query = query
         self._first = 0
         self._fruitless = 0
-        self._was_empty = False
+        self._behind = self._was_empty = False
         self._earlier: list[int] = []
         self._latest: list[int] = []
 
@@ -188,14 +188,13 @@ class Pager:
         if new:
             self._earlier, self._latest = self._latest, new
         if lost:
-            self._first = max(0, self._first - len(self._latest))
-        elif len(ids) > 1:
-            self._first += len(ids) - 1
-        elif not ids or len(recent) > 1 or self._was_empty:
-            self.complete = True
+            self._first = max(0, self._first - (1 if self._behind else len(self._latest)))
+            self.complete = self._behind and not ids and len(recent) > 1
         else:
-            self._first = 1
-        self._was_empty = not ids
+            self._first += len(ids) - 1 or 1
+            self.complete = not ids or (self._was_empty and len(ids) == 1)
+        self._was_empty = self._behind and not ids
+        self._behind = not (lost or len(ids) > 1)
         if self._fruitless > MAX_FRUITLESS and not self.complete:
             raise _unreadable("the place in it was lost, as records were deleted or moved, or come one at a time")
         return [page[number] for number in new]

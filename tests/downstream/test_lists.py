@@ -35,17 +35,17 @@ def targets(bench: Bench) -> list[bytes]:
 async def test_page_after_page() -> None:
     """Each page is a request of its own in the tool's name, one after the other, from the last record that was seen."""
     async with wire.running() as bench:
-        answer = await bench.ask(get(JSON), page(1, 2, 3), page(3, 4), page(4))
+        answer = await bench.ask(get(JSON), page(1, 2, 3), page(3, 4), page(4), page())
         assert [1, 2, 3, 4] == [record["id"] for record in json.loads(answer.body)]
         assert "5 \N{MICRO SIGN}m" == json.loads(answer.body)[0]["notes"]
         assert (200, b"application/json; charset=utf-8") == (answer.status, answer.value(b"Content-Type"))
         assert b'attachment; filename="works.json"' == answer.value(b"Content-Disposition")
-        assert [b"/api/v1/works?first=%d&limit=500" % first for first in (0, 2, 3)] == targets(bench)
+        assert [b"/api/v1/works?first=%d&limit=500" % first for first in (0, 2, 3, 4)] == targets(bench)
         for request in bench.upstream.requests:
             assert b"application/json" == request.value(b"Accept")
             assert request.value(b"Authorization") == f"Bearer {wire.TOKEN}".encode()
         lines = bench.proxy.status()["requests"]
-        assert 4 == lines["finished"], "three pages and the list"
+        assert 5 == lines["finished"], "four pages and the list"
 
 
 async def test_csv_for_a_spreadsheet() -> None:
@@ -72,7 +72,7 @@ async def test_rows_are_sent_as_they_come() -> None:
             await asked.wait()
             await peer.send(page(2))
 
-        bench.upstream.plays(page(1, 2), second)
+        bench.upstream.plays(page(1, 2), second, page())
         client = await bench.client()
         await client.send(get(JSON))
         await client.until(b'"id": 2')
@@ -171,7 +171,7 @@ async def test_refusals(status: int, slug: str, request_: bytes, settings: dict[
 async def test_who_may_only_read_may_read_lists() -> None:
     """A key that may not write is enough, and so is METQUAY_READ_ONLY."""
     async with wire.running(client_keys=KEYS, read_only="true") as bench:
-        answer = await bench.ask(get(JSON, "X-Proxy-Key: fedcba9876543210"), page(1, 2), page(2))
+        answer = await bench.ask(get(JSON, "X-Proxy-Key: fedcba9876543210"), page(1, 2), page(2), page())
         assert (200, 2) == (answer.status, len(json.loads(answer.body)))
 
 
@@ -181,11 +181,10 @@ async def test_four_lists_at_once() -> None:
         go = asyncio.Event()
 
         async def play(peer: Peer) -> None:
-            if b"first=0&" in bench.upstream.requests[-1].line:
-                await peer.send(page(1, 2))
-            else:
+            first = int(bench.upstream.requests[-1].line.partition(b"first=")[2].partition(b"&")[0])
+            if first == 1:
                 await go.wait()
-                await peer.send(page(2))
+            await peer.send((page(1, 2), page(2), page())[first])
 
         bench.upstream.plays(play)
         clients = [await bench.client() for _ in range(4)]

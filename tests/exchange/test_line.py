@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import aiohttp
 import pytest
 
+from metquay_proxy.exchange.line import Line, PacedLine
+from metquay_proxy.rules.quota import Quota, QuotaExceeded
 from metquay_proxy.sandbox.server import Faults, Sandbox
 from tests.fake_time import FakeTime
 from tests.running import FastTime, running
@@ -260,7 +262,7 @@ async def test_whole_lists_beside_a_sequential_tool() -> None:
         answers = await lab.time.until(listing)
         assert Counter({200: 60}) == Counter(answer.status for answer in seen)
         assert Counter({200: 50}) == Counter(answer.status for answer in answers)
-        assert lab.sandbox.requests == 60 + 2 * 50
+        assert lab.sandbox.requests == 60 + 3 * 50
         assert max(answer.took for answer in seen) < 3.0 + 2.0
 
 
@@ -286,3 +288,13 @@ async def _one_after_the_other(
         seen.append(await get())
         await think()
     return seen
+
+
+async def test_a_page_that_has_no_time_left() -> None:
+    """It gets its slot all the same where the window is open: a 401 may have taken all its time before."""
+    time_ = FakeTime()
+    paced = PacedLine(Line(Quota(1, 60.0), time_.now), time_.now)
+    assert "granted" == paced.ask(time_.now(), "a", -0.3).state
+    paced.close(20.0)
+    with pytest.raises(QuotaExceeded):
+        paced.ask(time_.now(), "a", -0.3)
