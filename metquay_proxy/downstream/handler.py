@@ -179,10 +179,9 @@ class Handler:
             head, _ = await self._ask(self._forwarder, asking, "/customers?limit=1")
         except ProxyError as error:
             return {"ok": False, "text": error.message}
-        if head.status != HTTPStatus.OK:
-            why = "`metquay-proxy check` says more."
-            return {"ok": False, "text": f"Metquay answered, but not with customers (status {head.status}): {why}"}
-        return {"ok": True, "text": f"Metquay answered in {asking.upstream * 1000:.0f} ms."}
+        ok = head.status == HTTPStatus.OK
+        how = f"in {asking.upstream * 1000:.0f} ms" if ok else f"with status {head.status}: run `metquay-proxy check`"
+        return {"ok": ok, "text": f"Metquay answered {how}."}
 
     async def _ask(self, forwarder: Forwarder, asking: Exchange, what: str) -> tuple[ResponseHead, bytes]:
         """Read something from Metquay for an exchange, by one of its own; return the answer, or its beginning.
@@ -191,14 +190,13 @@ class Handler:
         """
         if self.draining:
             raise _shutting_down()
-        wait = asking.fields.wait
+        self._gate.demand(asking.admission)
         exchange = Exchange("GET", asking.address, asking.agent, admission=asking.admission, caller=asking.caller)
-        prefer = b"" if wait is None else b"\r\nPrefer: wait=%d" % wait
+        prefer = b"" if (wait := asking.fields.wait) is None else b"\r\nPrefer: wait=%d" % wait
         exchange.fields = RequestFields(b"\r\nAccept: application/json" + prefer)
         exchange.target = self._rules.parse("GET", what)
         exchange.outgoing = exchange.fields.outbound("GET", exchange.target.sent, host=self._host, chunked=False)
-        exchange.path = exchange.target.path
-        exchange.body = NO_BODY
+        exchange.path, exchange.body = exchange.target.path, NO_BODY
         self._telemetry.opened()
         try:
             response = await forwarder.forward(exchange)

@@ -162,6 +162,11 @@ class Gate:
             msg = "TRACE would show the token that this proxy attaches, so it was not sent. Use another method."
             raise ProxyError("method-not-allowed", msg, headers=(("Allow", _SENT_METHODS),))
 
+    def demand(self, admission: Admission) -> None:
+        """Raise ``ProxyError`` where a client was admitted by a key that has ended since."""
+        if admission.scope is not None and all(each.scope != admission.scope for each in self._admissions.values()):
+            raise ProxyError("client-key-required", "The client key of this request has ended since it began.")
+
     def login(self, client: str | None, secret: str, now: float) -> str | None:
         """Return the placeholder that ``POST /authenticate`` hands out, or None where the secret is no client key.
 

@@ -224,6 +224,24 @@ async def test_a_client_that_leaves_ends_its_list() -> None:
         await eventually(lambda: bench.proxy.telemetry.active == 0)
 
 
+async def test_a_key_that_ends_ends_its_list() -> None:
+    """No further page is asked for with a client key that was taken away, and the list is visibly broken."""
+    async with wire.running(client_keys=KEYS) as bench:
+
+        async def removing(peer: Peer) -> None:
+            gate = bench.proxy._gate
+            gate.replace_keys(tuple(key for key in gate.keys if key.name == "writer"))
+            await peer.send(page(2, 3))
+
+        bench.upstream.plays(page(1, 2), removing)
+        client = await bench.client()
+        await client.send(get(JSON, "X-Proxy-Key: fedcba9876543210"))
+        with pytest.raises(Broken):
+            await client.to_the_end()
+        assert b'"id": 3' in client.got
+        assert 2 == len(bench.upstream.requests)
+
+
 async def test_a_drain_breaks_it() -> None:
     """A proxy that is being stopped asks for no further page, and the list is visibly broken."""
     async with wire.running() as bench:

@@ -546,6 +546,29 @@ class TestPlaceholder:
         assert expected == verdict(GUARDED, {"X-Proxy-Key": changed})
 
 
+class TestKeysThatEnd:
+    def test_who_was_admitted_by_one(self) -> None:
+        """That one may ask for nothing more, also where another key has its name now; others, and nobody, may."""
+        gate = Gate(upstream_host="lab.metquay.co", keys=KEYS)
+        admissions = [admit(gate, {"X-Proxy-Key": key}) for key in (WRITER, READER)]
+        for admission in (*admissions, Admission()):
+            gate.demand(admission)
+        ended = KEYS[0].name
+        gate.replace_keys((ClientKey.of(ended, "another-key-of-24-letters"), *KEYS[1:]))
+        verdicts = []
+        for admission in (*admissions, Admission()):
+            try:
+                gate.demand(admission)
+                verdicts.append("admitted")
+            except ProxyError as error:
+                verdicts.append(error.slug)
+        expected = [
+            "client-key-required" if each.client == ended else "admitted" for each in (*admissions, Admission())
+        ]
+        assert expected == verdicts
+        assert "client-key-required" in verdicts
+
+
 class TestReadOnly:
     @pytest.mark.parametrize("method", WRITES)
     @pytest.mark.parametrize("path", ["/customers", "/FlexicalERP/x", "/authenticate/x", "/-x"])
