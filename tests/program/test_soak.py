@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 READ_TIMEOUT = 2.0
+OF_LOGINS = ("token ", "login failed", "key pair refused")
+"""How the log's lines of logins begin."""
 HEALED = 2.0
 """Seconds from Metquay's return to the first success, beside the step that the login's backoff is in (4 s at most)."""
 WANTED = 4.0
@@ -569,10 +571,10 @@ async def test_the_books_agree(tmp_path: Path) -> None:
     assert after.descriptors <= before.descriptors
     assert after.threads == before.threads
     assert after.memory < before.memory + 16 * 1024
-    logins = sum(line["event"].startswith("token ") for line in log)
+    logins = sum(line["event"].startswith(OF_LOGINS) for line in log)
     assert logins <= seconds + 1
     assert logins - 1 <= sandbox.logins + sandbox.refused_logins <= logins + 20
-    others = [line for line in log if line["event"] != "request" and not line["event"].startswith("token ")]
+    others = [line for line in log if line["event"] != "request" and not line["event"].startswith(OF_LOGINS)]
     assert ["started", "listening", "stopping", "stopped"] == [line["event"] for line in others], others
     told = Counter(
         "made" if line["status"] == 201 else line["sent"]
