@@ -229,7 +229,8 @@ def test_serve_and_health_find_the_same(tmp_path: Path, monkeypatch: pytest.Monk
             found = error.sources
         expected = {variable: value for variable, value, source in found if source != "default"}
         for variable in ("METQUAY_LISTEN", "METQUAY_TLS_CERT"):
-            assert expected.get(variable) == find().get(variable.removeprefix("METQUAY_").lower()), (
+            shown, seen = expected.get(variable), find().get(variable.removeprefix("METQUAY_").lower())
+            assert shown == seen or (shown == "***" and seen is not None), (  # it looks like no path
                 environ,
                 statements,
             )

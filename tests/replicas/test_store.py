@@ -283,8 +283,8 @@ class TestLine:
                 assert one.status()["trouble"] is None
                 assert one.status()["failures"] >= 2
         events = [entry["event"] for entry in logs if entry["log_level"] != "debug"]
-        assert 2 == events.count("going on without Redis, with a share of the quota")
-        assert 4 == events.count("the quota is shared through Redis"), "each at its start, and again"
+        assert 2 == events.count("working without Redis, with this proxy's own share")
+        assert 4 == events.count("sharing through Redis"), "each at its start, and again"
 
     async def test_a_redis_that_is_slow_is_away(self, redis: RedisServer) -> None:
         """What takes longer than 50 ms to answer is not waited for; once it is quick again, all share."""
