@@ -373,7 +373,8 @@ class Command:
     @property
     def log(self) -> list[dict[str, Any]]:
         """What it has logged beside its requests."""
-        lines = map(json.loads, self._command.log.read_text().splitlines())
+        whole, _, _ = self._command.log.read_text().rpartition("\n")  # it may be about to write another
+        lines = map(json.loads, whole.splitlines())
         return [line for line in lines if line["event"] != "request"]
 
     def count(self, event: str) -> int:
