@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from itertools import groupby, islice
-from operator import add, attrgetter
+from operator import add
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from metquay_proxy.log import LEVELS, log, output, to_json
@@ -36,7 +36,6 @@ _LONGEST_CALLER: Final = 80
 """Characters that are told of an address, and of who asked; a User-Agent is short where it comes from."""
 _IF_KNOWN: Final = ("user_agent", "address", "replayed", "error", "reason", "sent")
 _PARAMETER: Final = re.compile("(?:;|%3[Bb])[^/]*+")
-_ERROR: Final = attrgetter("error")
 _REFUSALS: Final = 10_000
 _FOLDED: Final = 256
 """Exchanges that are counted together at most."""
@@ -173,11 +172,12 @@ class Telemetry:
         told = [each for each in pending if each.attempts or not (each.quiet or each.path.startswith("/-/"))]
         if not told:
             return
-        self._refusals.extend([each.ended for each in told if each.error == "quota-exceeded"])
+        erring = [each for each in told if each.error]
+        self._refusals.extend([each.ended for each in erring if each.error == "quota-exceeded"])
         good = (it.ended for it in reversed(told) if it.answered_by == "metquay" and it.status < 400 and not it.error)  # noqa: PLR2004 - RFC 9110 section 15
         self._success = next(good, self._success)
         outage = not _OUTAGE.isdisjoint([status for _, _, status, _ in kinds])
-        if self._trouble is not None or outage or any(map(_ERROR, told)):
+        if self._trouble is not None or outage or erring:
             for each in told:
                 self._judge(each)
         if len({each.ended // 60 for each in told}) == 1:
