@@ -164,7 +164,7 @@ class Telemetry:
         for (method, path, status, origin), number in kinds.items():
             self._requests[method, self._route(path), status, origin] += number
         forwarded = [each for each in pending if each.attempts]
-        self._retries += sum([each.attempts for each in forwarded]) - len(forwarded)
+        self._retries += (sent := sum([each.attempts for each in forwarded])) - len(forwarded)
         self._waited = self._waited.plus([each.waited for each in forwarded])
         self._upstream = self._upstream.plus([each.upstream for each in forwarded])
         own = [(it.head_at - it.began if it.head_at else it.seconds) - it.waited - it.upstream for it in forwarded]
@@ -181,10 +181,10 @@ class Telemetry:
             for each in told:
                 self._judge(each)
         if len({each.ended // 60 for each in told}) == 1:
-            self._enter(told)
+            self._enter(told, sent)
         else:
             for _, group in groupby(told, key=lambda each: each.ended // 60):
-                self._enter(list(group))
+                self._enter(part := list(group), sum([each.attempts for each in part]))
         self._recent.extend(told)
         self._remembered += len(told)
 
@@ -198,8 +198,8 @@ class Telemetry:
                 self._turned = each.ended
             self._trouble = each if failed else None
 
-    def _enter(self, told: list[Exchange]) -> None:
-        """Enter exchanges of one minute into its row."""
+    def _enter(self, told: list[Exchange], sent: int) -> None:
+        """Enter exchanges of one minute, which took ``sent`` attempts, into its row."""
         row, minute, seconds = self._minutes[-1], int(told[0].ended // 60), [each.seconds for each in told]
         if row[0] != minute:
             row = [minute, 0, 0, 0, 0, 0, 0]
@@ -208,7 +208,7 @@ class Telemetry:
             row[1 if 0 < status < 400 else 2 if 0 < status < 500 else 3] += number  # noqa: PLR2004 - classes of status
         row[4] += sum(seconds) * 1000
         row[5] = max(row[5], max(seconds) * 1000)
-        row[6] += sum([each.attempts for each in told])
+        row[6] += sent
 
     @property
     def finished(self) -> int:
