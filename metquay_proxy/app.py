@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from metquay_proxy import __version__
+from metquay_proxy import __version__, listeners
 from metquay_proxy.audit import AuditLog, why_not
 from metquay_proxy.downstream.connection import Bounds
 from metquay_proxy.downstream.handler import Handler
@@ -22,16 +22,6 @@ from metquay_proxy.downstream.server import Server
 from metquay_proxy.exchange.forwarder import Forwarder
 from metquay_proxy.exchange.line import Line, PacedLine
 from metquay_proxy.exchange.tokens import TokenCache, suspend_aware_clock
-from metquay_proxy.listeners import (
-    Serving,
-    bind,
-    let_in,
-    listen,
-    own_names,
-    release,
-    serving_context,
-    sockets_of,
-)
 from metquay_proxy.log import configure_logging, log, output, reporter
 from metquay_proxy.reload import Reload, Source
 from metquay_proxy.rules.credentials import Credentials
@@ -106,7 +96,7 @@ class Proxy:
         self._audit = None if settings.audit_log is None else _audit(settings.audit_log)
         clock = clock or suspend_aware_clock()
         self.telemetry = Telemetry(base.prefix)
-        scheme = "https" if settings.tls_cert else "http"
+        self.scheme = "https" if settings.tls_cert else "http"
         self.pool = pool_to(base, settings, max_idle=max_idle, clock=clock)
         login = Login(self.pool, base, credentials, clock)
         self.tokens = TokenCache(login, clock=clock, sleep=sleep, observer=self.telemetry.token_event)
@@ -118,9 +108,9 @@ class Proxy:
         self._pages = Pages(
             ready=self.ready,
             status=self.status,
+            test=self.test,
             allow_quit=settings.allow_quit,
             telemetry=self.telemetry,
-            test=self.test,
         )
         self._own_authorities = set(base.authorities)
         self._gate = Gate(
@@ -129,8 +119,8 @@ class Proxy:
             read_only=settings.read_only,
             allowed_hosts=settings.allowed_hosts,
             allowed_origins=settings.allowed_origins,
-            scheme=scheme,
-            own_names=own_names(settings.listen),
+            scheme=self.scheme,
+            own_names=listeners.own_names(settings.listen),
         )
         forwarder = partial(
             Forwarder,
@@ -151,21 +141,20 @@ class Proxy:
             audit=self._audit,
             telemetry=self.telemetry,
             base=base,
-            scheme=scheme,
+            scheme=self.scheme,
             replay_limit=settings.replay_limit,
             read_timeout=settings.read_timeout,
         )
         self._handler = handler(gate=self._gate)
         bounds = bounds or Bounds(silence=settings.read_timeout)
         self.server = Server(self._handler, self._pages.respond, bounds)
-        names = own_names(settings.metrics_listen)
+        names = listeners.own_names(settings.metrics_listen)
         watch = Gate(upstream_host=base.host, allowed_hosts=settings.allowed_hosts, own_names=names)
         watcher = handler(gate=watch, only=WATCHED, telemetry=Telemetry(base.prefix))  # whom no drain waits for
         self._watch = Server(watcher, self._pages.respond, _WATCHERS, _MOST_WATCHERS)
         self.quit = self._pages.quit
-        self.scheme = scheme
         certificate, key = settings.tls_cert, settings.tls_key
-        self._serving = Serving(certificate, key) if certificate and key else None
+        self._serving = listeners.Serving(certificate, key) if certificate and key else None
         access_key = None if settings.sandbox else settings.access_key
         self.key = access_key and last_four(access_key.get_secret_value())
         """What may be shown of the access key in use."""
@@ -218,11 +207,11 @@ class Proxy:
         tls = None if self._serving is None else self._serving.context
         if self._shared is not None:
             await self._shared.start()
-        bound = bind(self._settings.listen, self._settings.socket_mode)
+        bound = listeners.bind(self._settings.listen, self._settings.socket_mode)
         try:
-            watched = bind(self._settings.metrics_listen, setting="METQUAY_METRICS_LISTEN (--metrics-listen)")
+            watched = listeners.bind(self._settings.metrics_listen, setting="METQUAY_METRICS_LISTEN (--metrics-listen)")
         except OSError:
-            release(bound)
+            listeners.release(bound)
             raise
         self.listening, self.watched = ([address for address, _ in some] for some in (bound, watched))
         for address in (*self.listening, *self.watched):
@@ -230,9 +219,9 @@ class Proxy:
             self._own_authorities |= {(host, address.port) for host in hosts}
         self.addresses = [str(each) if each.path else f"{self.scheme}://{each}" for each in self.listening]
         bounds = self.server.bounds
-        enter = partial(let_in, handshake=bounds.head, shutdown=bounds.silence)
-        self._listeners = await enter(self.server.accept, sockets_of(bound), tls, _SHORTAGE)
-        self._watched = await enter(self._watch.accept, sockets_of(watched), None, lambda _: None)
+        enter = partial(listeners.let_in, handshake=bounds.head, shutdown=bounds.silence)
+        self._listeners = await enter(self.server.accept, listeners.sockets_of(bound), tls, _SHORTAGE)
+        self._watched = await enter(self._watch.accept, listeners.sockets_of(watched), None, lambda _: None)
         self.tokens.start()
         self.pool.keep_warm()
         self._files.start()
@@ -265,7 +254,7 @@ class Proxy:
 
         if self._serving is not None:
             served = [cast("Path", path) for path in (settings.tls_cert, settings.tls_key)]
-            make, use = partial(serving_context, *served), self._serving.use
+            make, use = partial(listeners.serving_context, *served), self._serving.use
             yield Source("METQUAY_TLS_CERT, METQUAY_TLS_KEY", served, make, use)
         if settings.ca_bundle and self.base.scheme == "https":
             yield Source("METQUAY_CA_BUNDLE", [settings.ca_bundle], partial(tls_context, settings.ca_bundle), trust)
@@ -343,7 +332,9 @@ async def _run(settings: Settings, welcome: Callable[[Proxy], None], warnings: S
 
             simulator = sandbox.Sandbox(rate_limit=settings.rate_limit)
             undo.push_async_callback(simulator.stop)
-            await simulator.start(listen=partial(listen, lambda _: None))  # it gets its descriptors from the reserve
+            await simulator.start(
+                listen=partial(listeners.listen, lambda _: None)
+            )  # it gets its descriptors from the reserve
             base = BaseURL.parse(simulator.url)
             proxy = Proxy(settings, base, lambda: Credentials(sandbox.ACCESS_KEY, sandbox.SECRET_KEY))
         else:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 PROGRAM: Final = "metquay-proxy"
 SANDBOX_LISTEN: Final = "localhost:6388"
 
+_FORMATTER: Final = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=120)
+"""argparse's own, but of one width: to find out the terminal's costs `health` 4 ms."""
 _FAILED: Final = 1
 _WRONG: Final = 2
 _SECRETS: Final = """\
@@ -40,12 +42,11 @@ secrets, which have no flag (set the variable, or ..._FILE to the path of a file
 
 A setting is taken from the first of these that has it: flag, environment, .env in the current directory, secret file.
 A secret file is one that a ..._FILE variable names, or one in $CREDENTIALS_DIRECTORY or /run/secrets that has the
-variable's name."""
+variable's name. On Windows, the key pair can also be in the Credential Manager.
 
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    """Return argparse's own, but of one width: to find out the terminal's costs `health` 4 ms."""
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=120)
+metquay-proxyw.exe, the program for Windows that opens no window, writes what it would print to logs\\proxy.log in the
+current directory. With install.ps1, that directory is %LOCALAPPDATA%\\metquay-proxy, and .env lies there too; for the
+whole machine it is %ProgramFiles%\\metquay-proxy."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str, epilog: str = "", secrets: Sequence[str] = ()) -> None:
         usage = f"{PROGRAM} {'[serve]' if command == 'serve' else command} [flags]"
         super().__init__(
-            f"{PROGRAM} {command}", usage, description, epilog, formatter_class=_formatter, allow_abbrev=False
+            f"{PROGRAM} {command}", usage, description, epilog, formatter_class=_FORMATTER, allow_abbrev=False
         )
         self._secrets = secrets
 
@@ -196,7 +197,8 @@ def _survive() -> None:
     """
     import signal  # noqa: PLC0415 - the other commands can do without
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # process 1 would miss it
+    for number in (signal.SIGTERM, getattr(signal, "SIGBREAK", signal.SIGTERM)):  # the first: process 1 would miss it
+        signal.signal(number, signal.default_int_handler)
     if os.name == "nt":
         return
     for number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -255,11 +257,9 @@ def _out_of_sight(values: argparse.Namespace, settings: Settings) -> list[str]:
     from metquay_proxy.rules.address import DEFAULT_LISTEN, parse_listen  # noqa: PLC0415 - slow
 
     found = find()
-    asked, moved = found.get("listen", DEFAULT_LISTEN), {}
-    try:
+    asked, moved, seen = found.get("listen", DEFAULT_LISTEN), {}, False
+    with contextlib.suppress(ValueError):  # the flag took the place of a wrong one
         seen = any(parse_listen(asked)[0].is_reached_at(address) for address in settings.listen)
-    except ValueError:  # the flag took the place of a wrong one
-        seen = False
     if values.listen and not seen:
         moved["listen"] = f"elsewhere: {asked}"
     if values.tls_cert and "tls_cert" not in found:

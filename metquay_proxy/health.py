@@ -17,15 +17,9 @@ from metquay_proxy.rules.address import parse_listen
 
 TYPE_CHECKING = False  # to import `typing` costs 8 ms
 if TYPE_CHECKING:
-    from typing import Final, Protocol
+    from typing import Any, Final
 
     from metquay_proxy.rules.address import Address
-
-    class Clock(Protocol):
-        """What tells the time and lets it pass, in seconds, as ``time`` does."""
-
-        def monotonic(self) -> float: ...  # noqa: D102 - as there
-        def sleep(self, seconds: float, /) -> None: ...  # noqa: D102 - as there
 
 
 TIMEOUT: Final = 5.0
@@ -34,10 +28,11 @@ INTERVAL: Final = 0.1
 """Seconds between two questions of ``--wait``."""
 
 
-def check(listen: str, *, ready: bool = False, tls: bool = False, wait: float = 0, clock: Clock = time) -> str | None:
+def check(listen: str, *, ready: bool = False, tls: bool = False, wait: float = 0, clock: Any = time) -> str | None:  # noqa: ANN401 - a module
     """Return None as soon as the proxy at the first address of ``listen`` is alive (or ready), else why it is not.
 
-    ``wait`` is in seconds; 0 asks once. Raises ``ValueError`` where ``listen`` is malformed.
+    ``wait`` is in seconds; 0 asks once. ``clock`` has ``monotonic`` and ``sleep``, as ``time`` has. Raises
+    ``ValueError`` where ``listen`` is malformed.
     """
     address = parse_listen(listen)[0]
     if not address.path and not address.port:

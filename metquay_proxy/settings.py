@@ -385,11 +385,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        *_others: PydanticBaseSettingsSource,
-        **_named: PydanticBaseSettingsSource,
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: object, **_more: object
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take what is passed, and nothing else: ``Found`` looks for it, since it remembers what it found where."""
         del settings_cls

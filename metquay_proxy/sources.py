@@ -4,12 +4,14 @@ Owns the precedence of part 2 of the contract, and what is odd about a place: na
 that were meant to be settings, files that are not used or that everybody can read. Must not know what a text means, and
 must never put one into a warning.
 
-Facts: systemd puts credentials into ``$CREDENTIALS_DIRECTORY`` (systemd.exec(5)), docker and podman into
+Facts: Windows' Credential Manager is reached by the library keyring, an extra; the program without Python has it.
+systemd puts credentials into ``$CREDENTIALS_DIRECTORY`` (systemd.exec(5)), docker and podman into
 ``/run/secrets``. Kubernetes adds variables such as ``METQUAY_PROXY_SERVICE_HOST`` for each service of that name: those
 are nobody's mistake. Windows' editor adds .txt to a name, and its file manager does not show that.
 """
 
 import errno
+import importlib.util
 import os
 import re
 import stat
@@ -23,13 +25,14 @@ from dotenv.parser import Binding
 from metquay_proxy.environment import ENV_FILE, PREFIX, nearest, read_env_file, variable, variables
 
 PAIR: Final = ("access_key", "secret_key")
+VAULT: Final = "metquay-proxy"
+"""Under which name the Credential Manager holds the key pair; the user's name is the variable's."""
 
 _SERVICE_LINK: Final = re.compile(r"METQUAY_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_[0-9]+_\w+)")
 _NO_SETTING: Final = (
     "it is not of the form NAME=value (is there a word or a symbol before the name, a colon instead of =, no =, or an "
     "unclosed quotation mark?)"
 )
-_READABLE_BY_OTHERS: Final = 0o004
 
 
 class Text(NamedTuple):
@@ -73,6 +76,8 @@ class Found:
                     self._add_file(name, path)
                 else:
                     self._warn_unknown(name, str(directory))
+        if sys.platform == "win32" and importlib.util.find_spec("keyring"):
+            self._search_vault()
 
     def text(self, name: str) -> str:
         """Return what was found for a setting, without blanks around it."""
@@ -118,6 +123,18 @@ class Found:
             self.warnings.append(f"{directory} was not searched for secrets: {error.strerror}")
             return []
 
+    def _search_vault(self) -> None:
+        import keyring  # noqa: PLC0415 - an optional extra
+
+        for name in (name for name in PAIR if name not in {*self.texts, *self.problems}):
+            try:
+                text = keyring.get_password(VAULT, variable(name))
+            except Exception as error:  # noqa: BLE001 - the library passes on what Windows raises
+                self.problems[name] = (name, f"cannot be read from the Credential Manager: {error}")
+            else:
+                if text:
+                    self._add(name, Text(text, "Credential Manager", "the Credential Manager"))
+
     def _add_file(self, name: str, path: Path, *, named: bool = False) -> None:
         """Take a file for a setting; ``named`` by its ``..._FILE`` variable, else by its own name."""
         if name in self.texts:
@@ -135,7 +152,7 @@ class Found:
                 self.problems[name] = (name, str(error))
                 return
             mounted = path.parent in self._directories or sys.platform == "win32"
-            if not mounted and path.stat().st_mode & _READABLE_BY_OTHERS:
+            if not mounted and path.stat().st_mode & stat.S_IROTH:
                 who = f"{path}, which contains {variable(name)}, can be read by every user"
                 self.warnings.append(f"{who}: chmod 600 {path}")
 

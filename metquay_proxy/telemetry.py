@@ -277,11 +277,19 @@ class Telemetry:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily  # noqa: PLC0415
 
         families: list[Any] = []
+        version, states = (
+            {(status["version"],): 1},
+            {(state,): number for state, number in status["connections"].items()},
+        )
         labels = ("method", "route", "status", "origin")
-        requests = CounterMetricFamily("metquay_proxy_requests", "Answered requests.", labels=labels)
-        for values, number in list(self._requests.items()):
-            requests.add_metric([str(value) for value in values], number)
-        families.append(requests)
+        for kind, name, text, names, numbers in (
+            (CounterMetricFamily, "requests", "Answered requests.", labels, dict(self._requests)),
+            (GaugeMetricFamily, "connections", "Connections to Metquay.", ("state",), states),
+            (GaugeMetricFamily, "build_info", "Always 1: which version this is.", ("version",), version),
+        ):
+            families.append(kind(f"metquay_proxy_{name}", text, labels=names))
+            for values, number in numbers.items():
+                families[-1].add_metric([str(value) for value in values], number)
         for name, text, histogram in (
             ("upstream", "from sending a request to Metquay's answer", self._upstream),
             ("own", "of the proxy's own work", self._own),
@@ -290,13 +298,6 @@ class Telemetry:
             ends = zip([*(f"{bound:g}" for bound in BOUNDS), "+Inf"], histogram.counts, strict=True)
             told = (f"metquay_proxy_{name}_seconds", f"Seconds {text}, for each forwarded request.")
             families.append(HistogramMetricFamily(*told, buckets=list(ends), sum_value=histogram.total))
-        connections = GaugeMetricFamily("metquay_proxy_connections", "Connections to Metquay.", labels=("state",))
-        for state, number in status["connections"].items():
-            connections.add_metric([state], number)
-        families.append(connections)
-        about = GaugeMetricFamily("metquay_proxy_build_info", "Always 1: which version this is.", labels=("version",))
-        about.add_metric([status["version"]], 1)
-        families.append(about)
         token, quota, redis, audit = (status.get(part) or {} for part in ("token", "quota", "redis", "audit"))
         for kind, name, text, value in (
             (CounterMetricFamily, "retries", "Attempts after the first.", self._retries),

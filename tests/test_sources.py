@@ -4,12 +4,13 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
-from metquay_proxy.sources import Found, place_of_env_file, read_secret
+from metquay_proxy.sources import PAIR, Found, Text, place_of_env_file, read_secret
 from tests.unset import unset, write
+from tests.vault import install_vault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -237,3 +238,43 @@ def test_a_folder_that_is_gone() -> None:
     """A service manager may start the program there."""
     Path.cwd().rmdir()
     assert ".env" == place_of_env_file()
+
+
+class TestCredentialManager:
+    """Where Windows keeps passwords: the last place that is asked, and only there, and only for the key pair."""
+
+    HELD: ClassVar = {"METQUAY_ACCESS_KEY": "key-1", "METQUAY_SECRET_KEY": "key-2", "METQUAY_HOST": "lab.metquay.co"}
+
+    def test_it_comes_last(self, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+        """What is found elsewhere is not asked for."""
+        monkeypatch.setattr(sys, "platform", "win32")
+        install_vault(monkeypatch, self.HELD)
+        place = ("Credential Manager", "the Credential Manager", None)
+        assert {name: Text(f"key-{number}", *place) for number, name in enumerate(PAIR, 1)} == search().texts
+        write("current/.env", "METQUAY_SECRET_KEY=key-3\n")
+        found = search()
+        assert ("key-1", "key-3") == (found.text("access_key"), found.text("secret_key"))
+        assert [] == found.warnings == found.remarks
+
+    @pytest.mark.parametrize("platform", ["linux", "darwin"])
+    def test_other_systems_have_none(self, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The library may be installed there for something else."""
+        monkeypatch.setattr(sys, "platform", platform)
+        install_vault(monkeypatch, self.HELD)
+        assert {} == search().texts
+
+    def test_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is an extra."""
+        monkeypatch.setattr(sys, "platform", "win32")
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        assert ({}, {}) == (search().texts, search().problems)
+
+    def test_what_windows_refuses_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The key is not found, and why is in the one line about it; a file that is missing is told as such."""
+        monkeypatch.setattr(sys, "platform", "win32")
+        install_vault(monkeypatch, self.HELD, OSError("no logon session"))
+        monkeypatch.setenv("METQUAY_SECRET_KEY_FILE", "nowhere")
+        found = search()
+        assert "cannot be read from the Credential Manager: no logon session" == found.problems["access_key"][1]
+        assert "does not name an existing file" in found.problems["secret_key"][1]
+        assert not {"access_key", "secret_key"} & set(found.texts)

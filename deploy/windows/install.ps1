@@ -1,6 +1,6 @@
 <#
 .SYNOPSIS
-Installs metquay-proxy on Windows, or a newer version of it, and lets Task Scheduler run it.
+Installs metquay-proxy, which needs no Python, or a newer version of it, and lets Task Scheduler run it.
 
 .DESCRIPTION
 For the whole machine, as administrator: it runs from the machine's start as LOCAL SERVICE, an account with few rights. The
@@ -8,25 +8,23 @@ keys lie in two files that only that account, SYSTEM and administrators can read
 
 With -ForMe, for yourself: it runs while you are signed in, and the keys lie in your Credential Manager.
 
-Run it again to change a key or to install a newer version.
+Run it again to change a key or to install a newer version: requests that are under way then are lost.
 
-Needs Python 3.11 or newer (for the whole machine one that was installed for all users) and Windows PowerShell 5.1 or newer.
-More settings go into settings\.env in the folder that it names at the end; then restart the task. There is no Windows where
-this project is tested: these scripts were read, and parsed by a test, but not run.
+Program, .env, keys and logs\proxy.log lie in one folder, which it names at the end. More settings go into .env; restart the
+task then. Whatever ends the proxy, Task Scheduler starts it again within five minutes; to stop it for longer, disable the task.
+
+Needs Windows 10, or Windows Server 2016, or newer, with Windows PowerShell 5.1. There is no Windows where this project is
+developed: this script was read, and parsed by a test, but not run.
 
 .EXAMPLE
-powershell -ExecutionPolicy Bypass -File install.ps1 -MetquayHost lab.metquay.co
+powershell -ExecutionPolicy Bypass -File install.ps1 -MetquayHost lab.metquay.co -ForMe
 #>
 [CmdletBinding()]
 param(
     # Your Metquay server.
     [Parameter(Mandatory)] [string] $MetquayHost,
     # For the signed-in user rather than for the machine.
-    [switch] $ForMe,
-    # What pip installs: a wheel, or a folder with the source, such as this repository's.
-    [string] $Package = "$PSScriptRoot\..\..",
-    # The Python to use: the launcher's default, or the path of a python.exe.
-    [string] $Python = 'py'
+    [switch] $ForMe
 )
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'
@@ -45,61 +43,64 @@ $administrators = [Security.Principal.WindowsBuiltInRole]::Administrator
 if (-not $ForMe -and -not ([Security.Principal.WindowsPrincipal] $user).IsInRole($administrators)) {
     throw 'Run this in a PowerShell that was started as administrator, or with -ForMe for yourself alone.'
 }
-$pythonHome = Invoke-Program $Python -c 'import sys; assert sys.version_info >= (3, 11); print(sys.base_prefix)'
-if (-not $ForMe -and $pythonHome -match '\\(Users|WindowsApps)\\') {
-    throw "LOCAL SERVICE cannot run $pythonHome. Install Python for all users, and name its python.exe with -Python."
+$parts = 'metquay-proxy.exe', 'metquay-proxyw.exe', 'metquay-keys.exe', '_internal', 'licences', 'install.ps1', 'uninstall.ps1'
+foreach ($part in $parts) {
+    if (-not (Test-Path -LiteralPath "$PSScriptRoot\$part")) {
+        throw "$part is missing in $PSScriptRoot. Unpack the whole archive of a release, and run the install.ps1 in it."
+    }
 }
 
 # In Program Files only an administrator can write: nobody else can have laid a program or a folder there before.
 $folder = if ($ForMe) { "$env:LOCALAPPDATA\metquay-proxy" } else { "$env:ProgramFiles\metquay-proxy" }
-$settings = "$folder\settings"
-$logs = "$folder\logs"
-$programs = "$folder\venv\Scripts"
+if ($PSScriptRoot -eq $folder) { throw "Unpack the archive into another folder than $folder, and run install.ps1 there." }
 
-# An older installation: requests in flight are lost.
-Get-ScheduledTask -TaskName $task -ErrorAction SilentlyContinue | Stop-ScheduledTask
+# An older installation.
+Get-ScheduledTask -TaskName $task -ErrorAction SilentlyContinue | ForEach-Object {
+    Stop-ScheduledTask -InputObject $_
+    Unregister-ScheduledTask -InputObject $_ -Confirm:$false
+}
 Get-Process | Where-Object { $_.Path -like "$folder\*" } | Stop-Process -Force -PassThru | Wait-Process
+foreach ($part in $parts) {
+    if (Test-Path -LiteralPath "$folder\$part") { Remove-Item -LiteralPath "$folder\$part" -Recurse -Force }
+}
 
-New-Item -ItemType Directory -Force -Path $folder, $settings, $logs | Out-Null
-Invoke-Program $Python -m venv "$folder\venv"
-$wanted = if ($ForMe) { "${Package}[keyring]" } else { $Package }
-Invoke-Program "$programs\python.exe" -m pip install --quiet --upgrade $wanted
-Copy-Item -Path "$PSScriptRoot\run.ps1" -Destination $folder -Force
+New-Item -ItemType Directory -Force -Path $folder, "$folder\logs" | Out-Null
 if (-not $ForMe) {
     # SYSTEM, Administrators and LOCAL SERVICE by their numbers, since names are translated. Before any key is written.
     $full = '*S-1-5-18:(OI)(CI)F', '*S-1-5-32-544:(OI)(CI)F'
-    Invoke-Program icacls.exe $settings /inheritance:r /grant:r $full[0] $full[1] '*S-1-5-19:(OI)(CI)RX'
-    Invoke-Program icacls.exe $logs /inheritance:r /grant:r $full[0] $full[1] '*S-1-5-19:(OI)(CI)M'
+    Invoke-Program icacls.exe $folder /inheritance:r /grant:r $full[0] $full[1] '*S-1-5-19:(OI)(CI)RX'
+    Invoke-Program icacls.exe "$folder\logs" /grant:r '*S-1-5-19:(OI)(CI)M'
 }
+foreach ($part in $parts) { Copy-Item -LiteralPath "$PSScriptRoot\$part" -Destination $folder -Recurse }
+# Windows marks what was downloaded, and asks before it runs that; whoever installs it has decided.
+Get-ChildItem -LiteralPath $folder -Recurse -File | Unblock-File
 
-foreach ($name in 'METQUAY_ACCESS_KEY', 'METQUAY_SECRET_KEY') {
-    $secret = Read-Host -AsSecureString -Prompt "Paste $name (nothing keeps the one that is there)"
-    $key = [Net.NetworkCredential]::new('', $secret).Password
-    if (-not $key) { continue }
-    if ($ForMe) {
-        # By its standard input: a command line can be read by other programs.
-        $key | & "$programs\keyring.exe" set metquay-proxy $name
-        if ($LASTEXITCODE -ne 0) { throw "Credential Manager did not take $name" }
-    }
-    else {
-        [IO.File]::WriteAllText("$settings\$name", $key)
-    }
-}
-if (Test-Path -LiteralPath "$settings\.env") {
-    Write-Warning "$settings\.env was there and is kept: see that METQUAY_HOST is right in it."
+if ($ForMe) {
+    Invoke-Program "$folder\metquay-keys.exe"
 }
 else {
-    $lines = @("METQUAY_HOST=$MetquayHost", '# info: one line for each request', 'METQUAY_LOG_LEVEL=warning')
-    if (-not $ForMe) {
-        $lines += "METQUAY_ACCESS_KEY_FILE=$settings\METQUAY_ACCESS_KEY"
-        $lines += "METQUAY_SECRET_KEY_FILE=$settings\METQUAY_SECRET_KEY"
+    foreach ($name in 'METQUAY_ACCESS_KEY', 'METQUAY_SECRET_KEY') {
+        $secret = Read-Host -AsSecureString -Prompt "Paste $name (Enter alone keeps the key that is there)"
+        $key = [Net.NetworkCredential]::new('', $secret).Password
+        if ($key) { [IO.File]::WriteAllText("$folder\$name", $key) }
     }
-    [IO.File]::WriteAllLines("$settings\.env", [string[]] $lines)
+}
+if (Test-Path -LiteralPath "$folder\.env") {
+    Write-Warning "$folder\.env was there and is kept: see that METQUAY_HOST is right in it."
+}
+else {
+    $lines = @(
+        "METQUAY_HOST=$MetquayHost", '# info: one line for each request', 'METQUAY_LOG_LEVEL=warning', 'METQUAY_LOG_FORMAT=console'
+    )
+    if (-not $ForMe) {
+        $lines += "METQUAY_ACCESS_KEY_FILE=$folder\METQUAY_ACCESS_KEY"
+        $lines += "METQUAY_SECRET_KEY_FILE=$folder\METQUAY_SECRET_KEY"
+    }
+    [IO.File]::WriteAllLines("$folder\.env", [string[]] $lines)
 }
 
-$powershell = "$env:SystemRoot\System32\WindowsPowerShell\v1.0\powershell.exe"
-$arguments = "-NoProfile -NonInteractive -WindowStyle Hidden -ExecutionPolicy Bypass -File `"$folder\run.ps1`""
-$action = New-ScheduledTaskAction -Execute $powershell -Argument $arguments
+# The program without a window, in the folder where it finds .env and makes its log.
+$action = New-ScheduledTaskAction -Execute "$folder\metquay-proxyw.exe" -Argument 'serve' -WorkingDirectory $folder
 if ($ForMe) {
     $trigger = New-ScheduledTaskTrigger -AtLogOn -User $user.Name
     $principal = New-ScheduledTaskPrincipal -UserId $user.Name -LogonType Interactive
@@ -108,6 +109,9 @@ else {
     $trigger = New-ScheduledTaskTrigger -AtStartup
     $principal = New-ScheduledTaskPrincipal -UserId 'LOCALSERVICE' -LogonType ServiceAccount
 }
+# Only this kind of trigger takes an interval; a proxy that runs is not started twice (IgnoreNew).
+$again = New-ScheduledTaskTrigger -Once -At (Get-Date) -RepetitionInterval (New-TimeSpan -Minutes 5)
+$trigger.Repetition = $again.Repetition
 # By default a task is ended after three days, and on a laptop that runs on its battery.
 $conditions = New-ScheduledTaskSettingsSet -ExecutionTimeLimit ([TimeSpan]::Zero) -MultipleInstances IgnoreNew `
     -StartWhenAvailable -AllowStartIfOnBatteries -DontStopIfGoingOnBatteries
@@ -115,8 +119,8 @@ Register-ScheduledTask -TaskName $task -Description 'Authenticating proxy for th
     -Trigger $trigger -Principal $principal -Settings $conditions -Force | Out-Null
 Start-ScheduledTask -TaskName $task
 
-Push-Location -LiteralPath $settings # where .env is
-& "$programs\metquay-proxy.exe" health --ready --wait 30
+Push-Location -LiteralPath $folder # where .env is
+& "$folder\metquay-proxy.exe" health --ready --wait 30
 Pop-Location
-if ($LASTEXITCODE -eq 0) { Write-Output "Ready at http://localhost:6387. Settings: $settings\.env" }
-else { Write-Warning "Not ready yet. Settings: $settings\.env; what the proxy says: $logs\proxy.log" }
+if ($LASTEXITCODE -eq 0) { Write-Output "Ready at http://localhost:6387. Settings: $folder\.env" }
+else { Write-Warning "Not ready yet. Settings: $folder\.env; what the proxy says: $folder\logs\proxy.log" }

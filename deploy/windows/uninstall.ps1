@@ -7,7 +7,7 @@ As administrator; with -ForMe what was installed with -ForMe. Like install.ps1 i
 project.
 
 .EXAMPLE
-powershell -ExecutionPolicy Bypass -File uninstall.ps1
+powershell -ExecutionPolicy Bypass -File uninstall.ps1 -ForMe
 #>
 [CmdletBinding()]
 param(
@@ -23,9 +23,6 @@ Get-ScheduledTask -TaskName 'metquay-proxy' -ErrorAction SilentlyContinue | ForE
     Unregister-ScheduledTask -InputObject $_ -Confirm:$false
 }
 Get-Process | Where-Object { $_.Path -like "$folder\*" } | Stop-Process -Force -PassThru | Wait-Process
-if ($ForMe) {
-    foreach ($name in 'METQUAY_ACCESS_KEY', 'METQUAY_SECRET_KEY') {
-        & "$folder\venv\Scripts\keyring.exe" del metquay-proxy $name
-    }
-}
+if ($ForMe) { & "$folder\metquay-keys.exe" --remove }
+Set-Location -LiteralPath "$env:SystemDrive\" # a folder that somebody is in can't be removed
 Remove-Item -LiteralPath $folder -Recurse -Force

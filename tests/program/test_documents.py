@@ -7,6 +7,7 @@ until this file knows what to do with it.
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from metquay_proxy import __version__
 from metquay_proxy.rules.errors import STATUS
 from metquay_proxy.sandbox.server import ACCESS_KEY, SECRET_KEY
 from metquay_proxy.settings import VARIABLES, load, variable
@@ -272,6 +274,28 @@ def powershell(block: Block, proxy: Running, folder: Path) -> None:
     assert calls
 
 
+ARCHIVE = f"metquay-proxy-{__version__}-windows-amd64.zip"
+"""What .ci/program.py calls the program for Windows."""
+
+
+def installing(block: Block, proxy: Running, folder: Path) -> None:
+    """The archive is called so, and its script takes these words; there is no Windows here to run it."""
+    del proxy, folder
+    for line in block.text.splitlines():
+        command, *words = line.split()
+        if command == "powershell":
+            name = words[words.index("-File") + 1]
+            script = (ROOT / "deploy/windows" / name.removeprefix("metquay-proxy\\")).read_text(encoding="utf-8")
+            taken = re.findall(
+                r"^    (?:\[Parameter\(Mandatory\)\] )?\[(?:string|switch)\] \$(\w+)", script, re.MULTILINE
+            )
+            given = [word for word in words[words.index(name) + 1 :] if word.startswith("-")]
+            assert set(given) <= {f"-{one}" for one in taken}
+        else:
+            assert command in {"Get-FileHash", "Unblock-File", "Expand-Archive"}
+            assert [ARCHIVE] == fnmatch.filter([ARCHIVE], next(word for word in words if word.endswith(".zip")))
+
+
 def visual_basic(block: Block, proxy: Running, folder: Path) -> None:
     """Replay each request that is opened, with its headers, or what a QueryTable fetches, and reads as it is told."""
     del folder
@@ -335,6 +359,8 @@ def kind(block: Block) -> Callable[[Block, Running, Path], None]:
         return by_ci
     if block.language == "sh":
         return docker if block.text.startswith("docker build") else shell
+    if block.language == "powershell" and re.search(r"\.(zip|ps1)", block.text):
+        return installing
     if block.language == "" and "Web.Contents" in block.text:
         return power_query
     if block.language == "" and re.fullmatch(r"(METQUAY_\w+=.*\n)+", block.text):
@@ -356,6 +382,7 @@ BROKEN = {
     settings: [("METQUAY_HOST", "METQUAY_HOTS")],
     python: [("formulas=keep", "dates=vendor"), (HERE, f"{HERE}/nowhere"), ('secret_key="any"', "secret_key=5")],
     powershell: [("-Body", "-Boby"), ("-TimeoutSec 180", "-TimeoutSec 18"), ("customers?", "customrs?")],
+    installing: [("amd64", "arm64"), ("-ForMe", "-ForUs")],
     visual_basic: [("65001", "1252"), ("customers", "customrs")],
     power_query: [("customers", "customrs")],
     prometheus: [("/-/metrics", "/-/metric")],
@@ -402,7 +429,7 @@ def test_a_block_of_an_unknown_kind_is_noticed() -> None:
     assert {by_ci, *BROKEN} == {kind(block) for block in BLOCKS}
     with pytest.raises(LookupError):
         kind(Block("README.md", 1, "ruby", "puts 1\n"))
-    fences = sum(text.count("\n```") for text in READ.values())
+    fences = sum(text.count("```") for text in READ.values())
     assert fences == 2 * len(BLOCKS), "a fence that no block was made of"
 
 

@@ -59,6 +59,7 @@ OF_SEVERAL_MODULES = {
     "soak": "the whole proxy, in a bad week",
     "structure": "the repository",
     "tagged": "the whole proxy: whose answer is whose",
+    "without_python": "the program without Python, and the scripts that install it",
     "whole_lists": "the whole proxy: lists of many pages, while other tools write",
     "trust": "certificates and corporate proxies, on the way through the whole proxy",
     "work_per_request": "the whole proxy: what a request costs",
@@ -234,9 +235,10 @@ def test_a_pure_module_loads_no_framework(module: str) -> None:
             [
                 *PROJECT["project"]["dependencies"],
                 *chain(*PROJECT["project"]["optional-dependencies"].values()),
-                *PROJECT["dependency-groups"]["dev"],
+                *chain(*PROJECT["dependency-groups"].values()),
             ],
         ),
+        ("requirements-program.lock", PROJECT["dependency-groups"]["program"]),
         ("requirements-build.lock", PROJECT["build-system"]["requires"]),
     ],
 )
@@ -258,9 +260,10 @@ def test_what_the_program_is_built_on() -> None:
 
 
 def test_the_locks_agree() -> None:
-    """What CI tests is what the image installs."""
-    for name, versions in (pins("requirements.lock") | pins("requirements-build.lock")).items():
-        assert pins("requirements-dev.lock")[name] == versions, name
+    """What CI tests is what image and program hold, and are built by."""
+    for lock in LOCKS:
+        for name, versions in pins(lock).items():
+            assert pins("requirements-dev.lock")[name] == versions, (lock, name)
 
 
 @pytest.mark.parametrize("lock", LOCKS)
