@@ -1,7 +1,7 @@
 """Build the program that needs no Python, for the system that this runs on: `program.py WHEEL OUT`.
 
-OUT gets the archive that users unpack, a zip for Windows and else a tar.gz, and its bill of materials. Needs Python and
-pip alone: packages and tools are installed into environments of their own, as they are locked.
+OUT gets the archive that users unpack, a zip for Windows and else a tar.gz, and its SBOM. Needs Python and pip alone:
+packages and tools are installed into environments of their own, in the locked versions.
 """
 
 import os
@@ -35,7 +35,7 @@ def environment(folder: Path, *packages: str | Path) -> Path:
 
 
 def add_licences(packages: str, library: str, folder: Path) -> None:
-    """Copy what the packages, and Python itself, say about what one may do with them."""
+    """Copy the licences of the packages, and of Python itself."""
     for package in metadata.distributions(path=[packages]):
         for file in package.files or ():
             if file.name.upper().startswith(("LICEN", "COPYING", "NOTICE")):

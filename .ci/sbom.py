@@ -1,6 +1,6 @@
-"""Write the bill of materials of an environment that holds the product: `sbom.py PYTHON FILE`, CycloneDX as JSON.
+"""Write the SBOM of an environment that holds the product: `sbom.py PYTHON FILE`, CycloneDX as JSON.
 
-It names each package that is installed there beside the product, and nothing else. Needs cyclonedx-bom.
+It lists each package that is installed there besides the product, and nothing else. Needs cyclonedx-bom.
 """
 
 import json
@@ -24,7 +24,7 @@ def output(*words: str) -> str:
 
 
 def main(python: str, file: Path) -> None:
-    """Write it, and hold it against what is there."""
+    """Write it, once it was compared with what is installed."""
     installed = {name.lower().replace("_", "-"): of for name, of in json.loads(output(python, "-c", PACKAGES)).items()}
     version = installed.pop("metquay-proxy")
     with tempfile.TemporaryDirectory() as folder:
@@ -37,12 +37,12 @@ def main(python: str, file: Path) -> None:
     named.pop("metquay-proxy", None)
     subject = bill["metadata"]["component"]
     if named != installed or (subject["name"], subject["version"]) != ("metquay-proxy", version):
-        sys.exit(f"the bill of materials is of {subject} with {named}, and what is installed is {installed}")
+        sys.exit(f"the SBOM is of {subject} with {named}, and what is installed is {installed}")
     text = json.dumps(bill, indent=2) + "\n"
     if "file://" in text:
-        sys.exit("the bill of materials names a file of this machine")
+        sys.exit("the SBOM names a file of this machine")
     file.write_text(text, encoding="utf-8")
-    print(f"{file.name} names {len(named)} packages")
+    print(f"{file.name} lists {len(named)} packages")
 
 
 if __name__ == "__main__":

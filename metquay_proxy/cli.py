@@ -42,11 +42,11 @@ secrets, which have no flag (set the variable, or ..._FILE to the path of a file
 
 A setting is taken from the first of these that has it: flag, environment, .env in the current directory, secret file.
 A secret file is one that a ..._FILE variable names, or one in $CREDENTIALS_DIRECTORY or /run/secrets that has the
-variable's name. On Windows, the key pair can also be in the Credential Manager.
+variable's name. On Windows, the key pair can also be in Credential Manager.
 
-metquay-proxyw.exe, the program for Windows that opens no window, writes what it would print to logs\\proxy.log in the
-current directory. With install.ps1, that directory is %LOCALAPPDATA%\\metquay-proxy, and .env lies there too; for the
-whole machine it is %ProgramFiles%\\metquay-proxy."""
+metquay-proxyw.exe, the program for Windows that opens no window, writes its output to logs\\proxy.log in the current
+directory. install.ps1 -ForMe makes that %LOCALAPPDATA%\\metquay-proxy, install.ps1 without it makes it
+%ProgramFiles%\\metquay-proxy; .env is there too."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,7 +95,7 @@ def _mend_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)  # it takes the lowest that is free, but not on Windows
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         if stream is None or stream.closed:

@@ -3,26 +3,43 @@
 Removes what install.ps1 made: the task, the program, its settings and logs, and the keys.
 
 .DESCRIPTION
-As administrator; with -ForMe what was installed with -ForMe. Like install.ps1 it was read and parsed, but not run, by the
-project.
+With -ForMe what was installed with -ForMe, else what was installed for the whole computer, as administrator. Like install.ps1
+it has never been run: it was read, and parsed by a test.
 
 .EXAMPLE
 powershell -ExecutionPolicy Bypass -File uninstall.ps1 -ForMe
 #>
 [CmdletBinding()]
 param(
-    # What was installed for the signed-in user rather than for the machine.
+    # What was installed for yourself rather than for the whole computer.
     [switch] $ForMe
 )
 Set-StrictMode -Version Latest
 $ErrorActionPreference = 'Stop'
 
 $folder = if ($ForMe) { "$env:LOCALAPPDATA\metquay-proxy" } else { "$env:ProgramFiles\metquay-proxy" }
-Get-ScheduledTask -TaskName 'metquay-proxy' -ErrorAction SilentlyContinue | ForEach-Object {
-    Stop-ScheduledTask -InputObject $_
-    Unregister-ScheduledTask -InputObject $_ -Confirm:$false
+$task = if ($ForMe) { "metquay-proxy-$env:USERNAME" } else { 'metquay-proxy' }
+if (-not (Test-Path -LiteralPath $folder)) {
+    throw "There is no $folder. If it was installed with -ForMe, add that here too; otherwise leave it out."
+}
+$user = [Security.Principal.WindowsPrincipal] [Security.Principal.WindowsIdentity]::GetCurrent()
+if (-not $ForMe -and -not $user.IsInRole([Security.Principal.WindowsBuiltInRole]::Administrator)) {
+    throw 'Run this in a PowerShell that was started as administrator.'
+}
+Get-ScheduledTask -TaskName $task -ErrorAction SilentlyContinue | ForEach-Object {
+    Stop-ScheduledTask -InputObject $_ -ErrorAction Stop
+    Unregister-ScheduledTask -InputObject $_ -Confirm:$false -ErrorAction Stop
 }
 Get-Process | Where-Object { $_.Path -like "$folder\*" } | Stop-Process -Force -PassThru | Wait-Process
-if ($ForMe) { & "$folder\metquay-keys.exe" --remove }
-Set-Location -LiteralPath "$env:SystemDrive\" # a folder that somebody is in can't be removed
+if ($ForMe) {
+    $removed = Test-Path -LiteralPath "$folder\metquay-keys.exe"
+    if ($removed) {
+        & "$folder\metquay-keys.exe" --remove
+        $removed = $LASTEXITCODE -eq 0
+    }
+    if (-not $removed) { Write-Warning 'The keys may still be in Credential Manager: look for METQUAY there, and remove them.' }
+}
+# A folder that a program works in can't be removed.
+Set-Location -LiteralPath "$env:SystemDrive\"
+[Environment]::CurrentDirectory = "$env:SystemDrive\"
 Remove-Item -LiteralPath $folder -Recurse -Force

@@ -285,7 +285,7 @@ def installing(block: Block, proxy: Running, folder: Path) -> None:
         command, *words = line.split()
         if command == "powershell":
             name = words[words.index("-File") + 1]
-            script = (ROOT / "deploy/windows" / name.removeprefix("metquay-proxy\\")).read_text(encoding="utf-8")
+            script = (ROOT / "deploy/windows" / name.rpartition("\\")[2]).read_text(encoding="utf-8")
             taken = re.findall(
                 r"^    (?:\[Parameter\(Mandatory\)\] )?\[(?:string|switch)\] \$(\w+)", script, re.MULTILINE
             )

@@ -144,15 +144,17 @@ runpy.run_path({program!r}, run_name="__main__")
 """
 
 
-def started(name: str, streams: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the program as PyInstaller's executable of that name would; without standard streams where ``closed``."""
+def started(
+    name: str, streams: str, folder: Path, *words: str, product: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run the program as the executable of that name would; without standard streams where ``closed``."""
     text = STARTED.format(program=str(PROGRAM))
     clean = {key: value for key, value in os.environ.items() if not key.startswith("METQUAY_")}
     return subprocess.run(  # noqa: S603 - our own words
         [sys.executable, "-c", text, "", str(folder / name), streams, *words],
         check=False,
         cwd=folder,
-        env=clean | {"PYTHONPATH": str(ROOT)},
+        env=clean | {"PYTHONPATH": str(product)},
         capture_output=True,
         text=True,
         timeout=30,
@@ -161,14 +163,19 @@ def started(name: str, streams: str, folder: Path, *words: str) -> subprocess.Co
 
 @pytest.mark.parametrize("streams", ["open", "closed"])
 def test_without_a_window_everything_goes_to_the_log(streams: str, tmp_path: Path) -> None:
-    """What is printed, and why it ended, is in the log; the log of the start before is kept, and no older one."""
+    """What is printed is in the log, below what was there; a large one is kept under another name."""
+    log, previous = (tmp_path / "logs" / name for name in ("proxy.log", "previous.log"))
     assert 0 == started("metquay-proxyw", streams, tmp_path, "--version").returncode
     ended = started("metquay-proxyw", streams, tmp_path, "--rate-limit", "fast")
     assert (2, "", "") == (ended.returncode, ended.stdout, ended.stderr)
-    log, previous = (tmp_path / "logs" / name for name in ("proxy.log", "previous.log"))
-    assert previous.read_text(encoding="utf-8").startswith("metquay-proxy ")
-    assert "'fast' is not a rate" in log.read_text(encoding="utf-8")
-    assert 2 == len(list(log.parent.iterdir()))
+    first, *others = log.read_text(encoding="utf-8").splitlines()
+    assert "metquay-proxy" == first.split()[0]
+    assert ["METQUAY_RATE_LIMIT"] == [line.split()[0] for line in others if "'fast' is not a rate" in line]
+    assert [log] == list(log.parent.iterdir())
+    with log.open("a", encoding="utf-8") as file:
+        file.truncate(4 << 20)
+    assert 0 == started("metquay-proxyw", streams, tmp_path, "--version").returncode
+    assert (4 << 20, f"{first}\n") == (previous.stat().st_size, log.read_text(encoding="utf-8"))
     if sys.platform != "win32":
         assert 0o600 == log.stat().st_mode & 0o777
 
@@ -191,31 +198,61 @@ def test_with_a_window_it_prints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "sharing", "code", "waits"),
+    ("waits", "code", "facts"),
     [
-        pytest.param("win32", 1, 2, True, id="a double click, and it failed"),
-        pytest.param("win32", 1, 0, False, id="a double click, and it ended well"),
-        pytest.param("win32", 2, 2, False, id="from a prompt"),
-        pytest.param("linux", 1, 2, False, id="elsewhere"),
+        pytest.param(True, 2, {}, id="a double click, and it failed"),
+        pytest.param(False, 0, {}, id="a double click, and it ended well"),
+        pytest.param(False, 2, {"sharing": 2}, id="from a prompt"),
+        pytest.param(False, 2, {"session": 0}, id="by a service"),
+        pytest.param(False, 2, {"terminal": False}, id="by a program that reads what it prints"),
+        pytest.param(False, 2, {"platform": "linux"}, id="elsewhere"),
     ],
 )
+@pytest.mark.parametrize("answer", [None, EOFError(), KeyboardInterrupt()], ids=repr)
 def test_a_window_that_would_close_stays(
-    platform: str,
-    sharing: int,
-    code: int,
     waits: bool,  # noqa: FBT001 - a parameter
+    code: int,
+    facts: dict[str, object],
+    answer: BaseException | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whoever started it by a double click can read why it failed."""
+    """Whoever started it by a double click can read why it failed; nobody else is kept waiting."""
+    facts = {"platform": "win32", "terminal": True, "session": 1, "sharing": 1} | facts
     module = runpy.run_path(str(PROGRAM))
-    kernel = SimpleNamespace(GetConsoleProcessList=lambda _list, _length: sharing)
     asked: list[str] = []
-    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr("metquay_proxy.cli.main", lambda: code)
-    monkeypatch.setattr("builtins.input", asked.append)
-    assert code == module["main"]()
+
+    def session_of(_process: int, session: SimpleNamespace) -> None:
+        session.value = facts["session"]
+
+    def ask(prompt: str) -> str:
+        asked.append(prompt)
+        if answer:
+            raise answer
+        return ""
+
+    stream = SimpleNamespace(isatty=lambda: facts["terminal"])
+    kernel = SimpleNamespace(
+        GetConsoleProcessList=lambda _list, _length: facts["sharing"], ProcessIdToSessionId=session_of
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+        patch.setattr(ctypes, "byref", lambda value: value)
+        patch.setattr("metquay_proxy.cli.main", lambda: code)
+        patch.setattr("builtins.input", ask)
+        patch.setattr(sys, "stdin", stream)
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "platform", facts["platform"])
+        assert code == module["main"]()
     assert (["Press Enter to close this window."] if waits else []) == asked
+
+
+def test_without_a_window_no_bug_waits_for_anybody(tmp_path: Path) -> None:
+    """PyInstaller would show it in a dialog, which nobody closes where Task Scheduler runs the program."""
+    (tmp_path / "metquay_proxy").mkdir()
+    (tmp_path / "metquay_proxy/__init__.py").write_text("raise ValueError('a bug')", encoding="utf-8")
+    ended = started("metquay-proxyw", "closed", tmp_path, "--version", product=tmp_path)
+    assert (1, "", "") == (ended.returncode, ended.stdout, ended.stderr)
+    assert "ValueError: a bug" in (tmp_path / "logs/proxy.log").read_text(encoding="utf-8")
 
 
 def kept(monkeypatch: pytest.MonkeyPatch, held: dict[str, str], typed: str, *words: str) -> tuple[int, dict[str, str]]:
@@ -237,17 +274,20 @@ def test_keys_are_kept_renewed_and_removed(monkeypatch: pytest.MonkeyPatch, caps
     assert (0, both | {SECRET: "key-3"}) == kept(monkeypatch, dict(both), "\n key-3 \n")
     assert (1, {ACCESS: "key-1"}) == kept(monkeypatch, {}, "key-1\n\n")
     printed = capsys.readouterr().out
-    assert "There is no METQUAY_SECRET_KEY in the Credential Manager yet." in printed
+    assert "No METQUAY_SECRET_KEY is stored in Credential Manager yet." in printed
     assert "key-" not in printed
     assert (0, {}) == kept(monkeypatch, {ACCESS: "key-1"}, "", "--remove")
 
 
-def test_a_key_that_is_typed_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a console it is typed as a password is."""
+def test_a_key_that_is_typed_is_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At a console it is typed as a password is; what Ctrl-V types there is no key."""
+    answers = iter(["\x16", " key-1 \n"])
     asked: list[str] = []
     install_vault(monkeypatch, {})
-    monkeypatch.setattr("getpass.getpass", lambda prompt: asked.append(prompt) or " key-1 \n")
+    monkeypatch.setattr("getpass.getpass", lambda prompt: asked.append(prompt) or next(answers))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    assert "key-1" == runpy.run_path(str(KEYS))["ask"](ACCESS)
-    (prompt,) = asked
-    assert ACCESS in prompt
+    assert "key-1" == runpy.run_path(str(KEYS))["typed"](ACCESS)
+    assert 2 == len(asked)
+    printed = capsys.readouterr().out
+    assert 2 == printed.count(ACCESS)
+    assert 1 == printed.count("That is no key")
