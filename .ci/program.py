@@ -4,9 +4,11 @@ OUT gets the archive that users unpack, a zip for Windows and else a tar.gz, and
 packages and tools are installed into environments of their own, in the locked versions.
 """
 
+import json
 import os
 import platform
 import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -46,6 +48,14 @@ def add_licences(packages: str, library: str, folder: Path) -> None:
     shutil.copy(python[0], folder / "Python-LICENSE.txt")
 
 
+def add_python(sbom: Path) -> None:
+    """Add to an SBOM what the program holds besides packages: Python itself, and its OpenSSL."""
+    bill = json.loads(sbom.read_text(encoding="utf-8"))
+    for name, version in (("CPython", platform.python_version()), ("OpenSSL", ssl.OPENSSL_VERSION.split()[1])):
+        bill["components"].append({"type": "library", "bom-ref": name, "name": name, "version": version})
+    sbom.write_text(json.dumps(bill, indent=2) + "\n", encoding="utf-8")
+
+
 def main(wheel: Path, out: Path) -> None:
     """Build."""
     version, system = wheel.name.split("-")[1], {"win32": "windows", "darwin": "macos"}.get(sys.platform, sys.platform)
@@ -55,6 +65,7 @@ def main(wheel: Path, out: Path) -> None:
         product = environment(Path(scratch, "product"), ROOT / "requirements.lock", wheel)
         tools = environment(Path(scratch, "tools"), ROOT / "requirements-program.lock")
         print(run(tools, ROOT / ".ci/sbom.py", product, out / f"{name}.cdx.json"), end="")
+        add_python(out / f"{name}.cdx.json")
         packages, library = run(product, "-c", PLACES).split("\n")[:2]
         spec = ROOT / "deploy/program/metquay-proxy.spec"
         words = ("--noconfirm", "--log-level", "WARN", "--workpath", Path(scratch, "work"), "--distpath", scratch)

@@ -380,7 +380,7 @@ def _signals(proxy: Proxy) -> Iterator[None]:
         calls[signal.SIGTERM] = end
         hangup = signal.getsignal(signal.SIGHUP)
         if hangup is not signal.SIG_IGN:
-            calls[signal.SIGHUP] = end if hangup is signal.default_int_handler else proxy.reload
+            calls[signal.SIGHUP] = end if hangup is signal.getsignal(signal.SIGTERM) else proxy.reload
         loop.add_signal_handler(signal.SIGWINCH, int)  # from now on the loop wakes for every signal
     for number, call in calls.items():
         signal.signal(number, lambda *_, call=call: loop.call_soon_threadsafe(call))

@@ -190,15 +190,16 @@ def _no_certificates() -> Iterator[None]:
 
 
 def _survive() -> None:
-    """Ignore what would end the program by default, and say what SIGHUP is to mean, by its handler until the server's.
+    """End at once where the program is told to stop while it loads, and ignore what would end it by default.
 
-    ``default_int_handler``: end, since the terminal may be closed; another one: read files again, which are being read
-    now anyway. Where it is ignored (nohup) that stays so.
+    An exception would not do: a library in C or Rust that it meets turns it into another one, or into nothing. Until
+    the server's handlers are there, SIGHUP's says what it is to mean: SIGTERM's, to end, since the terminal may be
+    closed; another one, to read files again, which are being read now anyway. Where it is ignored (nohup) that stays.
     """
     import signal  # noqa: PLC0415 - the other commands can do without
 
-    for number in (signal.SIGTERM, getattr(signal, "SIGBREAK", signal.SIGTERM)):  # the first: process 1 would miss it
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGBREAK", signal.SIGTERM)):
+        signal.signal(number, leave := lambda *_: os._exit(0))
     if os.name == "nt":
         return
     for number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -207,7 +208,7 @@ def _survive() -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)
         with contextlib.suppress(OSError):  # there is no terminal
             os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-            signal.signal(signal.SIGHUP, signal.default_int_handler)
+            signal.signal(signal.SIGHUP, leave)
 
 
 def _welcome(proxy: Proxy, settings: Settings) -> None:

@@ -54,7 +54,7 @@ def window_will_close() -> bool:
 
 def main() -> int:
     """Run what was asked for; return the exit code."""
-    if Path(sys.executable).stem == "metquay-proxyw":
+    if Path(sys.executable).stem.casefold() == "metquay-proxyw":
         print_to_log()
         try:
             return run()
