@@ -256,6 +256,7 @@ class TestStreams:
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes that say whether they are full")
     @pytest.mark.parametrize("words", ["serve --sandbox", "sandbox"])
+    @pytest.mark.slow
     def test_a_server_whose_output_nobody_reads(self, tmp_path: Path, words: str) -> None:
         """A pipe that is full stops neither the start nor the end."""
         port = free_port()
@@ -282,6 +283,7 @@ class TestStreams:
         os.close(reader)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full, and kibibytes")
+    @pytest.mark.slow
     def test_a_log_that_is_full_is_not_kept(self, tmp_path: Path) -> None:
         """Of what could not be written 4,000 lines gather in memory, and no more."""
         (tmp_path / "log.py").write_text(FULL_LOG)
@@ -556,6 +558,7 @@ def begun(code: str, **environment: str) -> str:
 
 
 class TestStart:
+    @pytest.mark.slow
     def test_a_plain_start_loads_no_more_than_it_needs(self) -> None:
         """Beyond the libraries that the program is built on it costs its own modules, and of these those that serve."""
         bare = "import contextlib, aiohttp.web, pydantic_settings, structlog\n"
@@ -570,6 +573,7 @@ class TestStart:
         assert {"_queue", "encodings", "mmap", "queue", "resource", "stringprep", "termios"} >= others
 
     @pytest.mark.skipif(sys.platform in {"win32", "darwin"}, reason="the store is the system's own there")
+    @pytest.mark.slow
     def test_certificates_are_read_once_and_only_for_https(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The system's are not read for aiohttp's client, which nobody uses; whoever named others gets these."""
         monkeypatch.delenv("SSL_CERT_FILE", raising=False)

@@ -167,6 +167,7 @@ log.info("the end")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has pipes of a given size")
 @pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.slow
 def test_what_does_not_fit_is_lost_and_told(*, blocking: bool) -> None:
     """Nobody waits for the reader; what was kept comes once and in its order, then how many lines did not fit."""
     ours, theirs = os.pipe()

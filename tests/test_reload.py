@@ -547,6 +547,7 @@ async def test_a_key_pair_is_rotated(tmp_path: Path, loop: dict[str, str], sandb
         assert ([], ["METQUAY_ACCESS_KEY, METQUAY_SECRET_KEY"]) == named(await running.hang_up())
 
 
+@pytest.mark.slow
 async def test_a_key_pair_that_is_gone(sandbox: Sandbox) -> None:
     """Where the keys can't be read any more, those that were read before are used for the next login."""
     sandbox.faults = Faults(token_lifetime=1.0)
@@ -558,6 +559,7 @@ async def test_a_key_pair_that_is_gone(sandbox: Sandbox) -> None:
         assert 0 == proxy.tokens.state.failures
 
 
+@pytest.mark.slow
 async def test_a_key_pair_that_takes_for_ever(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that hangs at a login holds nobody else up, and the keys that were read before are used."""
     monkeypatch.setattr("metquay_proxy.upstream.login.KEYS_TIMEOUT", 0.05)

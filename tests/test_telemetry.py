@@ -265,6 +265,7 @@ STEPS = st.one_of(OUTCOMES, st.sampled_from(READS), st.sampled_from([TokenEvent(
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(STEPS, max_size=20), st.permutations(READS))
+@pytest.mark.slow
 def test_it_matters_to_nobody_when_exchanges_are_counted(
     steps: list[Any], reads: list[Callable[[Telemetry], object]]
 ) -> None:
@@ -460,6 +461,7 @@ def test_since_when_logins_fail(wall: Callable[[float], None]) -> None:
         assert turned == telemetry.standing().login_turned
 
 
+@pytest.mark.slow
 def test_nobody_pays_for_metrics_who_does_not_ask() -> None:
     """The library for Prometheus is loaded at the first scrape: a cold start has no time for it."""
     text = "import sys, metquay_proxy.app; print('prometheus_client' in sys.modules)"

@@ -440,6 +440,7 @@ async def test_a_reading_key_may_test_and_no_web_page_may(sandbox: Sandbox, sess
                 assert status == response.status, headers
 
 
+@pytest.mark.slow
 async def test_no_secret_on_the_pages(session: aiohttp.ClientSession) -> None:
     """Page, events, metrics and status hold neither a key nor a token, nor what a query said, in good times and bad."""
     keys = ("an-access-key-of-the-laboratory", "the-secret-key-of-the-laboratory")

@@ -137,6 +137,7 @@ async def test_the_end() -> None:
         assert ["/never"] == made.told
 
 
+@pytest.mark.slow
 async def test_time_is_looked_after() -> None:
     """Clients that take too long are ended without anybody asking, and none is looked after once all have left."""
     async with serving(Bounds(head=0.05)) as (made, server, connect):

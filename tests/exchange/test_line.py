@@ -145,6 +145,7 @@ async def test_three_hundred_at_once_at_twenty_a_second() -> None:
         assert bound <= lab.time.now() - began <= 1.1 * bound
 
 
+@pytest.mark.slow
 async def test_a_sequential_tool() -> None:
     """A tool that makes 250 requests one after the other at 100/minute waits less than 3 s for each, never refused."""
     async with laboratory("100/minute", (100, 60.0)) as lab, lab.tool("a script") as get:
@@ -165,6 +166,7 @@ async def test_eight_sequential_tools() -> None:
         assert max(answer.took for answers in seen for answer in answers) < 20.0
 
 
+@pytest.mark.slow
 async def test_more_than_can_wait() -> None:
     """Of 300 at once at 100/minute, those beyond MAX_WAIT are refused at once, and told when one will be served."""
     async with laboratory("100/minute", (100, 60.0)) as lab, lab.tool("a flood") as get:
@@ -200,6 +202,7 @@ GREEDY = {
         for how, name in GREEDY.items()
     ],
 )
+@pytest.mark.slow
 async def test_a_slow_tool_beside_a_greedy_one(name: Callable[[], str]) -> None:
     """A tool waits for one turn of a greedy one that came later at most, though that has a new name each time."""
     async with (
@@ -233,6 +236,7 @@ async def test_a_slow_tool_beside_a_greedy_one(name: Callable[[], str]) -> None:
         ({"Prefer": "wait=5"}, True),
     ],
 )
+@pytest.mark.slow
 async def test_tools_that_say_how_long_they_wait(prefer: dict[str, str], *, refused: bool) -> None:
     """150 requests of three tools, twelve at a time, all get through where they say that they wait; else some don't."""
     async with laboratory("100/minute", (100, 60.0)) as lab, contextlib.AsyncExitStack() as stack:
@@ -246,6 +250,7 @@ async def test_tools_that_say_how_long_they_wait(prefer: dict[str, str], *, refu
             assert lab.time.now() - began <= 95.0
 
 
+@pytest.mark.slow
 async def test_whole_lists_beside_a_sequential_tool() -> None:
     """The pages of lists wait their turn as long as it takes, and cost a sequential tool at most 2 s more a turn."""
     async with (

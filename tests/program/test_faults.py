@@ -187,6 +187,7 @@ QUICK = {"nothing listens", "no token"}
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind in QUICK else [pytest.mark.slow]) for kind in IMPOSTORS]
 )
+@pytest.mark.slow
 async def test_no_login_at_start(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a login the proxy starts, is alive but not ready, says why, logs in seldom, tells of each, and heals."""
     async with laboratory() as lab:
@@ -215,6 +216,7 @@ async def test_no_login_at_start(kind: str, capsys: pytest.CaptureFixture[str]) 
         assert 1 == lab.sandbox.logins
 
 
+@pytest.mark.slow
 async def test_a_flood_without_a_token() -> None:
     """However many requests wait for a token, there is at most one login a second."""
     async with laboratory() as lab:
@@ -386,6 +388,7 @@ async def scripted(**settings: Any) -> AsyncIterator[tuple[Scripted, Laboratory]
         await asyncio.sleep(0.001)
 
 
+@pytest.mark.slow
 async def test_an_upstream_that_is_away_costs_no_quota() -> None:
     """Sixty reads find nothing there, twenty at a time: each is told soon, none takes a slot, and none waits after."""
     async with laboratory(rate_limit="100/minute") as lab:
@@ -588,6 +591,7 @@ async def test_metquay_is_away() -> None:
         assert 1 == len(line.sandbox.writes)
 
 
+@pytest.mark.slow
 async def test_connections_that_are_half_open() -> None:
     """A router that forgot our connections costs who is on them a time-out, and nobody for longer than they idle."""
     async with linked(FastTime(20), read_timeout="0.4") as line:
@@ -649,6 +653,7 @@ async def test_the_network_changed_while_suspended() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a connection be swallowed on the loopback")
+@pytest.mark.slow
 async def test_a_black_hole() -> None:
     """A network that swallows what is sent costs the connect time-out: nothing was sent, and the next one is served."""
     async with linked(connect_timeout="0.1") as line:
@@ -662,6 +667,7 @@ async def test_a_black_hole() -> None:
         assert [] == list(line.sandbox.writes)
 
 
+@pytest.mark.slow
 async def test_silence() -> None:
     """Silence ends in 504 and is not repeated; once it is over all is served, and the write was made once at most."""
     async with linked(read_timeout="0.3") as line:
@@ -676,6 +682,7 @@ async def test_silence() -> None:
         assert len(line.sandbox.writes) <= 1
 
 
+@pytest.mark.slow
 async def test_pages_of_the_servlet_container() -> None:
     """A page that Metquay's server shows while it restarts is passed on as it is: read again twice, created once."""
     async with simulated() as sandbox, running(sandbox.url, rate_limit="off") as (proxy, url), tool(url) as asking:
@@ -728,6 +735,7 @@ def named(sandbox: Sandbox) -> str:
     return f"http://localhost:{sandbox.port}/api/v1"
 
 
+@pytest.mark.slow
 async def test_no_name_server_at_start(names: Names) -> None:
     """A machine without a network gets its proxy all the same, and Metquay within the backoff once there is one."""
     quick = FastTime(10)
@@ -747,6 +755,7 @@ async def test_no_name_server_at_start(names: Names) -> None:
         assert (1, before) == (sandbox.logins, proxy.tokens.state.failures)
 
 
+@pytest.mark.slow
 async def test_the_name_server_is_away_for_a_while(names: Names) -> None:
     """With a live token, what needs a new connection says that the name was not found, and is served afterwards."""
     async with simulated() as sandbox, running(named(sandbox), rate_limit="off") as (proxy, url), tool(url) as asking:

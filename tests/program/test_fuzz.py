@@ -259,6 +259,7 @@ async def outcomes(bench: Bench, tries: list[tuple[list[bytes], bytes]]) -> list
     return found
 
 
+@pytest.mark.slow
 async def test_what_is_remembered_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever either side sends comes to the same for the first time, for the second, and without any memory."""
     chance = random.Random(16)  # noqa: S311 - not for secrets

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SEEN_ON_A_GOOD_DAY = {200, 201, 409}
 
 
+@pytest.mark.slow
 async def test_working_day() -> None:
     """A tool that knows no tokens works all day through at least five renewals, sees no 401 and never waits."""
     quick = FastTime(40)

@@ -100,6 +100,7 @@ async def _serve_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWri
         pytest.param("/customers", 0, 8, id="callers"),
     ],
 )
+@pytest.mark.slow
 async def test_text_that_a_client_chooses(tmp_path: Path, path: str, readers: int, bound: int) -> None:
     """Targets of 64 kB and names of 60 kB, told to a hundred readers that take nothing, cost ``bound`` MiB at most."""
     server = await asyncio.start_server(_serve_nothing, "127.0.0.1", 0, limit=1 << 18)

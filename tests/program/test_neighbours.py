@@ -13,6 +13,7 @@ from tests import wire
 
 
 @pytest.mark.parametrize("method", [pytest.param("GET", marks=pytest.mark.slow), "POST"])
+@pytest.mark.slow
 async def test_a_path_that_refuses_every_token(method: str) -> None:
     """Whoever asks for it all the time slows no neighbour down and takes the token from nobody; it costs few logins."""
     async with wire.running() as bench:

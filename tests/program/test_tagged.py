@@ -266,7 +266,7 @@ async def storm(count: int, seed: int, **options: Any) -> Counter[str]:  # noqa:
 
 
 @pytest.mark.parametrize("count", [375, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("client_tls", [False, True], ids=["clear", "tls"])
+@pytest.mark.parametrize("client_tls", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["clear", "tls"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_everybody_gets_their_own(tmp_path: Path, loop: str, client_tls: bool, count: int) -> None:  # noqa: FBT001 - a column
     """Clients and Metquay break what they can: no answer goes astray, no POST runs twice, and nothing is left."""

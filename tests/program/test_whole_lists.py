@@ -44,7 +44,7 @@ def rows(body: bytes) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(body.decode("utf-8-sig"), newline="")))
 
 
-@pytest.mark.parametrize("cap", [None, 100])
+@pytest.mark.parametrize("cap", [pytest.param(None, marks=pytest.mark.slow), 100])
 @pytest.mark.parametrize("name", LISTS)
 async def test_each_record_once_and_in_order(name: str, cap: int | None) -> None:
     """1,234 records of each kind come whole, whatever a server gives at most on a page, as JSON and as CSV."""
@@ -87,6 +87,7 @@ def cells(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 async def test_in_a_bad_week() -> None:
     """With outages, resets, refusals and tokens that end, a list is whole or visibly broken, and never short."""
     quick = FastTime(60)

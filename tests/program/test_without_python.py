@@ -181,6 +181,7 @@ def test_without_a_window_everything_goes_to_the_log(streams: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("streams", ["open", "closed"])
+@pytest.mark.slow
 def test_without_a_place_for_the_log_it_runs_all_the_same(streams: str, tmp_path: Path) -> None:
     """Where the log can't be made, what is printed is lost; nothing else is."""
     (tmp_path / "logs").write_text("in the way", encoding="utf-8")

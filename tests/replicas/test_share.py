@@ -461,6 +461,7 @@ def test_one_replica_is_served_as_in_memory() -> None:
 
 @pytest.mark.parametrize("window", [1.0, 5.0])
 @pytest.mark.parametrize("away", [0.5, 1.2, 6.0])
+@pytest.mark.slow
 def test_short_windows(window: float, away: float) -> None:
     """Where a second is much of the window, too, no window holds more than the limit while Redis comes and goes."""
     for seed in range(3):

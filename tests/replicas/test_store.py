@@ -317,12 +317,10 @@ class TestLine:
         ("said", "why"),
         [
             (b'{"done": false, "generation": "another", "now": "0"}', "it carries out no call"),
-            (
-                b'{"done": true, "generation": "x", "now": "0", "closed": 1e12}',
-                "it answers what no script of ours does",
+            *(
+                pytest.param(said, "it answers what no script of ours does", marks=pytest.mark.slow)
+                for said in (b'{"done": true, "generation": "x", "now": "0", "closed": 1e12}', b"garbage", 7)
             ),
-            (b"garbage", "it answers what no script of ours does"),
-            pytest.param(7, "it answers what no script of ours does", marks=pytest.mark.slow),
         ],
     )
     async def test_a_redis_that_answers_and_does_nothing(self, redis: RedisServer, said: object, why: str) -> None:
@@ -496,6 +494,7 @@ class TestRecords:
             await claimed(two)
 
     @pytest.mark.parametrize("held", [0.3, 1.3])
+    @pytest.mark.slow
     async def test_a_claim_that_comes_late(self, redis: RedisServer, held: float) -> None:
         """Whether its client leaves meanwhile or it is given up: it does not come after the word that frees it."""
         async with replicas(redis) as (_, two), relay(redis) as way:

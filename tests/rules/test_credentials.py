@@ -131,6 +131,7 @@ def test_lifetimes(expires_in: str, lifetime: float) -> None:
         ),
     ).map(lambda value: json.dumps(value).encode())
 )
+@pytest.mark.slow
 def test_any_answer(body: bytes) -> None:
     """Whatever comes, it is a token that a header can hold with a sane lifetime, or a failure."""
     try:

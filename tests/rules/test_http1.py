@@ -1112,6 +1112,7 @@ def test_valid_requests_read_as_by_llhttp(stream: bytes) -> None:
 
 @thorough
 @given(framed(), st.sampled_from([*b"\r\n \t:;,0\x00\x7f\xff"]) | st.integers(0, 255))
+@pytest.mark.slow
 def test_no_laxer_than_others(stream: bytes, byte: int) -> None:
     """With a byte inserted, replaced or left out anywhere, what is taken is what two other readers take it for.
 

@@ -167,6 +167,7 @@ async def test_the_oldest_answers_make_room() -> None:
     assert "outcome-unknown" == (await refused(records, b"\t\2", now=2 * LIFETIME)).slug
 
 
+@pytest.mark.slow
 async def test_the_bounds_hold_in_memory() -> None:
     """A tenth of the keys and answers that are kept stays below 16 MiB."""
     tracemalloc.start()
