@@ -418,6 +418,7 @@ def command(folder: Path, environment: dict[str, str], upstream: str, **settings
 
 
 @posix_only
+@pytest.mark.slow
 async def test_a_certificate_is_renewed(tmp_path: Path, loop: dict[str, str]) -> None:
     """New certificate, then its key: no handshake ever fails, and each shows a pair that fits; of another kind, too."""
     tls = Tls(tmp_path)

@@ -74,6 +74,7 @@ async def test_cold_start_makes_one_login() -> None:
         assert 1 == sandbox.logins
 
 
+@pytest.mark.slow
 async def test_expired_token_makes_one_renewal() -> None:
     """100 concurrent 401s cause exactly one renewal, and no tool sees one."""
     slow = Faults(latency=0.02)

@@ -369,8 +369,8 @@ async def test_constant_memory_up(bench: Bench) -> None:
 @pytest.mark.parametrize(
     "request_",
     [
-        *(get(), get("/../x"), post(b"{}", target="/authenticate"), get("/-/status")),
-        pytest.param(get("/favicon.ico"), marks=pytest.mark.slow),
+        *(get(), get("/../x"), post(b"{}", target="/authenticate")),
+        *(pytest.param(get(path), marks=pytest.mark.slow) for path in ("/-/status", "/favicon.ico")),
     ],
 )
 async def test_answers_that_nobody_takes(bench: Bench, request_: bytes) -> None:
@@ -421,7 +421,16 @@ async def test_the_heads_of_all_requests(bench: Bench) -> None:
 
 
 @rule("contract 6", bounds=Bounds(silence=0.2))
-@pytest.mark.parametrize("request_", [get(), get("/../x") * 1000, get("/-/status"), get("/-/events")])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        get(),
+        *(
+            pytest.param(others, marks=pytest.mark.slow)
+            for others in (get("/../x") * 1000, get("/-/status"), get("/-/events"))
+        ),
+    ],
+)
 async def test_a_client_that_stops_reading(bench: Bench, request_: bytes) -> None:
     """An answer of which no byte is taken for the read time-out is broken off: Metquay's, a refusal, pages, events."""
     await asyncio.gather(*[bench.ask(get("/" + "a" * 900), answered(body=bytes(1_000_000))) for _ in range(50)])
