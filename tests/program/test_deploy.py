@@ -744,7 +744,7 @@ def test_every_action_is_pinned_to_a_commit(path: Path) -> None:
 
 
 def test_a_release_is_made_as_ci_makes_it() -> None:
-    """Packages, program and bills of materials come from scripts that .ci/run runs too, and tries what they make."""
+    """Packages, program and SBOMs come from scripts that .ci/run runs too, and it tries what they make."""
     release = documents(ROOT / ".github/workflows/release.yml")[0]["jobs"]
     run = (ROOT / ".ci/run").read_text(encoding="utf-8")
     for job, scripts in {"build": ["dist"], "program": ["program.py", "smoke_program.py"]}.items():

@@ -281,6 +281,7 @@ ARCHIVE = f"metquay-proxy-{__version__}-windows-amd64.zip"
 def installing(block: Block, proxy: Running, folder: Path) -> None:
     """The archive is called so, and its script takes these words; there is no Windows here to run it."""
     del proxy, folder
+    assert '"metquay-proxy-{version}-{system}-{platform' in (ROOT / ".ci/program.py").read_text(encoding="utf-8")
     for line in block.text.splitlines():
         command, *words = line.split()
         if command == "powershell":
