@@ -43,6 +43,8 @@ def main() -> int:
         elif not keyring.get_password(VAULT, name):
             print(f"No {name} is stored in Credential Manager yet. Start again, and paste it.")
             return 1
+        else:
+            print(f"{name} stays as it is.")
     return 0
 
 

@@ -80,6 +80,7 @@ else {
         elseif (-not (Test-Path -LiteralPath "$folder\keys\$name")) {
             throw "Nothing was installed, because $name is missing. Run install.ps1 again, and paste both keys."
         }
+        else { Write-Output "$name stays as it is." }
     }
 }
 
@@ -88,6 +89,7 @@ Get-ScheduledTask -TaskName $task -ErrorAction SilentlyContinue | ForEach-Object
     Stop-ScheduledTask -InputObject $_ -ErrorAction Stop
     Unregister-ScheduledTask -InputObject $_ -Confirm:$false -ErrorAction Stop
 }
+Start-Sleep -Seconds 3 # a program that was just told to end is not gone yet
 Get-Process | Where-Object { $_.Path -like "$folder\*" } | Stop-Process -Force -PassThru | Wait-Process
 foreach ($part in $parts) {
     if (Test-Path -LiteralPath "$folder\$part") { Remove-Item -LiteralPath "$folder\$part" -Recurse -Force }

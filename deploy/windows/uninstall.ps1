@@ -19,8 +19,8 @@ $ErrorActionPreference = 'Stop'
 
 $folder = if ($ForMe) { "$env:LOCALAPPDATA\metquay-proxy" } else { "$env:ProgramFiles\metquay-proxy" }
 $task = if ($ForMe) { "metquay-proxy-$env:USERNAME" } else { 'metquay-proxy' }
-if (-not (Test-Path -LiteralPath $folder)) {
-    throw "There is no $folder. If it was installed with -ForMe, add that here too; otherwise leave it out."
+if (-not (Test-Path -LiteralPath $folder) -and -not (Get-ScheduledTask -TaskName $task -ErrorAction SilentlyContinue)) {
+    throw "metquay-proxy is not installed in $folder. If it was installed with -ForMe, add that here too; otherwise leave it out."
 }
 $user = [Security.Principal.WindowsPrincipal] [Security.Principal.WindowsIdentity]::GetCurrent()
 if (-not $ForMe -and -not $user.IsInRole([Security.Principal.WindowsBuiltInRole]::Administrator)) {
@@ -30,6 +30,7 @@ Get-ScheduledTask -TaskName $task -ErrorAction SilentlyContinue | ForEach-Object
     Stop-ScheduledTask -InputObject $_ -ErrorAction Stop
     Unregister-ScheduledTask -InputObject $_ -Confirm:$false -ErrorAction Stop
 }
+Start-Sleep -Seconds 3 # a program that was just told to end is not gone yet
 Get-Process | Where-Object { $_.Path -like "$folder\*" } | Stop-Process -Force -PassThru | Wait-Process
 if ($ForMe) {
     $removed = Test-Path -LiteralPath "$folder\metquay-keys.exe"
@@ -42,4 +43,4 @@ if ($ForMe) {
 # A folder that a program works in can't be removed.
 Set-Location -LiteralPath "$env:SystemDrive\"
 [Environment]::CurrentDirectory = "$env:SystemDrive\"
-Remove-Item -LiteralPath $folder -Recurse -Force
+if (Test-Path -LiteralPath $folder) { Remove-Item -LiteralPath $folder -Recurse -Force }

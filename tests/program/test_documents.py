@@ -383,7 +383,7 @@ BROKEN = {
     settings: [("METQUAY_HOST", "METQUAY_HOTS")],
     python: [("formulas=keep", "dates=vendor"), (HERE, f"{HERE}/nowhere"), ('secret_key="any"', "secret_key=5")],
     powershell: [("-Body", "-Boby"), ("-TimeoutSec 180", "-TimeoutSec 18"), ("customers?", "customrs?")],
-    installing: [("amd64", "arm64"), ("-ForMe", "-ForUs")],
+    installing: [("amd64", "arm64"), ("-ForMe", "-ForUs"), ("-File", "-Fill")],
     visual_basic: [("65001", "1252"), ("customers", "customrs")],
     power_query: [("customers", "customrs")],
     prometheus: [("/-/metrics", "/-/metric")],

@@ -48,6 +48,7 @@ CMDLETS = {
     "Set-Location",
     "Set-StrictMode",
     "Start-ScheduledTask",
+    "Start-Sleep",
     "Stop-Process",
     "Stop-ScheduledTask",
     "Test-Path",
@@ -275,6 +276,7 @@ def test_keys_are_kept_renewed_and_removed(monkeypatch: pytest.MonkeyPatch, caps
     assert (0, both | {SECRET: "key-3"}) == kept(monkeypatch, dict(both), "\n key-3 \n")
     assert (1, {ACCESS: "key-1"}) == kept(monkeypatch, {}, "key-1\n\n")
     printed = capsys.readouterr().out
+    assert 1 == printed.count("METQUAY_ACCESS_KEY stays as it is.")
     assert "No METQUAY_SECRET_KEY is stored in Credential Manager yet." in printed
     assert "key-" not in printed
     assert (0, {}) == kept(monkeypatch, {ACCESS: "key-1"}, "", "--remove")
