@@ -178,7 +178,8 @@ class Wire:
 
     def finish(self) -> None:
         """Close our half: the peer sees an end."""
-        self.writer.write_eof()
+        if not self.writer.is_closing():  # else the other end was faster, of which uvloop makes an error
+            self.writer.write_eof()
 
     def close(self) -> None:
         """Close in order."""
