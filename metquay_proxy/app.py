@@ -332,9 +332,8 @@ async def _run(settings: Settings, welcome: Callable[[Proxy], None], warnings: S
 
             simulator = sandbox.Sandbox(rate_limit=settings.rate_limit)
             undo.push_async_callback(simulator.stop)
-            await simulator.start(
-                listen=partial(listeners.listen, lambda _: None)
-            )  # it gets its descriptors from the reserve
+            # It gets its descriptors from the reserve.
+            await simulator.start(listen=partial(listeners.listen, lambda _: None))
             base = BaseURL.parse(simulator.url)
             proxy = Proxy(settings, base, lambda: Credentials(sandbox.ACCESS_KEY, sandbox.SECRET_KEY))
         else:

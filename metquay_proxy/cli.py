@@ -198,8 +198,11 @@ def _survive() -> None:
     """
     import signal  # noqa: PLC0415 - the other commands can do without
 
+    def leave(*_: object) -> None:
+        os._exit(0)
+
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGBREAK", signal.SIGTERM)):
-        signal.signal(number, leave := lambda *_: os._exit(0))
+        signal.signal(number, leave)
     if os.name == "nt":
         return
     for number in (signal.SIGUSR1, signal.SIGUSR2):

@@ -43,7 +43,7 @@ def print_to_log() -> None:
 
 def window_will_close() -> bool:
     """Whether a double click opened a console for this program, which closes before anybody has read what is there."""
-    if sys.platform != "win32" or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if sys.platform != "win32" or not (sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()):
         return False
     import ctypes  # noqa: PLC0415 - only Windows pays for loading it
 

@@ -207,6 +207,7 @@ def test_with_a_window_it_prints(tmp_path: Path) -> None:
         pytest.param(False, 2, {"sharing": 2}, id="from a prompt"),
         pytest.param(False, 2, {"session": 0}, id="by a service"),
         pytest.param(False, 2, {"terminal": False}, id="by a program that reads what it prints"),
+        pytest.param(False, 2, {"stdin": None}, id="without standard input"),
         pytest.param(False, 2, {"platform": "linux"}, id="elsewhere"),
     ],
 )
@@ -241,7 +242,7 @@ def test_a_window_that_would_close_stays(
         patch.setattr(ctypes, "byref", lambda value: value)
         patch.setattr("metquay_proxy.cli.main", lambda: code)
         patch.setattr("builtins.input", ask)
-        patch.setattr(sys, "stdin", stream)
+        patch.setattr(sys, "stdin", facts.get("stdin", stream))
         patch.setattr(sys, "stdout", stream)
         patch.setattr(sys, "platform", facts["platform"])
         assert code == module["main"]()
